@@ -1,0 +1,45 @@
+"""Files that are either whole or not there: everything is written beside its place first and then moved into it."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_bytes(path, content):
+    """Write content (bytes) to path in one step; its folder is made.
+
+    Raises OSError naming the path (a full disk, say); what stood there before is then untouched.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{path} was not written ({error.strerror}); the old file, if any, stands"
+        ) from error
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def write_json(path, value):
+    """Write value as JSON with sorted keys: equal values give equal bytes. NaN is refused (ValueError)."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, text.encode() + b"\n")
+
+
+def read_json(path):
+    """The value in a JSON file. Raises ValueError naming the file if it is truncated or corrupted."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or corrupted: delete it and run again ({error})") from error

@@ -1,0 +1,124 @@
+"""LeNet, VGG16 and ResNet18 by the paper's width factor, and the ensemble of several of them.
+
+Layers, widths and parameter counts follow the experiments of Liu et al. (2020, arXiv:2006.08403, Section 5):
+batch normalisation in the two CIFAR networks, none in LeNet, no input normalisation anywhere, so that a model
+takes pixels in [0, 1] and a perturbation of eps means the same in front of every model.
+
+Pooling stands before the activation. Both orders give the same function, since max-pooling commutes with every
+non-decreasing activation, and this one applies the activation to a quarter of the values.
+"""
+
+import torch
+from torch import nn
+
+ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus, "elu": nn.ELU}
+
+
+def _activation(name):
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]()
+
+
+def _channels(width, factor):
+    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+        raise ValueError(f"width must be a positive integer, got {width!r}")
+    return factor * width
+
+
+def lenet(width=16, *, activation="relu", in_channels=1, image_size=28, num_classes=10):
+    """LeNet for 28 x 28 digits: two 5 x 5 convolutions (2w, 4w channels) and a hidden layer of 64w units.
+
+    Returns a module (B, in_channels, image_size, image_size) in [0, 1] -> logits (B, num_classes).
+    Raises ValueError for an unknown activation or a width below 1.
+    """
+    c = _channels(width, 2)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, c, 5, padding=2),
+        nn.MaxPool2d(2),
+        _activation(activation),
+        nn.Conv2d(c, 2 * c, 5, padding=2),
+        nn.MaxPool2d(2),
+        _activation(activation),
+        nn.Flatten(),
+        nn.Linear(2 * c * (image_size // 4) ** 2, 32 * c),
+        _activation(activation),
+        nn.Linear(32 * c, num_classes),
+    )
+
+
+def vgg16(width=8, *, activation="relu", in_channels=3, num_classes=10):
+    """VGG16 with batch normalisation: 13 3 x 3 convolutions of 4w to 32w channels and one linear layer.
+
+    Returns a module (B, in_channels, H, W), H and W at least 32, -> logits (B, num_classes).
+    """
+    layers, c_in = [], in_channels
+    for factor, convs in ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3)):
+        c_out = _channels(width, factor)
+        for i in range(convs):
+            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out)]
+            layers += [nn.MaxPool2d(2)] if i == convs - 1 else []
+            layers += [_activation(activation)]
+            c_in = c_out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, num_classes))
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut (He et al. 2016, arXiv:1512.03385)."""
+
+    def __init__(self, c_in, c_out, stride, activation):
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(c_out),
+            _activation(activation),
+            nn.Conv2d(c_out, c_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(c_out),
+        )
+        self.shortcut = nn.Identity()
+        if stride != 1 or c_in != c_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
+            )
+        self.activation = _activation(activation)
+
+    def forward(self, x):
+        return self.activation(self.residual(x) + self.shortcut(x))
+
+
+def resnet18(width=8, *, activation="relu", in_channels=3, num_classes=10):
+    """ResNet18 for small images: a 3 x 3 stem and four stages of two blocks, 4w to 32w channels.
+
+    Returns a module (B, in_channels, H, W) -> logits (B, num_classes).
+    """
+    c_in = _channels(width, 4)
+    layers = [
+        nn.Conv2d(in_channels, c_in, 3, padding=1, bias=False),
+        nn.BatchNorm2d(c_in),
+        _activation(activation),
+    ]
+    for factor, stride in ((4, 1), (8, 2), (16, 2), (32, 2)):
+        c_out = _channels(width, factor)
+        layers += [BasicBlock(c_in, c_out, stride, activation), BasicBlock(c_out, c_out, 1, activation)]
+        c_in = c_out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, num_classes))
+
+
+MODELS = {"lenet": lenet, "vgg16": vgg16, "resnet18": resnet18}
+
+
+def build(name, *, seed, **settings):
+    """Model `name` of MODELS, initialised by PyTorch's defaults under `seed`; the global generator is left alone.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        return MODELS[name](**settings)
+
+
+def num_parameters(model):
+    """Number of scalar parameters."""
+    return sum(p.numel() for p in model.parameters())

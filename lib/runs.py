@@ -1,0 +1,76 @@
+"""The cache of training runs: the same config on the same data is trained once, by whichever notebook comes first."""
+
+import ast
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from .compute import hardware
+from .training import train
+
+LIB = Path(__file__).resolve().parent
+DECIDING = (
+    "attacks.py",
+    "compute.py",
+    "data.py",
+    "evaluation.py",
+    "models.py",
+    "schedules.py",
+    "training.py",
+)
+
+
+def runs_dir():
+    """Where the runs are: RUNS_DIR, by default runs/ beside lib/."""
+    return Path(os.environ.get("RUNS_DIR") or LIB.parent / "runs")
+
+
+def run(config, data):
+    """The finished run of this config on this data: found, resumed or trained.
+
+    Its folder is named by a hash of all that decides the result: config, pixels, PyTorch, processor, thread count
+    and the code (comments and docstrings apart). A second process that wants the same run waits for the first.
+    Arguments and errors as for `training.train`.
+    """
+    folder = runs_dir() / f"{config.model}-{config.schedule}-{key(config, data)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        return train(config, data, folder=folder)
+
+
+def grid(configs, data):
+    """The finished runs of all configs, in their order. What was finished before a kill is found again."""
+    configs = list(configs)
+    return [run(config, data) for config in tqdm(configs, desc="runs", disable=len(configs) < 2)]
+
+
+def key(config, data):
+    """Hash of all that decides a run's result, 16 hexadecimal digits."""
+    deciding = {
+        "config": asdict(config),
+        "data": data.fingerprint,
+        "torch": torch.__version__,
+        "hardware": hardware(),
+        "code": _code(),
+    }
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _code():
+    h = hashlib.sha256()
+    for name in DECIDING:
+        tree = ast.parse((LIB / name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
+                and ast.get_docstring(node) is not None
+            ):
+                node.body = node.body[1:]
+        h.update(ast.dump(tree).encode())
+    return h.hexdigest()

@@ -1,0 +1,323 @@
+"""Adversarial training with a budget schedule: one run is one folder, and a killed run goes on where it was.
+
+The loop is the paper's (Section 5): for each mini-batch the attack maximises the loss inside the ball of the current
+budget, in evaluation mode, and one optimiser step follows at the attacked inputs. The step size of the attack scales
+with the budget. Everything random in an epoch comes from one generator seeded by (seed, epoch), so a run that is cut
+off and resumed ends in the same bits as one that is not.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from . import models, schedules
+from .attacks import check_eps, pgd
+from .compute import device, fast_dtype
+from .evaluation import evaluate
+from .files import read_json, write_bytes, write_json
+
+STEP_COLUMNS = ("eps", "loss", "robust_error", "gradient_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All that decides a run, apart from the data. Errors are raised at once, not after an hour.
+
+    model, width, activation: see `models`.
+    eps, step_size, num_steps: the attack at the full budget; step_size scales with the current budget. eps=0 is
+        ordinary training.
+    schedule, schedule_start, schedule_stop, schedule_epochs: the budget over epochs (`schedules.by_name`); it rises
+        over schedule_epochs (all of `epochs` when None) and is clipped at eps.
+    restarts: epochs at which budget, optimiser and learning rate begin anew; each period's end is kept.
+    optimizer: "adam" or "sgd" (then with momentum); lr, weight_decay as in torch.optim.
+    lr_scheduler: name of a class in torch.optim.lr_scheduler, stepped each epoch, and lr_settings, its arguments.
+    augment: random crops from a border of 4 pixels, and flips.
+    eval_every, eval_images: errors on the first test images, after each such number of epochs (and the last).
+    """
+
+    model: str = "lenet"
+    width: int = 16
+    activation: str = "relu"
+    eps: float
+    step_size: float
+    num_steps: int
+    schedule: str = "constant"
+    schedule_start: float = 0.0
+    schedule_stop: float | None = None
+    schedule_epochs: float | None = None
+    restarts: tuple = ()
+    epochs: int
+    batch_size: int = 128
+    optimizer: str = "adam"
+    lr: float = 1e-4
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    lr_scheduler: str = "ConstantLR"
+    lr_settings: tuple = (("factor", 1.0),)
+    augment: bool = False
+    eval_every: int = 1
+    eval_images: int = 1000
+    seed: int = 0
+
+    def __post_init__(self):
+        check_eps(self.eps)
+        check_eps(self.step_size, name="step_size")
+        for name in ("epochs", "batch_size", "eval_every", "eval_images", "num_steps", "width"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
+        if self.lr_scheduler not in torch.optim.lr_scheduler.__all__:
+            raise ValueError(f"unknown lr_scheduler {self.lr_scheduler!r}: see torch.optim.lr_scheduler")
+        if self.restarts and self.restarts[-1] >= self.epochs:
+            raise ValueError(f"the last restart, {self.restarts[-1]}, is not before the end, {self.epochs}")
+        self.budget()
+        # Dry runs of the builders: their errors belong here too.
+        with torch.device("meta"):
+            self._optimizer_and_scheduler(models.build(self.model, seed=0, **self.model_settings()))
+
+    def model_settings(self, **more):
+        return {"width": self.width, "activation": self.activation, **more}
+
+    def budget(self):
+        """The budget as a function of the epoch."""
+        rise = self.epochs if self.schedule_epochs is None else self.schedule_epochs
+        schedule = schedules.by_name(
+            self.schedule, self.eps, start=self.schedule_start, stop=self.schedule_stop, epochs=rise
+        )
+        return schedules.periodic(schedule, self.restarts)
+
+    def _optimizer_and_scheduler(self, model):
+        optimizer = OPTIMIZERS[self.optimizer](model.parameters(), self)
+        kind = getattr(torch.optim.lr_scheduler, self.lr_scheduler)
+        return optimizer, kind(optimizer, **dict(self.lr_settings))
+
+
+OPTIMIZERS = {
+    "adam": lambda p, c: torch.optim.Adam(p, lr=c.lr, weight_decay=c.weight_decay),
+    "sgd": lambda p, c: torch.optim.SGD(p, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its config, `history` (a row per evaluated epoch), `steps` (a row per mini-batch)."""
+
+    config: TrainConfig
+    folder: Path
+    history: pd.DataFrame
+    steps: pd.DataFrame
+
+    def model(self, epoch=None):
+        """The model after the given number of epochs (the end when None; else 0 or a restart), on the CPU.
+
+        Raises ValueError for an epoch that was not kept or a corrupted checkpoint.
+        """
+        path = self.folder / f"model-{self.config.epochs if epoch is None else epoch}.safetensors"
+        if not path.exists():
+            kept = sorted(p.stem for p in self.folder.glob("model-*.safetensors"))
+            raise ValueError(f"the run kept no model after epoch {epoch}: it has {', '.join(kept)}")
+        tensors, about = _load(path)
+        model = models.build(self.config.model, seed=0, **about["model"])
+        model.load_state_dict(tensors)
+        return model.eval()
+
+
+def train(config, data, *, folder):
+    """Train by the config, or go on with a run that was cut off, or read a finished one.
+
+    Args:
+        config: TrainConfig.
+        data: data.Data.
+        folder: the run's own folder; made if missing. Holds checkpoint.safetensors while it runs (replaced after each
+            epoch, in one step), model-<epoch>.safetensors for epoch 0, each period's end and the last, and run.json.
+    Returns:
+        Run. Same config, data, machine and thread count: same weights, bit for bit.
+    Raises:
+        ValueError: a loss that is not finite (the run diverged), a corrupted file that cannot be made again, or a
+            folder that belongs to another config.
+    """
+    folder = Path(folder)
+    if (folder / "run.json").exists():
+        return read(folder, config)
+    state = _State(config, data)
+    if (folder / "checkpoint.safetensors").exists():
+        state.restore(folder / "checkpoint.safetensors")
+    else:
+        state.keep(folder)
+    rest = range(state.epoch, config.epochs)
+    for _ in tqdm(rest, desc=_describe(config), initial=state.epoch, total=config.epochs, leave=False):
+        if state.epoch in config.restarts:
+            state.restart()
+        state.train_epoch()
+        if state.epoch in (*config.restarts, config.epochs):
+            state.keep(folder)
+        state.save(folder / "checkpoint.safetensors")
+    write_json(folder / "run.json", {"config": asdict(config), "data": data.source, "history": state.history,
+                                     "steps": state.steps})  # fmt: skip
+    (folder / "checkpoint.safetensors").unlink()
+    return read(folder, config)
+
+
+def read(folder, config):
+    """The finished run in a folder. Raises ValueError if its record is corrupted or of another config."""
+    record = read_json(folder / "run.json")
+    if record["config"] != json.loads(json.dumps(asdict(config))):
+        raise ValueError(f"{folder} holds a run of another config: choose another folder")
+    return Run(
+        config, folder, pd.DataFrame(record["history"]), pd.DataFrame(record["steps"], columns=STEP_COLUMNS)
+    )
+
+
+class _State:
+    """Everything that changes during a run."""
+
+    def __init__(self, config, data):
+        self.config, self.data, self.device = config, data, device()
+        shape = data.x_train.shape
+        self.model_settings = config.model_settings(in_channels=shape[1], num_classes=data.num_classes)
+        if config.model == "lenet":
+            self.model_settings["image_size"] = shape[2]
+        model = models.build(config.model, seed=config.seed, **self.model_settings)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.x, self.y = data.x_train.to(self.device), data.y_train.to(self.device)
+        self.test = (
+            data.x_test[: config.eval_images].to(self.device),
+            data.y_test[: config.eval_images].to(self.device),
+        )
+        self.budget = config.budget()
+        self.epoch, self.history, self.steps = 0, [], []
+        self.restart()
+
+    def restart(self):
+        self.optimizer, self.scheduler = self.config._optimizer_and_scheduler(self.model)
+
+    def train_epoch(self):
+        config = self.config
+        generator = torch.Generator(self.device).manual_seed(1_000_003 * config.seed + self.epoch)
+        order = torch.randperm(len(self.y), generator=generator, device=self.device)
+        batches = order.split(config.batch_size)
+        self.model.train()
+        for i, batch in enumerate(batches):
+            x, y = self.x[batch], self.y[batch]
+            if config.augment:
+                x = augment(x, generator)
+            self.steps.append(self.step(x, y, self.budget(self.epoch + i / len(batches)), generator))
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.scheduler.step()
+        self.epoch += 1
+        if self.epoch % config.eval_every == 0 or self.epoch == config.epochs:
+            self.history.append(
+                {"epoch": self.epoch, "eps": self.budget(self.epoch), "lr": lr, **self.evaluate()}
+            )
+
+    def step(self, x, y, eps, generator):
+        """One mini-batch: attack, gradient, update. Returns eps, loss, robust error, gradient norm."""
+        config = self.config
+        if eps > 0:
+            x = pgd(self.model, x, y, eps=eps, step_size=config.step_size * eps / config.eps,
+                    num_steps=config.num_steps, generator=generator)  # fmt: skip
+        low = fast_dtype(self.device)
+        with torch.autocast(self.device.type, dtype=low, enabled=low is not None):
+            logits = self.model(x.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits.float(), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        if not math.isfinite(loss.item() + norm.item()):
+            raise ValueError(
+                f"training diverged in epoch {self.epoch}: loss {loss.item()}, {_describe(config)}"
+            )
+        self.optimizer.step()
+        wrong = (logits.argmax(1) != y).double().mean().item()
+        return [eps, loss.item(), wrong, norm.item()]
+
+    def evaluate(self):
+        c = self.config
+        return evaluate(
+            self.model, *self.test, eps=c.eps, step_size=c.step_size, num_steps=c.num_steps, seed=c.seed
+        )
+
+    def keep(self, folder):
+        """Keep the model of this moment for good."""
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+        _save(folder / f"model-{self.epoch}.safetensors", tensors, {"model": self.model_settings})
+
+    def save(self, path):
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        for i, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items() if v is not None}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        about = {
+            "config": asdict(self.config),
+            "epoch": self.epoch,
+            "history": self.history,
+            "steps": self.steps,
+        }
+        _save(path, tensors, about)
+
+    def restore(self, path):
+        try:
+            tensors, about = _load(path)
+        except ValueError:
+            return  # it can be made again: from the start
+        if about["config"] != json.loads(json.dumps(asdict(self.config))):
+            raise ValueError(f"{path.parent} holds a run of another config: choose another folder")
+        self.epoch, self.history, self.steps = about["epoch"], about["history"], about["steps"]
+        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        # The learning rate's own state is made again by as many empty steps; then come the optimiser's tensors.
+        for _ in range(self.epoch - max((r for r in self.config.restarts if r < self.epoch), default=0)):
+            self.optimizer.step()
+            self.scheduler.step()
+        state = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, i, key = name.split(".")
+                state.setdefault(int(i), {})[key] = tensor
+        self.optimizer.load_state_dict(
+            {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
+
+
+def augment(x, generator, border=4):
+    """Random crop out of a border of black pixels, and a horizontal flip for one image in two: x (B, C, H, W)."""
+    b, _, h, w = x.shape
+    top, left = torch.randint(2 * border + 1, (2, b, 1), generator=generator, device=x.device)
+    flip = torch.rand(b, 1, generator=generator, device=x.device) < 0.5
+    columns = torch.arange(w, device=x.device)
+    columns = torch.where(flip, columns.flip(0), columns) + left
+    rows = torch.arange(h, device=x.device) + top
+    images = torch.arange(b, device=x.device)[:, None, None]
+    return (
+        F.pad(x, [border] * 4)
+        .permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]]
+        .permute(0, 3, 1, 2)
+    )
+
+
+def _describe(config):
+    return f"{config.model} w={config.width} eps={config.eps:.3g} {config.schedule} seed {config.seed}"
+
+
+def _save(path, tensors, about):
+    write_bytes(path, save(tensors, metadata={"json": json.dumps(about, sort_keys=True)}))
+
+
+def _load(path):
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["json"])  # noqa: SIM118
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is truncated or corrupted: delete its folder and run again ({error})"
+        ) from error
