@@ -74,22 +74,22 @@ def pgd(
     """
     _check(x, y, eps, step_size, norm)
     for name, value, least in (("num_steps", num_steps, 0), ("num_restarts", num_restarts, 1)):
-        if not isinstance(value, int) or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}")
-    if eps == 0:
-        return x.detach().clone()
     best = None
     with frozen(model, x, precision) as logits_of:
+        if eps == 0:
+            return x.detach().clone()
         for _ in range(num_restarts):
-            x_adv = _ascend(
-                logits_of, x, y, eps, step_size, num_steps, norm, random_start, LOSSES[loss], generator
-            )
+            x_adv = _ascend(logits_of, x, y, eps, step_size, num_steps, norm, random_start, LOSSES[loss], generator)
             if num_restarts == 1:
                 return x_adv
-            with torch.no_grad():
-                logits = logits_of(x_adv)
+            # The choice among the end points is made in full precision, as the evaluation will be.
+            with torch.no_grad(), frozen(model, x, "full") as exact_logits_of:
+                logits = exact_logits_of(x_adv)
+            _check_labels(logits, y)
             new = (x_adv, logits.argmax(1) != y, LOSSES[loss](logits, y))
             best = new if best is None else _stronger(best, new)
     return best[0]
@@ -102,14 +102,15 @@ def _ascend(logits_of, x, y, eps, step_size, num_steps, norm, random_start, loss
         x_adv = _into(x_adv + _start(x, min(step_size, eps), norm, generator), x, eps, norm)
     for _ in range(num_steps):
         x_adv.requires_grad_(True)
-        logits = logits_of(x_adv)
-        _check_labels(logits, y)
-        (g,) = torch.autograd.grad(loss(logits, y).sum(), x_adv)
+        with torch.enable_grad():
+            logits = logits_of(x_adv)
+            _check_labels(logits, y)
+            (g,) = torch.autograd.grad(loss(logits, y).sum(), x_adv)
+        if not torch.isfinite(g).all():  # asked here, because the sign of NaN is 0
+            raise ValueError("the gradient of the model's loss is NaN or infinite at some input")
         with torch.no_grad():
-            g = g.sign_() if norm == "linf" else g.div_(_l2(g).clamp_min(torch.finfo(g.dtype).tiny))
+            g = g.sign_() if norm == "linf" else _unit(g)
             x_adv = _into(x_adv.detach().add_(g, alpha=step_size), x, eps, norm)
-    if not torch.isfinite(x_adv).all():
-        raise ValueError("the gradient of the model's loss is NaN or infinite at some input")
     return x_adv.contiguous()
 
 
@@ -121,13 +122,19 @@ def _into(x_adv, x, eps, norm):
     return (x + project(x_adv - x, eps=eps, norm=norm)).clamp_(0, 1)
 
 
+def _unit(g):
+    """g of length 1, image by image, or 0. Scaled by its largest entry first: squares of small gradients underflow."""
+    g = g / g.abs().amax(tuple(range(1, g.dim())), keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
+    return g / _l2(g).clamp_min(1)
+
+
 def _start(x, radius, norm, generator):
     """Uniform in the ball of this radius."""
     if norm == "linf":
         return torch.empty_like(x).uniform_(-radius, radius, generator=generator)
     direction = torch.empty_like(x).normal_(generator=generator)
     shrink = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype) ** (1 / x[0].numel())
-    return direction / _l2(direction) * radius * _wide(shrink, x)
+    return _unit(direction) * radius * _wide(shrink, x)
 
 
 def _stronger(old, new):
@@ -196,9 +203,7 @@ def check_eps(eps, *, name="eps", norm="linf"):
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{name} must be finite and not negative, got {eps}")
     if norm == "linf" and eps > 1:
-        raise ValueError(
-            f"{name} is a fraction of the pixel range, so at most 1: write 8/255, not 8 (got {eps})"
-        )
+        raise ValueError(f"{name} is a fraction of the pixel range, so at most 1: write 8/255, not 8 (got {eps})")
 
 
 def _check_norm(norm):
@@ -211,9 +216,7 @@ def _check(x, y, eps, step_size, norm):
     check_eps(eps, norm=norm)
     check_eps(step_size, name="step_size", norm=norm)
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or len(x) == 0:
-        raise ValueError(
-            f"x must be a tensor (B, C, H, W) with B >= 1, got {getattr(x, 'shape', type(x).__name__)}"
-        )
+        raise ValueError(f"x must be a tensor (B, C, H, W) with B >= 1, got {getattr(x, 'shape', type(x).__name__)}")
     if not x.is_floating_point():
         raise ValueError(f"x must be floating with pixels in [0, 1], got {x.dtype}: divide by 255 first")
     low, high = x.aminmax()

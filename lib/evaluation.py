@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .attacks import frozen, pgd
+from .models import ACTIVATIONS
 
 
 def predict(model, x, *, batch_size=500):
@@ -32,9 +33,7 @@ def robust_error(model, x, y, attack, *, batch_size=500):
     Args:
         attack: a function (model, x, y) -> x_adv, such as `functools.partial(pgd, eps=..., ...)`.
     """
-    return _share_wrong(
-        predict(model, attacked(model, x, y, attack, batch_size=batch_size), batch_size=batch_size), y
-    )
+    return _share_wrong(predict(model, attacked(model, x, y, attack, batch_size=batch_size), batch_size=batch_size), y)
 
 
 def attacked(model, x, y, attack, *, batch_size=500):
@@ -65,4 +64,45 @@ def evaluate(model, x, y, *, eps, step_size, num_steps, seed=0, batch_size=500):
 
 
 def _share_wrong(logits, y):
+    if y.shape != logits.shape[:1]:
+        raise ValueError(f"y must have shape ({len(logits)},), got {tuple(y.shape)}")
     return (logits.argmax(1) != y).double().mean().item()
+
+
+def unit_activity(model, x, *, batch_size=500):
+    """How alive the layers are: per activation layer and for the logits, what its units do over all inputs.
+
+    Args:
+        model: an nn.Module whose activations are modules of their own (as in `models`).
+        x: inputs (N, C, H, W).
+    Returns:
+        A list of dicts {"layer", "units", "dead", "constant"}: dead is the share of units (channel and place) that are
+        0 for every input, constant the share whose value is the same for every input, to 1e-6. A layer with constant
+        share 1 is degenerate: nothing of the input gets past it.
+    """
+    low, high = {}, {}
+
+    def watch(name):
+        def hook(_module, _inputs, output):
+            for store, extreme in ((low, output.amin(0)), (high, output.amax(0))):
+                other = store.get(name, extreme)
+                store[name] = torch.minimum(other, extreme) if store is low else torch.maximum(other, extreme)
+
+        return hook
+
+    kinds = tuple(ACTIVATIONS.values())
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    hooks.append(model.register_forward_hook(watch("logits")))
+    try:
+        predict(model, x, batch_size=batch_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [_activity(name, low[name], high[name]) for name in [*names, "logits"]]
+
+
+def _activity(name, low, high):
+    dead = ((low == 0) & (high == 0)).double().mean().item()
+    constant = (high - low <= 1e-6).double().mean().item()
+    return {"layer": name, "units": low.numel(), "dead": dead, "constant": constant}

@@ -75,9 +75,7 @@ class Book:
 
     def claim(self, claim, *, section, measured, holds, n, source):
         """Add a row to the ledger (see `claims.row`); `holds` is computed, and `measured` holds the numbers."""
-        self.rows.append(
-            claims.row(claim, section=section, measured=measured, holds=holds, n=n, source=source)
-        )
+        self.rows.append(claims.row(claim, section=section, measured=measured, holds=holds, n=n, source=source))
 
     def close(self):
         """Write the ledger rows and return them as a table. Raises ValueError when there are none."""
@@ -142,12 +140,8 @@ def _title(name):
 def _commit():
     try:
         git = ["git", "-C", str(ROOT)]
-        head = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "lib"], capture_output=True, text=True, check=True
-        )
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "lib"], capture_output=True, text=True, check=True)
         return head.stdout.strip() + (" with changes" if dirty.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import cvxpy as cp
 import numpy as np
-from scipy.special import logsumexp, softmax
+from scipy.special import entr, logsumexp, softmax
 
 DUAL = {"linf": 1, "l2": 2}
 ARC = 1024  # pieces of the arc in which the worst Euclidean perturbation of three classes is sought
@@ -124,8 +124,300 @@ def _smallest_ball(centres, radii):
     scale = np.abs(offsets).max()
     if scale == 0:
         return 0.0
-    points = np.vstack([np.zeros(len(offsets)), np.linalg.qr((offsets / scale).T, mode="r").T])
+    offsets = np.linalg.qr((offsets / scale).T, mode="r").T
+    points = np.vstack([np.zeros_like(offsets[:1]), offsets])
     v, t = cp.Variable(points.shape[1]), cp.Variable()
     balls = [cp.norm(p - v) <= t * r for p, r in zip(points, radii / radii.max(), strict=True)]
     _solve(cp.Problem(cp.Minimize(t), balls))
     return float(scale * (np.linalg.norm(points - v.value, axis=1) / radii).max())
+
+
+def eps_sep(x, y, *, norm, bias=False):
+    """The largest budget against which some classifier of two classes is right at every point: the largest margin.
+
+    Below it the robust loss has infimum 0 and no minimiser. A float in the units of x, 0 if no classifier separates
+    the points. Arguments and errors as for `eps_bar`; also ValueError for more than two classes.
+    """
+    _check_norm(norm)
+    x, y, K = _data(x, y)
+    if K != 2:
+        raise ValueError(f"eps_sep is for two classes, got {K}")
+    w, b, t = cp.Variable(x.shape[1]), cp.Variable() if bias else 0.0, cp.Variable()
+    scale = np.abs(x).max() or 1.0
+    _solve(cp.Problem(cp.Maximize(t), [cp.multiply(2 * y - 1, x / scale @ w + b) >= t, cp.norm(w, DUAL[norm]) <= 1]))
+    return max(0.0, scale * float(t.value))
+
+
+def worst_case(W, x, y, *, eps, norm, b=None):
+    """The perturbed points x' (N, m) of largest loss; see `robust_loss` for how exact that is."""
+    W, x, y, b = _classifier(W, x, y, eps, norm, b)
+    return _worst(W, x, y, eps, norm, b)[0]
+
+
+def robust_loss(W, x, y, *, eps, norm, b=None):
+    """Robust loss of each point, from below and from above.
+
+    Exact for two classes (x' = x - y eps sign(w), or along w) and for three under the max norm, where the largest
+    loss is at one of m + 1 corners; three under the Euclidean norm: an arc cut in pieces, apart by a relative 1e-6.
+    From four classes on a convex function is to be maximised over a ball with many corners: the lower value is the
+    best of K - 1 searches of five Frank-Wolfe steps, each from the point that is worst for one class; the upper one is
+    log(1 + sum_j exp(d_j.x + eps ||d_j||_*)).
+
+    Args:
+        W: weights (K, m), one classifier; otherwise as for `margins`.
+    Returns:
+        (lower, upper), each (N,), lower attained at `worst_case`.
+    Raises:
+        ValueError: as for `margins`.
+    """
+    W, x, y, b = _classifier(W, x, y, eps, norm, b)
+    x_adv, upper = _worst(W, x, y, eps, norm, b)
+    lower = _loss(W, x_adv, y, b)
+    return lower, np.maximum(upper, lower)
+
+
+def _worst(W, x, y, eps, norm, b):
+    """x' and an upper bound of the loss. Classes are renumbered from the point's own: z_j = d_j.x + b_j - b_y."""
+    if W.ndim != 2:
+        raise ValueError(f"W must be one classifier (K, m), got shape {W.shape}")
+    K = len(W)
+    others = (y[:, None] + np.arange(1, K)) % K
+    d = W[others] - W[y][:, None]  # (N, K - 1, m)
+    z = np.einsum("njm,nm->nj", d, x) + b[others] - b[y][:, None]
+    reach = eps * np.linalg.norm(d, ord=DUAL[norm], axis=-1)
+    bound = np.logaddexp(0, logsumexp(z + reach, axis=1))
+    if K == 2:
+        return x + eps * _towards(d[:, 0], norm), bound
+    if K == 3:
+        return (_corners if norm == "linf" else _arc)(x, d, z, reach, eps)
+    delta = eps * _towards(d, norm)  # (N, K - 1, m): the worst for each other class alone
+    for _ in range(5):  # each step maximises the linearised loss, which lies below the convex loss: never a step down
+        delta = eps * _towards(_others(z[:, None] + delta @ d.mT) @ d, norm)
+    best = logsumexp(z[:, None] + delta @ d.mT, axis=2).argmax(1)
+    return x + delta[np.arange(len(x)), best], bound
+
+
+def _towards(g, norm):
+    """argmax of g.u over the unit ball."""
+    if norm == "linf":
+        return np.sign(g)
+    return g / np.maximum(np.linalg.norm(g, axis=-1, keepdims=True), np.finfo(float).tiny)
+
+
+def _corners(x, d, z, reach, eps):
+    """Exact for K = 3, max norm. The loss grows with both d_1.x' and d_2.x', so a largest one is at a corner
+    sign(t d_1 + (1 - t) d_2): going from t = 1 to 0, coordinates of unlike sign flip one by one, in order of ratio."""
+    start = np.where(d[:, 0] == 0, np.sign(d[:, 1]), np.sign(d[:, 0]))
+    flips = d[:, 0] * d[:, 1] < 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(flips, np.abs(d[:, 0] / d[:, 1]), np.inf)
+    order = np.argsort(ratio, axis=1, kind="stable")
+    sorted_d = np.take_along_axis(np.where(flips[:, None], np.abs(d), 0), order[:, None], 2)
+    change = 2 * eps * np.cumsum(sorted_d, axis=2) * np.array([[-1], [1]])
+    first = z + eps * np.einsum("nm,njm->nj", start, d)
+    values = np.concatenate([first[:, :, None], first[:, :, None] + change], axis=2)  # (N, 2, m + 1)
+    best = logsumexp(values, axis=1).argmax(1)
+    flipped = np.argsort(order, axis=1) < best[:, None]
+    corner = np.where(flips & flipped, -start, start)
+    top = np.take_along_axis(values, best[:, None, None], 2)[:, :, 0]
+    return x + eps * corner, np.logaddexp(0, logsumexp(top, axis=1))
+
+
+def _arc(x, d, z, reach, eps):
+    """K = 3, Euclidean norm: the worst perturbation lies on the arc from d_1 to d_2. Its largest sampled loss is a
+    lower bound; the corners of the polygon round the arc, where a convex function is largest, give an upper one."""
+    e1 = _towards(d[:, 0], "l2")
+    along = np.einsum("nm,nm->n", e1, d[:, 1])
+    rest = d[:, 1] - along[:, None] * e1
+    e2, across = _towards(rest, "l2"), np.linalg.norm(rest, axis=1)
+    angle = np.arctan2(across, along)[:, None]
+    theta = angle * np.linspace(0, 1, 2 * ARC + 1)  # ends of the pieces and, between them, their middles
+    radius = np.where(np.arange(2 * ARC + 1) % 2, 1 / np.cos(angle / (2 * ARC)), 1)
+    z1 = z[:, :1] + reach[:, :1] * radius * np.cos(theta)
+    z2 = z[:, 1:] + reach[:, 1:] * radius * np.cos(angle - theta)
+    loss = np.logaddexp(0, np.logaddexp(z1, z2))
+    best = 2 * loss[:, ::2].argmax(1)[:, None]
+    t = np.take_along_axis(theta, best, 1)
+    return x + eps * (np.cos(t) * e1 + np.sin(t) * e2), loss.max(1)
+
+
+class Minimum(NamedTuple):
+    """A classifier W (K, m), rows summing to zero, and b (K,); its robust loss, as found by `worst_case`; and a
+    certified `gap`: its true robust loss exceeds the least one of all classifiers by no more."""
+
+    W: np.ndarray
+    b: np.ndarray
+    loss: float
+    gap: float
+
+
+def minimize(x, y, *, eps, norm, bias=False, max_gap=1e-8, max_rounds=30):
+    """Minimise the mean robust loss over all linear classifiers, with a certificate.
+
+    Each round solves the convex program "mean of the largest loss among the perturbed points found so far" and adds
+    the worst points for its solution. That program lies below L_eps, and a dual point of it bounds the minimum from
+    below without trust in the solver (`_floor`).
+
+    Args:
+        x, y, norm, bias: as for `eps_bar`. eps: radius, >= 0.
+        max_gap: the rounds end when the gap is below this (nats), when they no longer help, or after max_rounds.
+    Returns:
+        Minimum. With four or more classes the gap contains the distance between the values of `robust_loss`.
+    Raises:
+        ValueError: the loss has no minimiser, since some direction lowers it for ever (as when the points can be
+            separated by more than eps). Otherwise as for `eps_bar`.
+    """
+    x, y, K = _data(x, y)
+    _check_norm(norm)
+    _check_eps(eps)
+    if _falls_for_ever(x, y, K, eps, norm, bias):
+        raise ValueError(
+            f"at eps={eps} some weights keep every point right with room to spare, so the robust loss falls along "
+            "their multiples and has no minimiser: choose a larger eps"
+        )
+    scale = np.abs(x).max() or 1.0  # the solver's tolerances are absolute
+    x, eps = x / scale, eps / scale
+    cuts, owner = x, np.arange(len(y))
+    best, ceiling, floor = Minimum(None, None, np.inf, np.inf), np.inf, -np.inf
+    for _ in range(max_rounds):
+        X = np.hstack([cuts, np.ones((len(cuts), 1))]) if bias else cuts
+        try:
+            W, b, values, weights = _solve_cuts(X, y[owner], owner, K, bias)
+        except cp.SolverError:  # near the limits of double precision; what was reached is in the gap
+            break
+        x_adv, upper = _worst(W, x, y, eps, norm, b)
+        losses = _loss(W, x_adv, y, b)
+        if losses.mean() < best.loss:
+            best = Minimum(W / scale, b, float(losses.mean()), np.inf)
+            ceiling = max(best.loss, float(upper.mean()))
+        floor = max(floor, _floor(X, y[owner], owner, W, b, weights))
+        new = losses > values + max_gap / 10
+        if ceiling - floor <= max_gap or not new.any():
+            break
+        cuts, owner = np.vstack([cuts, x_adv[new]]), np.concatenate([owner, np.flatnonzero(new)])
+    return best._replace(gap=ceiling - floor)
+
+
+def _falls_for_ever(x, y, K, eps, norm, bias):
+    """Whether some W has no negative robust margin and a positive one: then L_eps falls along its multiples."""
+    scale = np.abs(x).max() or 1.0
+    W, b = cp.Variable((K, x.shape[1])), cp.Variable(K) if bias else np.zeros(K)
+    gaps = cp.hstack([
+        x[y == k] / scale @ (W[k] - W[j]) + b[k] - b[j] - eps / scale * cp.norm(W[k] - W[j], DUAL[norm])
+        for k in range(K) for j in range(K) if j != k
+    ])  # fmt: skip
+    problem = cp.Problem(cp.Maximize(cp.sum(gaps)), [gaps >= 0, cp.abs(W) <= 1])
+    _solve(problem)  # bounded, since gaps >= 0 bounds the differences of b
+    return problem.value > 1e-6
+
+
+def _solve_cuts(X, y, owner, K, bias):
+    """Minimise mean_n max_{c of n} loss(W, X_c): W, b, the maxima (N,) and the multipliers of the cuts c."""
+    n = owner.max() + 1
+    theta, t = cp.Variable((X.shape[1], K - 1)), cp.Variable(n)  # the last class is the reference
+    logits = cp.hstack([X @ theta, np.zeros((len(X), 1))])
+    own = cp.sum(cp.multiply(np.eye(K)[y], logits), axis=1)
+    below = cp.log_sum_exp(logits, axis=1) - own <= t[owner]
+    _solve(cp.Problem(cp.Minimize(cp.sum(t) / n), [below]))
+    full = np.hstack([theta.value, np.zeros((X.shape[1], 1))])
+    full = (full - full.mean(1, keepdims=True)).T
+    W, b = (full[:, :-1], full[:, -1]) if bias else (full, np.zeros(K))
+    return W, b, t.value, np.maximum(below.dual_value, 1e-12)
+
+
+def _floor(X, y, owner, W, b, weights):
+    """A lower bound of the minimum of the cuts' program, whatever W and weights are; tight at the optimum.
+
+    With weights v_c >= 0 that sum to 1/N over the cuts of a point and any probabilities p_c,
+    L_eps(W') >= sum_c v_c loss(W', X_c) >= sum_c v_c entropy(p_c) + <S, W'>, S = sum_{c, j} v_c p_cj X_c (e_j - e_y).
+    So the entropy is a bound over all W' once S = 0, and the least relative change of p_c = softmax that makes it so
+    is a least-squares problem.
+    """
+    K = len(W)
+    weights = weights / np.bincount(owner, weights)[owner] / (owner.max() + 1)
+    others = (y[:, None] + np.arange(1, K)) % K
+    theta = np.hstack([W, b[:, None]])[:, : X.shape[1]]
+    p = np.take_along_axis(softmax(X @ theta.T, axis=1), others, 1)
+    moves = np.eye(K)[others] - np.eye(K)[y][:, None]  # (cuts, K - 1, K)
+    A = np.einsum("c,ci,cm,cik->mkci", weights, p, X, moves).reshape(X.shape[1] * K, -1)
+    p = p * (1 + np.linalg.lstsq(A, -A.sum(1), rcond=None)[0].reshape(p.shape))
+    S = np.einsum("c,ci,cm,cik->mk", weights, p, X, moves)
+    p = np.hstack([1 - p.sum(1, keepdims=True), p])
+    if p.min() < 0 or np.abs(S).max() > 1e-13 * np.abs(X).max():
+        return -np.inf
+    return float(weights @ entr(p).sum(1))
+
+
+def _solve(problem):
+    with warnings.catch_warnings():  # what accuracy was reached is judged by the caller, not by the solver
+        warnings.simplefilter("ignore")
+        problem.solve(solver=cp.CLARABEL)
+
+
+def _others(z):
+    """Probabilities (..., K - 1) of the other classes, from their scores z when the own class has 0."""
+    return np.exp(z - np.logaddexp(0, logsumexp(z, axis=-1, keepdims=True)))
+
+
+def _loss(W, x, y, b):
+    logits = x @ W.T + b
+    return logsumexp(logits, axis=1) - logits[np.arange(len(y)), y]
+
+
+def _moments(x, y, K):
+    """Frequencies (K,) and means (K, m) of the classes; the mean of a class without points is 0."""
+    counts = np.bincount(y, minlength=K)
+    return counts / len(y), (np.eye(K)[y].T @ x) / np.maximum(counts, 1)[:, None]
+
+
+def _check_norm(norm):
+    if norm not in DUAL:
+        raise ValueError(f"unknown norm {norm!r}: choose linf or l2")
+
+
+def _check_eps(eps):
+    if not 0 <= eps < np.inf:
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
+
+
+def _points(x, y):
+    x, y = np.asarray(x, dtype=float), np.asarray(y)
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(f"x must be points (N, m), got shape {x.shape}: flatten images first")
+    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
+        raise ValueError(f"y must be {len(x)} integer labels from 0 on, got {y.dtype} of shape {y.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError("x holds NaN or infinite values")
+    return x, y
+
+
+def _data(x, y, num_classes=None):
+    """Checked points, labels and the number of classes."""
+    x, y = _points(x, y)
+    K = int(y.max()) + 1 if num_classes is None else num_classes
+    if K < 2:
+        raise ValueError("one class only: any constant classifier is perfect; give num_classes if there are more")
+    if y.max() >= K:
+        raise ValueError(f"label {y.max()} is outside 0..{K - 1}")
+    missing = np.setdiff1d(np.arange(K), y)
+    if num_classes is None and len(missing):
+        raise ValueError(f"labels skip class {missing[0]}: renumber them, or give num_classes to count empty classes")
+    return x, y, K
+
+
+def _classifier(W, x, y, eps, norm, b):
+    """Checked arguments of a function of classifiers; b is zeros if it is None."""
+    x, y = _points(x, y)
+    _check_norm(norm)
+    _check_eps(eps)
+    W = np.asarray(W, dtype=float)
+    if W.ndim < 2 or W.shape[-2] < 2 or W.shape[-1] != x.shape[1]:
+        raise ValueError(f"W must be weights (..., K, {x.shape[1]}) with K >= 2, got shape {W.shape}")
+    if y.max() >= W.shape[-2]:
+        raise ValueError(f"label {y.max()} has no row in W, which has {W.shape[-2]}")
+    b = np.zeros(W.shape[:-1]) if b is None else np.asarray(b, dtype=float)
+    if b.shape != W.shape[:-1]:
+        raise ValueError(f"b must have shape {W.shape[:-1]}, got {b.shape}")
+    if not (np.isfinite(W).all() and np.isfinite(b).all()):
+        raise ValueError("W or b holds NaN or infinite values")
+    return W, x, y, b

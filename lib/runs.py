@@ -67,10 +67,7 @@ def _code():
     for name in DECIDING:
         tree = ast.parse((LIB / name).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
-            if (
-                isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
-                and ast.get_docstring(node) is not None
-            ):
+            if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
         h.update(ast.dump(tree).encode())
     return h.hexdigest()

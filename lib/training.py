@@ -6,6 +6,7 @@ with the budget. Everything random in an epoch comes from one generator seeded b
 off and resumed ends in the same bits as one that is not.
 """
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -79,12 +80,21 @@ class TrainConfig:
             raise ValueError(f"unknown optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
         if self.lr_scheduler not in torch.optim.lr_scheduler.__all__:
             raise ValueError(f"unknown lr_scheduler {self.lr_scheduler!r}: see torch.optim.lr_scheduler")
+        if not all(isinstance(r, int) for r in self.restarts):
+            raise ValueError(f"restarts must be whole epochs, got {self.restarts}")
         if self.restarts and self.restarts[-1] >= self.epochs:
             raise ValueError(f"the last restart, {self.restarts[-1]}, is not before the end, {self.epochs}")
         self.budget()
         # Dry runs of the builders: their errors belong here too.
         with torch.device("meta"):
-            self._optimizer_and_scheduler(models.build(self.model, seed=0, **self.model_settings()))
+            model = models.build(self.model, seed=0, **self.model_settings())
+        try:
+            optimizer, scheduler = self._optimizer_and_scheduler(model)
+            optimizer.step()
+            scheduler.step()
+        except (TypeError, NotImplementedError) as error:
+            given = f"lr_scheduler {self.lr_scheduler} with lr_settings {self.lr_settings}"
+            raise ValueError(f"{given} does not work: {error}") from error
 
     def model_settings(self, **more):
         return {"width": self.width, "activation": self.activation, **more}
@@ -174,9 +184,7 @@ def read(folder, config):
     record = read_json(folder / "run.json")
     if record["config"] != json.loads(json.dumps(asdict(config))):
         raise ValueError(f"{folder} holds a run of another config: choose another folder")
-    return Run(
-        config, folder, pd.DataFrame(record["history"]), pd.DataFrame(record["steps"], columns=STEP_COLUMNS)
-    )
+    return Run(config, folder, pd.DataFrame(record["history"]), pd.DataFrame(record["steps"], columns=STEP_COLUMNS))
 
 
 class _State:
@@ -217,9 +225,7 @@ class _State:
         self.scheduler.step()
         self.epoch += 1
         if self.epoch % config.eval_every == 0 or self.epoch == config.epochs:
-            self.history.append(
-                {"epoch": self.epoch, "eps": self.budget(self.epoch), "lr": lr, **self.evaluate()}
-            )
+            self.history.append({"epoch": self.epoch, "eps": self.budget(self.epoch), "lr": lr, **self.evaluate()})
 
     def step(self, x, y, eps, generator):
         """One mini-batch: attack, gradient, update. Returns eps, loss, robust error, gradient norm."""
@@ -235,18 +241,14 @@ class _State:
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         if not math.isfinite(loss.item() + norm.item()):
-            raise ValueError(
-                f"training diverged in epoch {self.epoch}: loss {loss.item()}, {_describe(config)}"
-            )
+            raise ValueError(f"training diverged in epoch {self.epoch}: loss {loss.item()}, {_describe(config)}")
         self.optimizer.step()
         wrong = (logits.argmax(1) != y).double().mean().item()
         return [eps, loss.item(), wrong, norm.item()]
 
     def evaluate(self):
         c = self.config
-        return evaluate(
-            self.model, *self.test, eps=c.eps, step_size=c.step_size, num_steps=c.num_steps, seed=c.seed
-        )
+        return evaluate(self.model, *self.test, eps=c.eps, step_size=c.step_size, num_steps=c.num_steps, seed=c.seed)
 
     def keep(self, folder):
         """Keep the model of this moment for good."""
@@ -284,9 +286,7 @@ class _State:
             if name.startswith("optimizer."):
                 _, i, key = name.split(".")
                 state.setdefault(int(i), {})[key] = tensor
-        self.optimizer.load_state_dict(
-            {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        )
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
 def augment(x, generator, border=4):
@@ -298,11 +298,7 @@ def augment(x, generator, border=4):
     columns = torch.where(flip, columns.flip(0), columns) + left
     rows = torch.arange(h, device=x.device) + top
     images = torch.arange(b, device=x.device)[:, None, None]
-    return (
-        F.pad(x, [border] * 4)
-        .permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]]
-        .permute(0, 3, 1, 2)
-    )
+    return F.pad(x, [border] * 4).permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _describe(config):
@@ -310,14 +306,25 @@ def _describe(config):
 
 
 def _save(path, tensors, about):
-    write_bytes(path, save(tensors, metadata={"json": json.dumps(about, sort_keys=True)}))
+    text = json.dumps(about, sort_keys=True)
+    # The format has no checksum; one key, because the order of several is not fixed.
+    write_bytes(path, save(tensors, metadata={"about": f"{_sha256(tensors, text)} {text}"}))
+
+
+def _sha256(tensors, text):
+    h = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        h.update(name.encode() + tensors[name].numpy().tobytes())
+    return h.hexdigest()
 
 
 def _load(path):
     try:
         with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["json"])  # noqa: SIM118
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            digest, text = file.metadata()["about"].split(" ", 1)
+        if digest != _sha256(tensors, text):
+            raise ValueError("its checksum is wrong")
+        return tensors, json.loads(text)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is truncated or corrupted: delete its folder and run again ({error})"
-        ) from error
+        raise ValueError(f"{path} is truncated or corrupted: delete its folder and run again ({error})") from error

@@ -1,0 +1,298 @@
+"""The shape of the loss over the parameters: lines and planes, how far gradients and attacks move, connecting curves.
+
+A point of parameter space is a flat vector (P,) in the order of `model.parameters()`. The loss is the mean
+cross-entropy, the error the share of wrong labels. An attack is a function (model, x, y) -> x_adv, for instance
+`functools.partial(pgd, eps=.1, step_size=.02, num_steps=10, random_start=False)`; to make a surface smooth in the
+attack's random start, let it seed its own generator at each call.
+
+Batch normalisation: everywhere but in curves the statistics stay those of the given model, so a surface is that of one
+function of the parameters, the one whose Hessian `curvature` takes. Inside a curve they belong to no given model, and
+are measured again at each point (Garipov et al. 2018).
+"""
+
+import copy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.special import comb
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim.swa_utils import update_bn
+
+from .curvature import check, top_eigenpairs
+from .evaluation import attacked, predict
+
+ADVERSARIES = ("none", "frozen", "rerun")
+
+
+def random_directions(model, num, *, seed=0):
+    """Filter-normalised Gaussian directions (Li et al. 2018, arXiv:1712.09913).
+
+    Each filter (a row of a weight of two or more dimensions) gets the norm of the model's own; biases and the
+    parameters of batch normalisation get 0.
+
+    Returns:
+        (num, P). Step 1 along it changes each filter by its own length.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([_filter_normalised(model, generator) for _ in range(num)])
+
+
+def _filter_normalised(model, generator):
+    pieces = []
+    for p in model.parameters():
+        d = torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+        if p.dim() < 2:
+            d.zero_()
+        else:
+            rows, own = d.view(len(d), -1), p.detach().reshape(len(d), -1)
+            rows *= own.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True)
+        pieces.append(d.reshape(-1))
+    return torch.cat(pieces)
+
+
+def eigen_directions(model, x, y, num, **settings):
+    """The top `num` eigenvectors of the Hessian at (x, y), made as long as a filter-normalised direction.
+
+    Arguments, errors: as for `curvature.top_eigenpairs`. Returns (num, P).
+    """
+    vectors = top_eigenpairs(model, x, y, num, **settings).vectors
+    return vectors * random_directions(model, 1)[0].norm()
+
+
+class Surface(NamedTuple):
+    """loss (nats) and error (share), arrays of one shape: a value for each point."""
+
+    loss: np.ndarray
+    error: np.ndarray
+
+
+def surface(model, directions, steps, x, y, *, attack=None, adversary="none", batch_size=500):
+    """Loss and error at theta + sum_i a_i d_i, for all a_i in `steps`: a line for one direction, a plane for two.
+
+    Args:
+        model: an nn.Module in evaluation mode; theta is its parameters. It is not changed.
+        directions: (1 or 2, P). steps: (S,) numbers.
+        x, y: images (N, ...) and labels (N,).
+        adversary: "none": clean images. "frozen": the attack of the model itself, kept at all points (the function
+            that the Hessian at fixed adversarial inputs belongs to). "rerun": the attack made anew at every point
+            (the adversarial loss).
+        attack: needed for "frozen" and "rerun".
+    Returns:
+        Surface, of shape (S,) or (S, S); the first index goes with the first direction.
+    Raises:
+        ValueError: unknown adversary, an attack missing or superfluous, directions that do not fit, a model in
+            training mode, no data.
+    """
+    check(model, x, y)
+    if adversary not in ADVERSARIES:
+        raise ValueError(f"unknown adversary {adversary!r}: choose one of {', '.join(ADVERSARIES)}")
+    if (attack is None) != (adversary == "none"):
+        raise ValueError(f"adversary {adversary!r} {'needs an' if attack is None else 'takes no'} attack")
+    theta = flat(model)
+    if directions.dim() != 2 or len(directions) not in (1, 2) or directions.shape[1] != len(theta):
+        raise ValueError(f"directions must be (1 or 2, {len(theta)}), got {tuple(directions.shape)}")
+    steps = torch.as_tensor(steps, dtype=theta.dtype, device=theta.device)
+    if adversary == "frozen":
+        x, attack = attacked(model, x, y, attack, batch_size=batch_size), None
+    moved, shape = copy.deepcopy(model), (len(steps),) * len(directions)
+    values = np.empty((2, *shape))
+    for i in np.ndindex(shape):
+        move(moved, theta + steps[list(i)] @ directions)
+        values[(slice(None), *i)] = _loss_and_error(moved, x, y, attack, batch_size)
+    return Surface(*values)
+
+
+def _loss_and_error(model, x, y, attack, batch_size):
+    if attack is not None:
+        x = attacked(model, x, y, attack, batch_size=batch_size)
+    logits = predict(model, x, batch_size=batch_size)
+    return F.cross_entropy(logits.double(), y).item(), (logits.argmax(1) != y).double().mean().item()
+
+
+def flat(model):
+    """A copy of the parameters as one vector (P,)."""
+    return parameters_to_vector([p.detach() for p in model.parameters()])
+
+
+def move(model, theta):
+    """Put the model at the point theta (P,), whose numbers are copied."""
+    vector_to_parameters(theta.clone(), model.parameters())
+
+
+class Scatter(NamedTuple):
+    """For each distance, arrays (D,): how far the gradient of the adversarial loss and the attacks have moved.
+
+    gradient: ||grad L(theta + a v) - grad L(theta)||, each with its own attacks. fixed: the same with the attacks of
+    theta in both, the smooth part that the Hessian describes. scattering: ||difference of the gradients at theta + a v
+    under the attacks of theta + a v and of theta||, the rest. cosine: mean over the images of the cosine between the
+    two perturbations.
+    """
+
+    gradient: np.ndarray
+    fixed: np.ndarray
+    scattering: np.ndarray
+    cosine: np.ndarray
+
+
+def scatter(model, direction, distances, x, y, attack, *, batch_size=500):
+    """How far adversarial gradients and perturbations move with the parameters (Liu et al. 2020, Section 4.2).
+
+    Args:
+        model: in evaluation mode; not changed.
+        direction: (P,), made a unit vector v here. distances: (D,), lengths a of the moves.
+        attack: (model, x, y) -> x_adv. It should be repeatable, else its own noise is in all four numbers.
+    Returns:
+        Scatter. Images whose perturbation is zero at either point are left out of the cosine; NaN if all are.
+    Raises:
+        ValueError: as for `surface`; a direction of length 0.
+    """
+    check(model, x, y)
+    if not direction.norm() > 0:
+        raise ValueError("the direction must have a positive, finite length")
+    theta, v, moved = flat(model), direction / direction.norm(), _copy(model)
+    x_here = attacked(model, x, y, attack, batch_size=batch_size)
+    here, rows = _gradient(moved, x_here, y, batch_size), []
+    for a in distances:
+        move(moved, theta + a * v)
+        x_there = attacked(moved, x, y, attack, batch_size=batch_size)
+        there, fixed = (_gradient(moved, z, y, batch_size) for z in (x_there, x_here))
+        norms = [(there - here).norm(), (fixed - here).norm(), (there - fixed).norm()]
+        rows.append([n.item() for n in norms] + [_mean_cosine(x_there - x, x_here - x)])
+    return Scatter(*np.array(rows).T)
+
+
+def _gradient(model, x, y, batch_size):
+    """Gradient (P,) of the mean loss, in evaluation mode."""
+    parameters, total = list(model.parameters()), 0
+    for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        loss = F.cross_entropy(model(a), b, reduction="sum") / len(x)
+        total = total + parameters_to_vector(torch.autograd.grad(loss, parameters))
+    return total
+
+
+def _mean_cosine(a, b):
+    a, b = a.flatten(1), b.flatten(1)
+    moved = (a.norm(dim=1) > 0) & (b.norm(dim=1) > 0)
+    return F.cosine_similarity(a[moved], b[moved]).mean().item()
+
+
+class Curve:
+    """A curve theta(t), 0 <= t <= 1, between the parameters of two models (Garipov et al. 2018, arXiv:1802.10026).
+
+    Args:
+        start, end: models of one architecture, in evaluation mode.
+        bends: (m, P), m >= 0; with none, the curve is the straight line.
+        kind: "bezier" (start, bends, end are its control points) or "polygon" (it passes through them all, at equal
+            steps of t).
+    """
+
+    def __init__(self, start, end, bends=(), kind="bezier"):
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
+        shapes = [[(k, v.shape) for k, v in m.state_dict().items()] for m in (start, end)]
+        if shapes[0] != shapes[1]:
+            raise ValueError("start and end must be of one architecture: names or shapes of their tensors differ")
+        self.ends, self.kind = (copy.deepcopy(start).eval(), copy.deepcopy(end).eval()), kind
+        self.points = torch.stack([flat(start), *bends, flat(end)])
+
+    def weights(self, t):
+        """The weights (m + 2,) with theta(t) = weights @ points: exactly 0 and 1 at the ends."""
+        if not 0 <= t <= 1:
+            raise ValueError(f"t must lie in [0, 1], got {t}")
+        return torch.as_tensor(
+            KINDS[self.kind](t, len(self.points) - 1), dtype=self.points.dtype, device=self.points.device
+        )
+
+    def model(self, t, x_statistics=None):
+        """The model at t. The ends are copies of the given ones.
+
+        x_statistics: images on which the statistics of batch normalisation are measured, for a model that has it.
+        """
+        moved = copy.deepcopy(self.ends[int(t == 1)])
+        if 0 < t < 1 and any(isinstance(m, BatchNorm) for m in moved.modules()):
+            if x_statistics is None:
+                raise ValueError(f"at t = {t} the statistics of batch normalisation are unknown: give x_statistics")
+            move(moved, self.weights(t) @ self.points)
+            update_bn(x_statistics.split(500), moved)
+        else:
+            move(moved, self.weights(t) @ self.points)
+        return moved.eval()
+
+
+def _bezier(t, n):
+    i = np.arange(n + 1)
+    return comb(n, i) * t**i * (1.0 - t) ** (n - i)
+
+
+def _polygon(t, n):
+    return np.maximum(0, 1 - abs(n * t - np.arange(n + 1)))
+
+
+KINDS = {"bezier": _bezier, "polygon": _polygon}
+
+
+def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs=10, lr=1e-3, batch_size=128, seed=0):
+    """Train the bends of a curve between two models so that the expected loss along it is small.
+
+    Each step draws one t uniformly, attacks the mini-batch there, and moves the bends (Adam) by the gradient of the
+    loss at theta(t). The bends begin on the straight line.
+
+    Args:
+        start, end, kind: as for `Curve`. x, y: training images and labels.
+        attack: (model, x, y) -> x_adv; without it, ordinary training.
+        num_bends: free points. epochs, lr, batch_size, seed: of the training.
+    Returns:
+        Curve, whose ends are the given models.
+    Raises:
+        ValueError: as for `Curve`, no data, num_bends below 1.
+    """
+    check(start, x, y)
+    check(end, x, y)
+    if num_bends < 1:
+        raise ValueError(f"num_bends must be at least 1, got {num_bends}: without bends there is nothing to train")
+    a, b = flat(start), flat(end)
+    curve = Curve(start, end, [a + i / (num_bends + 1) * (b - a) for i in range(1, num_bends + 1)], kind)
+    bends = torch.nn.Parameter(curve.points[1:-1].clone())
+    optimizer = torch.optim.Adam([bends], lr)
+    moved, generator = _copy(start).train(), torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x), generator=generator).split(batch_size):
+            weights = curve.weights(torch.rand((), generator=generator).item())
+            inputs, labels = x[batch.to(x.device)], y[batch.to(x.device)]
+            curve.points[1:-1] = bends.detach()
+            move(moved, weights @ curve.points)
+            if attack is not None:
+                inputs = attack(moved, inputs, labels)
+            loss = F.cross_entropy(moved(inputs), labels)
+            gradient = parameters_to_vector(torch.autograd.grad(loss, list(moved.parameters())))
+            bends.grad = torch.outer(weights[1:-1], gradient)
+            optimizer.step()
+    curve.points[1:-1] = bends.detach()
+    return curve
+
+
+def along(curve, steps, x, y, *, attack=None, x_statistics=None, batch_size=500):
+    """Loss and error at the points t of `steps` of a curve, under an attack made anew at each point if one is given.
+
+    Arguments as for `surface` and `Curve.model`. Returns Surface, of shape (S,).
+    """
+    points = [_loss_and_error(curve.model(t, x_statistics), x, y, attack, batch_size) for t in steps]
+    return Surface(*np.array(points).T)
+
+
+def barrier(steps, values):
+    """How far `values` (S,) at `steps` (S,), from 0 to 1, rise above the line between the end values; 0 if nowhere.
+
+    (Frankle et al. 2020, arXiv:1912.05671, with the line in place of the mean of the ends.)
+    """
+    steps, values = np.asarray(steps, float), np.asarray(values, float)
+    if len(steps) < 2 or steps[0] != 0 or steps[-1] != 1:
+        raise ValueError(f"steps must run from 0 to 1, ends included, got {steps[:1]} to {steps[-1:]}")
+    return float((values - (1 - steps) * values[0] - steps * values[-1]).max())
+
+
+def _copy(model):
+    return copy.deepcopy(model).requires_grad_(True)

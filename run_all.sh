@@ -1,0 +1,126 @@
+#!/usr/bin/env bash
+# Makes the environment if need be, then hands over to tools/run.py. See --help.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+Usage: ./run_all.sh [NOTEBOOK ...] [--profile quick|gpu|paper|tiny] [-j N] [--timeout S] [--list]
+       ./run_all.sh --test [pytest arguments]
+       ./run_all.sh --python ARGUMENTS       any other command, such as benchmarks/bench_curvature.py
+       ./run_all.sh --setup                  only make the environment
+
+  NOTEBOOK    name or beginning of a name, such as 03 (default: all)
+  --profile   size of the experiments (default: quick, which rewrites notebooks/*.ipynb and figures/quick/;
+              the others write build/PROFILE/*.ipynb and figures/PROFILE/, tiny only build/tiny/)
+  -j N        notebooks side by side (default: 2)
+  --timeout S seconds that a cell may take
+  --list      name the notebooks and the profiles
+
+The environment is the active one if it fits pyproject.toml, else .venv, made by uv or by Python 3.11 to 3.13.
+Variables: PYTHON (makes .venv), OMP_NUM_THREADS (default 1), FIGURES_DIR, RUNS_DIR, DATA_DIR (other folders).
+TEXT
+}
+
+die() { echo "run_all.sh: $1" >&2; exit 1; }
+fail() { tail -n 15 "$log" >&2; die "the set-up failed; all of it is in $log"; }
+
+# Run a step of the set-up with its words in the log. It runs in the background, so that `wait` hears a signal at once.
+step() {
+  echo "+ $*" >>"$log"
+  "$@" </dev/null >>"$log" 2>&1 &
+  wait $!
+}
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3 python; do
+    if "$candidate" tools/checkenv.py --python-only >/dev/null 2>&1; then python=$candidate; return; fi
+  done
+  die "needs Python $range: set PYTHON=/path/to/python3.x, or install uv"
+}
+
+new_venv() {
+  rm -rf .venv
+  if command -v uv >/dev/null && step uv venv --seed --python "${PYTHON:-$range}" .venv; then return; fi
+  find_python
+  rm -rf .venv
+  step "$python" -m venv .venv || fail
+}
+
+# -c: pyproject.toml says what is needed, the lock only at which version.
+install() {
+  local uv=uv
+  if ! command -v uv >/dev/null; then
+    uv=.venv/bin/uv  # a few seconds to get it, and it is several times as fast as pip
+    [ -x "$uv" ] || step "$python" -m pip install uv || true
+  fi
+  step "$uv" pip install --python "$python" -c requirements.lock -e '.[dev]' ||
+    step "$python" -m pip install -c requirements.lock -e '.[dev]'
+}
+
+# The stamp is written last: without it .venv is half made, with another first line it belongs to another checkout.
+make_venv() {
+  local stamp=.venv/made-by-run_all want
+  want=$(printf '%s\n' "$root" "$(cat pyproject.toml requirements.lock | cksum)")
+  python=$root/.venv/bin/python
+  local usable=no
+  if [ "$(head -n 1 "$stamp" 2>/dev/null)" = "$root" ] && "$python" tools/checkenv.py --python-only >/dev/null 2>&1; then
+    if [ "$(cat "$stamp")" = "$want" ] && "$python" tools/checkenv.py --dev >/dev/null 2>&1; then return; fi
+    usable=yes
+  fi
+  trap 'kill $(jobs -p) 2>/dev/null || true; wait; exit 130' INT TERM HUP # a background step does not hear Ctrl-C
+  mkdir -p build
+  : >"$log"
+  if [ $usable = yes ]; then
+    echo "run_all.sh: bringing .venv up to date (details: $log)" >&2
+    rm -f "$stamp"
+  else
+    echo "run_all.sh: making .venv, about 5 GB; half a minute to three minutes, once (details: $log)" >&2
+    new_venv
+  fi
+  python=$root/.venv/bin/python
+  install && step "$python" tools/checkenv.py --dev || fail
+  echo "$want" >"$stamp"
+  trap - INT TERM HUP
+}
+
+# Sets `python`: the active one if it fits, else that of .venv, made if need be. Arguments go to checkenv.py.
+choose_python() {
+  local reason=''
+  if [ "${VIRTUAL_ENV-}" != "$root/.venv" ]; then
+    if reason=$(python tools/checkenv.py "$@" 2>/dev/null); then
+      python=$(python -c 'import sys; print(sys.executable)') # not a shim, which may choose by folder
+      return
+    fi
+    if [ -n "${VIRTUAL_ENV-}${CONDA_PREFIX-}" ]; then
+      echo "run_all.sh: the active environment does not fit (${reason%%$'\n'*}); .venv is used" >&2
+    fi
+  fi
+  make_venv
+}
+
+{ true <&0; } 2>/dev/null || exec </dev/null # started with stdin closed
+script=${BASH_SOURCE[0]}
+while [ -L "$script" ]; do
+  target=$(readlink "$script")
+  case $target in /*) script=$target ;; *) script=$(dirname "$script")/$target ;; esac
+done
+root=$(cd -P "$(dirname "$script")" && pwd)
+range=$(sed -n 's/^requires-python = "\(.*\)"$/\1/p' "$root/pyproject.toml")
+log=build/setup.log
+
+mode=run dev=
+case ${1-} in
+  -h | --help) usage; exit ;;
+  --setup | --test | --python) mode=${1#--} dev=--dev; shift ;;
+esac
+here=$PWD
+cd "$root"
+choose_python $dev
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONHASHSEED=0
+case $mode in
+  setup) echo "environment: $python" ;;
+  test) exec "$python" -m pytest -n 2 --dist loadfile "$@" ;;
+  python) exec "$python" "$@" ;;
+  run) cd "$here"; exec "$python" "$root/tools/run.py" "$@" ;;
+esac

@@ -1,0 +1,197 @@
+#!/usr/bin/env python3
+"""Run the notebooks, several side by side, each in a process of its own.
+
+The profile "quick" rewrites notebooks/NAME.ipynb and figures/quick/. Any other profile writes build/PROFILE/NAME.ipynb
+and figures/PROFILE/, "tiny" (the tests' size) all of it under build/tiny/. Logs are in build/PROFILE/NAME.log.
+FIGURES_DIR and RUNS_DIR (trained models) in the environment replace those folders; DATA_DIR is that of the data.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import gallery
+import profiles
+from execute import ANSI
+from jobs import TINY, Job, duration, environment, make_jobs, read_times
+from layout import Layout
+
+from lib.claims import VERDICTS
+from lib.files import write_json
+
+TIMEOUTS = {profiles.QUICK: 3600, TINY: 600}  # seconds per cell
+LONG_TIMEOUT = 7 * 24 * 3600  # a cell of the large profiles may train many models
+REPORT_EVERY = 15  # seconds between the lines about a running notebook when there is no terminal
+TAIL = 20  # lines of a failed notebook's log to show
+
+
+class Screen:
+    """Progress: one live line on a terminal, a line now and then elsewhere."""
+
+    def __init__(self):
+        self.live = sys.stdout.isatty()
+        self.reported = {}
+
+    def say(self, line: str) -> None:
+        print(("\r\x1b[K" if self.live else "") + line, flush=True)
+
+    def show(self, running: list[Job]) -> None:
+        if self.live:
+            states = [job.state() + (f" ({job.said[-40:]})" if job.said else "") for job in running]
+            width = shutil.get_terminal_size().columns - 1
+            print("\r\x1b[K" + " | ".join(states)[:width], end="", flush=True)
+            return
+        for job in running:
+            if job.seconds - self.reported.get(job.name, 0) >= REPORT_EVERY:
+                self.reported[job.name] = job.seconds
+                self.say(f"      {job.state()}" + (f": {job.said[-80:]}" if job.said else ""))
+
+
+def run(jobs: list[Job], at_once: int, env: dict, screen: Screen) -> bool:
+    """Run all jobs, ``at_once`` side by side. False when it was interrupted."""
+    waiting, running = list(jobs), []
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(waiting.pop(0))
+                screen.say(f"start {running[-1].name}")
+                running[-1].start(env)
+            time.sleep(0.2)
+            for job in list(running):
+                job.follow()
+                if job.process.poll() is not None:
+                    job.finish()
+                    running.remove(job)
+                    screen.say(f"{'ok   ' if job.ok else 'FAIL '} {job.name}  {duration(job.seconds)}")
+            screen.show(running)
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half of them alive
+        for job in running:
+            job.follow()
+        screen.say("interrupted: " + ("; ".join(job.state() for job in running) or "between two notebooks"))
+        if waiting:
+            screen.say("not started: " + ", ".join(job.name for job in waiting))
+        return False
+    finally:
+        for job in running:
+            if job.process:
+                job.stop()
+    return True
+
+
+def report(jobs: list[Job], figures: Path) -> None:
+    """The closing table, then the end of each failed notebook's log."""
+    width = max(len(job.name) for job in jobs)
+    print(f"\n{'notebook':{width}}  {'time':>12}  verdicts")
+    for job in sorted(jobs, key=lambda job: job.name):
+        path = figures / f"{job.name}.claims.json"
+        counts = Counter(row["verdict"] for row in gallery.read_claims(path)["claims"]) if path.exists() else {}
+        verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts.get(verdict))
+        print(f"{job.name:{width}}  {duration(job.seconds):>12}  {(verdicts or '-') if job.ok else 'FAILED'}")
+    for job in jobs:
+        if not job.ok:
+            lines = ANSI.sub("", job.log.read_text(encoding="utf-8", errors="replace")).splitlines()
+            lines = [line for line in lines if line.strip() and not line.startswith("Ending Cell ")]
+            print(f"\nFAILED {job.name}, at cell {job.cell} of {job.cells}. The end of {job.log}:")
+            print("\n".join(f"    {line}" for line in lines[-TAIL:]))
+
+
+def list_all(layout: Layout) -> None:
+    """What can be run."""
+    held = {name: set(profiles.read_profile(layout, name)) for name in profiles.profile_names(layout)}
+    for notebook in layout.names():
+        print(f"{notebook}  ({', '.join(name for name in held if notebook in held[name])})")
+    print(f"profiles: {', '.join(held)}")
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run_all.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="name or beginning, such as 03")
+    parser.add_argument("--profile", default=profiles.QUICK, help="size of the experiments (default: quick)")
+    parser.add_argument("-j", "--jobs", type=int, default=2, metavar="N", help="notebooks side by side (default: 2)")
+    parser.add_argument(
+        "--timeout",
+        type=int,
+        metavar="S",
+        help="seconds a cell may take",
+    )
+    parser.add_argument("--list", action="store_true", help="name the notebooks and the profiles, run nothing")
+    parser.add_argument("--root", type=Path, default=Layout().root, help=argparse.SUPPRESS)  # for the tests
+    args = parser.parse_args(argv)
+    for option in ("jobs", "timeout"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            parser.error(f"--{option} {value}: it must be at least 1")
+    return args
+
+
+def selected(layout: Layout, profile: str, asked: list[str]) -> dict[str, dict]:
+    """The sections of a profile that were asked for.
+
+    Raises:
+        ProfileError: something that cannot be run was asked for; nothing has run yet.
+    """
+    sections = profiles.read_profile(layout, profile)
+    names = profiles.choose(asked, layout.names()) if asked else list(sections)
+    missing = [name for name in names if name not in sections]
+    if missing:
+        raise profiles.ProfileError(f"profile {profile} has no section for {', '.join(missing)}")
+    if not names:
+        raise profiles.ProfileError(f"profile {profile} holds no notebook")
+    return {name: sections[name] for name in names}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    layout, profile = Layout(args.root.resolve()), args.profile
+    try:
+        if args.list:
+            list_all(layout)
+            return 0
+        sections = selected(layout, profile, args.notebooks)
+    except profiles.ProfileError as error:
+        print(f"run_all.sh: {error}", file=sys.stderr)
+        return 2
+    env = environment(layout, profile)
+    timeout = args.timeout or TIMEOUTS.get(profile, LONG_TIMEOUT)
+    # In /tmp, for a short path: a socket's name may have about 100 characters.
+    with tempfile.TemporaryDirectory(prefix="nb", dir="/tmp") as scratch:
+        jobs = make_jobs(layout, profile, sections, timeout, Path(scratch))
+        if not run(jobs, args.jobs, env, Screen()):
+            return 130
+    times = read_times(layout, profile) | {job.name: round(job.seconds, 1) for job in jobs if job.ok}
+    write_json(layout.build / profile / "times.json", times)
+    try:
+        report(jobs, Path(env["FIGURES_DIR"]))
+        if profile != TINY:
+            gallery.write(layout)
+    except gallery.RecordError as error:
+        print(f"run_all.sh: {error}", file=sys.stderr)
+        return 1
+    return int(not all(job.ok for job in jobs))
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    try:
+        os.fstat(0)
+    except OSError:  # started with stdin closed: without this a log or a pipe would become file 0
+        os.open(os.devnull, os.O_RDONLY)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup stays nohup
+            signal.signal(number, _interrupt)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before the first notebook, or after the last
+        sys.exit(130)
