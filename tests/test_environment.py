@@ -1,0 +1,287 @@
+"""The ways to make the environment (run_all.sh, pip or uv, conda) ask for the same packages at the same versions."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import checkenv  # noqa: E402
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NEEDS = [Requirement(text) for text in PROJECT["dependencies"]]
+EXTRAS = [Requirement(text) for needs in PROJECT["optional-dependencies"].values() for text in needs]
+LOCK = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and not line.startswith("#")]
+PINS = [Requirement(line) for line in LOCK]
+MACHINES = [
+    {"python_version": python, "python_full_version": f"{python}.5", **machine}
+    for python in ("3.11", "3.12", "3.13")
+    for machine in (
+        {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"},
+        {"sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64"},
+    )
+]
+
+
+def pins_on(machine):
+    """{package: version} that the lock gives on one kind of machine; a package pinned twice there is an error."""
+    env = default_environment() | machine
+    pins = {}
+    for pin in PINS:
+        if pin.marker is None or pin.marker.evaluate(env):
+            assert canonicalize_name(pin.name) not in pins, f"{pin.name} is pinned twice on {machine}"
+            (clause,) = pin.specifier
+            pins[canonicalize_name(pin.name)] = clause.version
+    return pins
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: f"{m['sys_platform']}-{m['python_version']}")
+def test_every_need_is_pinned_within_its_range(machine):
+    pins = pins_on(machine)
+    for need in NEEDS + EXTRAS:
+        assert need.specifier.contains(pins[canonicalize_name(need.name)], prereleases=True), need
+    assert pins["torch"] == "2.11.0" and pins["torchvision"] == "0.26.0"
+
+
+def test_the_lock_is_plain_and_universal():
+    for line in LOCK:
+        assert re.fullmatch(r"[a-z0-9._-]+==[A-Za-z0-9.!]+( ; .+)?", line), line  # no URL, path, hash or local version
+    markers = " ".join(str(pin.marker) for pin in PINS if pin.marker)
+    assert "linux" in markers and "darwin" in markers and "python_full_version" in markers
+
+
+def test_conda_asks_for_what_pyproject_says_and_no_more():
+    text = (ROOT / "environment.yml").read_text()
+    environment = yaml.safe_load(text)
+    assert environment["name"] == PROJECT["name"]
+    assert environment["channels"] == ["conda-forge", "nodefaults"]
+    python, pip, packages = environment["dependencies"]
+    version = re.fullmatch(r"python=(3\.\d+)", python)[1]
+    assert version in SpecifierSet(PROJECT["requires-python"]) and pip == "pip"
+    assert packages == {"pip": ["-c requirements.lock", "-e .[dev]"]}
+
+
+# ---------------------------------------------------------------- tools/checkenv.py: is this interpreter fit?
+
+versions = st.from_regex(r"[0-9]{1,2}(\.[0-9]{1,2}){0,2}(rc1|\.post1|\+cu130)?", fullmatch=True)
+clauses = st.tuples(
+    st.sampled_from(["==", "!=", "<=", ">=", "<", ">", "~="]),
+    st.from_regex(r"[0-9]{1,2}\.[0-9]{1,2}(\.[0-9]{1,2})?", fullmatch=True),
+)
+
+
+@given(versions, st.lists(clauses, max_size=2))
+def test_version_clauses_agree_with_packaging(version, parts):
+    spec = ",".join("".join(part) for part in parts)
+    if "post" in version or "rc" in version:  # equality with a plain release is all that is claimed for these
+        spec = ",".join(part for part in spec.split(",") if part.startswith((">=", "<", "~="))).replace("<=", "<")
+    assert checkenv.satisfies(version, spec) == SpecifierSet(spec).contains(Version(version), prereleases=True)
+
+
+@pytest.mark.parametrize("version, spec, held", [("3.12.4", "==3.12.*", True), ("3.1", "!=3.1.*", False)])
+def test_version_wildcards(version, spec, held):
+    assert checkenv.satisfies(version, spec) is held is SpecifierSet(spec).contains(version)
+
+
+def test_an_unreadable_clause_is_an_error():
+    with pytest.raises(ValueError, match="cannot read the version clause 'about 3'"):
+        checkenv.satisfies("3", ">=2,about 3")
+
+
+def project(folder, dependencies, python=">=3.11"):
+    listed = ", ".join(f'"{need}"' for need in dependencies)
+    (folder / "pyproject.toml").write_text(
+        f'[project]\nrequires-python = "{python}"\ndependencies = [{listed}]\n[project.optional-dependencies]\n'
+        'dev = ["no-such-tool>=1"]\n'
+    )
+    return folder
+
+
+def test_this_environment_fits():
+    assert checkenv.problems(ROOT, dev=True) == []
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    folder = project(tmp_path, ["numpy>=1000", "no-such-package", "pyyaml>=1"])
+    found = checkenv.problems(folder, dev=True)
+    assert re.fullmatch(r"numpy [\d.]+ is not >=1000", found[0])
+    assert found[1:3] == ["no-such-package is not installed", "no-such-tool is not installed"]
+    assert found[3:] == ["`import lib` does not lead to this checkout"]  # it leads to ours, not to the folder
+
+
+def test_an_old_python_is_named(tmp_path):
+    found = checkenv.problems(project(tmp_path, [], python=">=3.99"), python_only=True)
+    assert re.fullmatch(r"Python 3[\d.]+ is not >=3\.99", *found)
+
+
+# ---------------------------------------------------------------- run_all.sh
+
+
+def start(script, *arguments, **options):
+    return subprocess.run([script, *arguments], capture_output=True, text=True, timeout=60, **options)
+
+
+@pytest.fixture
+def active():
+    """Variables under which this interpreter is the active one."""
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env.pop("VIRTUAL_ENV", None)
+    assert checkenv.problems(ROOT, dev=True) == []
+    return env
+
+
+def test_run_all_takes_an_active_environment_that_fits(tmp_path, active):
+    link = tmp_path / "a link"
+    link.symlink_to(ROOT / "run_all.sh")
+    look = "import os, sys; print(sys.prefix, os.getcwd(), os.environ['PYTHONHASHSEED'])"
+    done = start(link, "--python", "-c", look, cwd=tmp_path, env=active)
+    assert done.stdout.split() == [sys.prefix, str(ROOT), "0"], done.stderr
+
+
+def test_run_all_passes_options_and_errors_on(tmp_path, active):
+    done = start(ROOT / "run_all.sh", "--profile", "no-such", env=active, cwd=tmp_path)
+    assert done.returncode == 2 and "no profile 'no-such'" in done.stderr
+    assert "Usage: ./run_all.sh" in start(ROOT / "run_all.sh", "--help").stdout
+
+
+UV = """\
+#!/bin/sh
+# Stands in for uv: makes a bare environment and links lib into it, without the network.
+echo "$1" >>calls
+case $1 in
+  venv) exec {python} -m venv --without-pip .venv ;;
+  pip) [ -e broken ] && echo "no such wheel" && exit 1
+       [ -e slow ] && sleep 60
+       pwd >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/here.pth" ;;
+esac
+"""
+
+
+class Checkout:
+    """A small project with run_all.sh, whose set-up needs no network."""
+
+    def __init__(self, folder, tools):
+        self.folder = folder
+        for name in ("run_all.sh", "tools/checkenv.py"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+        (folder / "lib").mkdir()
+        (folder / "lib" / "__init__.py").touch()
+        (folder / "requirements.lock").touch()
+        text = '[project]\nrequires-python = ">=3.11"\ndependencies = []\noptional-dependencies = {dev = []}\n'
+        (folder / "pyproject.toml").write_text(text)
+        tools.mkdir(exist_ok=True)
+        (tools / "uv").write_text(UV.format(python=sys.executable))
+        (tools / "uv").chmod(0o755)
+        self.env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+
+    def where(self, **options):
+        """Where a started Python finds lib, and what the set-up did for it."""
+        (self.folder / "calls").write_text("")
+        script = [self.folder / "run_all.sh", "--python", "-c", "import lib; print(lib.__file__)"]
+        done = start(*script, env=self.env, cwd="/", **options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip(), (self.folder / "calls").read_text().split()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return Checkout(tmp_path / "a project", tmp_path / "bin")
+
+
+def test_the_second_start_uses_the_environment_of_the_first(checkout):
+    ours = str(checkout.folder / "lib" / "__init__.py")
+    assert checkout.where() == (ours, ["venv", "pip"])
+    assert checkout.where() == (ours, [])
+    (checkout.folder / "requirements.lock").write_text("numpy==2.0\n")
+    assert checkout.where() == (ours, ["pip"])  # the lock changed: brought up to date
+
+
+@pytest.mark.parametrize("damage", ["no stamp", "no python", "empty folder", "a file"])
+def test_a_half_made_environment_is_made_again(checkout, damage):
+    venv = checkout.folder / ".venv"
+    if damage in ("no stamp", "no python"):
+        ours, _ = checkout.where()
+        shutil.rmtree(venv / "bin") if damage == "no python" else (venv / "made-by-run_all").unlink()
+    else:
+        ours = str(checkout.folder / "lib" / "__init__.py")
+        venv.mkdir() if damage == "empty folder" else venv.touch()
+    assert checkout.where() == (ours, ["venv", "pip"])
+
+
+def test_a_package_that_was_removed_is_installed_again(checkout):
+    ours, _ = checkout.where()
+    (link,) = (checkout.folder / ".venv").rglob("here.pth")
+    link.unlink()
+    assert checkout.where() == (ours, ["pip"])
+
+
+def test_an_environment_copied_from_another_checkout_is_not_used(checkout, tmp_path):
+    checkout.where()
+    other = Checkout(tmp_path / "other", tmp_path / "bin")
+    shutil.copytree(checkout.folder / ".venv", other.folder / ".venv", symlinks=True)
+    assert other.where() == (str(other.folder / "lib" / "__init__.py"), ["venv", "pip"])
+
+
+def test_a_failed_set_up_shows_its_words_and_the_next_start_mends_it(checkout):
+    (checkout.folder / "broken").touch()
+    done = start(checkout.folder / "run_all.sh", "--setup", env=checkout.env)
+    assert done.returncode == 1 and "no such wheel" in done.stderr and "build/setup.log" in done.stderr
+    (checkout.folder / "broken").unlink()
+    assert checkout.where()[1] == ["venv", "pip"]
+
+
+def test_a_killed_set_up_leaves_nothing_running_and_the_next_start_mends_it(checkout):
+    (checkout.folder / "slow").touch()
+    process = subprocess.Popen([checkout.folder / "run_all.sh", "--setup"], env=checkout.env, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 20
+    calls = checkout.folder / "calls"
+    while not (calls.exists() and "pip" in calls.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(timeout=10) == 130
+    assert not family[0].is_running()
+    for member in filter(psutil.Process.is_running, family):
+        member.kill()  # the stand-in's own sleep
+    (checkout.folder / "slow").unlink()
+    assert checkout.where()[1] == ["venv", "pip"]
+
+
+def test_set_up_with_stdin_closed(checkout):
+    done = start("sh", "-c", '"$0" --setup <&-', checkout.folder / "run_all.sh", env=checkout.env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"environment: {checkout.folder}/.venv/bin/python\n"
+    assert done.stderr.count("\n") == 1  # one line: what is being made and about how long
+
+
+def test_an_active_environment_that_does_not_fit_is_named(checkout):
+    checkout.env["VIRTUAL_ENV"] = "/somewhere"
+    done = start(checkout.folder / "run_all.sh", "--setup", env=checkout.env)
+    assert "the active environment does not fit (`import lib` does not lead to this checkout)" in done.stderr
+
+
+def test_without_a_python_that_fits_the_message_says_what_to_do(checkout):
+    text = (checkout.folder / "pyproject.toml").read_text()
+    (checkout.folder / "pyproject.toml").write_text(text.replace(">=3.11", ">=3.99"))
+    (checkout.folder.parent / "bin" / "uv").write_text("#!/bin/sh\nexit 1\n")
+    done = start(checkout.folder / "run_all.sh", "--setup", env=checkout.env)
+    assert done.returncode == 1 and "needs Python >=3.99: set PYTHON=/path/to/python3.x, or install uv" in done.stderr

@@ -1,0 +1,565 @@
+"""The tools, on small projects made in temporary folders."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import build_site  # noqa: E402
+import check_pairs  # noqa: E402
+import gallery  # noqa: E402
+import nbclean  # noqa: E402
+import profiles  # noqa: E402
+import run as runner  # noqa: E402
+from layout import Layout  # noqa: E402
+
+HEADER = """\
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+"""
+PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+SHOW = f'from IPython.display import display\ndisplay({{"image/png": "{PICTURE}"}}, raw=True)'
+
+
+def source(title, *cells, parameters='profile = "quick"\nsteps = 3\nrate = 0.1'):
+    """A notebook in the percent format."""
+    parts = [f"# %% [markdown]\n# # {title}", f'# %% tags=["parameters"]\n{parameters}']
+    return HEADER + "\n\n".join(parts + [f"# %%\n{cell}" for cell in cells]) + "\n"
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """An empty project whose path has a space."""
+    layout = Layout(tmp_path / "a project")
+    layout.profiles.mkdir(parents=True)
+    return layout
+
+
+def add(layout, name, *cells, **options):
+    (layout.notebooks / f"{name}.py").write_text(source(name, *cells, **options))
+
+
+def run(layout, *arguments, **options):
+    command = [sys.executable, str(TOOLS / "run.py"), "--root", str(layout.root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+# ---------------------------------------------------------------- one notebook, executed and cleaned by hand
+
+
+def stream(name, text):
+    return {"output_type": "stream", "name": name, "text": text}
+
+
+def shown(**data):
+    return {"output_type": "display_data", "data": {k.replace("_", "/"): v for k, v in data.items()}, "metadata": {}}
+
+
+def executed(*outputs, tags=(), count=7):
+    """A raw notebook with one markdown, one parameters and one code cell that has these outputs."""
+    cell = {"cell_type": "code", "id": "random", "metadata": {"papermill": {"duration": 1.5}}, "source": ["x\n", "y"]}
+    parameters = {**cell, "metadata": {"tags": ["parameters"]}, "source": 'profile = "quick"', "outputs": []}
+    injected = {**cell, "metadata": {"tags": ["injected-parameters"]}, "source": "profile = 1", "outputs": []}
+    words = {"cell_type": "markdown", "id": "m", "metadata": {}, "source": "# Title"}
+    code = {**cell, "outputs": list(outputs), "execution_count": count}
+    cells = [words, {**parameters, "execution_count": 5}, {**injected, "execution_count": 6}, code]
+    return {"cells": cells, "metadata": {"papermill": {}, "widgets": {}}, "nbformat": 4, "nbformat_minor": 5}
+
+
+def test_nbclean_takes_out_what_changes_between_runs():
+    widget = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "bar"}
+    outputs = [
+        stream("stdout", "one\n"),
+        stream("stderr", "50%|#####"),
+        stream("stdout", "two\n"),
+        {"output_type": "display_data", "data": widget, "metadata": {}},
+        {"output_type": "execute_result", "data": {"text/plain": "<f at 0x7f00aa11bb>"}, "execution_count": 7},
+        shown(image_png=PICTURE + "\n", text_html=f"<i>{nbclean.HERE}/lib</i>"),
+    ]
+    cleaned = nbclean.clean(executed(*outputs))
+    assert [cell["cell_type"] for cell in cleaned["cells"]] == ["markdown", "code", "code"]
+    assert [cell["execution_count"] for cell in cleaned["cells"][1:]] == [1, 2]
+    first, second, third = cleaned["cells"][2]["outputs"]
+    assert first == {"output_type": "stream", "name": "stdout", "text": ["one\n", "two\n"]}
+    assert second["data"] == {"text/plain": ["<f at 0x...>"]} and "execution_count" not in second
+    assert third["data"] == {"image/png": PICTURE, "text/html": ["<i><repo>/lib</i>"]}
+    assert set(cleaned["metadata"]) == {"kernelspec", "language_info"}
+    assert not re.search(r"random|duration|papermill", nbclean.dumps(cleaned))
+
+
+def test_nbclean_is_idempotent_and_gives_distinct_ids():
+    notebook = executed(stream("stdout", "a\nb"))
+    notebook["cells"].append(notebook["cells"][-1] | {"execution_count": 8})
+    once = nbclean.clean(notebook)
+    assert nbclean.dumps(nbclean.clean(once)) == nbclean.dumps(once)
+    assert len({cell["id"] for cell in once["cells"]}) == 4
+
+
+def test_nbclean_does_not_hide_cells_run_out_of_order():
+    cleaned = nbclean.clean(executed(count=2))
+    assert [cell["execution_count"] for cell in cleaned["cells"][1:]] == [5, 2]
+
+
+def test_nbclean_command_line(tmp_path):
+    (tmp_path / "a.ipynb").write_text(json.dumps(executed(stream("stderr", "bar"))))
+    subprocess.run([sys.executable, TOOLS / "nbclean.py", tmp_path / "a.ipynb"], check=True)
+    assert (tmp_path / "a.ipynb").read_text() == nbclean.dumps(nbclean.clean(executed()))
+
+
+# ---------------------------------------------------------------- pairs
+
+
+@pytest.fixture
+def pair(toy):
+    """A good pair, and functions to spoil either side of it."""
+    (toy.notebooks / "01_a.py").write_text(
+        HEADER + '# %% [markdown]\n# # Title\n\n# %% tags=["parameters"]\nprofile = "quick"\n\n# %%\nx\ny\n'
+    )
+    rendering = nbclean.clean(executed(shown(image_png=PICTURE)))
+    (toy.notebooks / "01_a.ipynb").write_text(nbclean.dumps(rendering))
+    return toy
+
+
+def spoil_source(layout, old, new):
+    path = layout.notebooks / "01_a.py"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def spoil_rendering(layout, change):
+    path = layout.notebooks / "01_a.ipynb"
+    notebook = json.loads(path.read_text())
+    change(notebook["cells"])
+    path.write_text(nbclean.dumps(notebook))
+
+
+def verdict(layout, capsys):
+    status = check_pairs.main(layout)
+    return status, capsys.readouterr().out
+
+
+def test_a_good_pair_passes(pair, capsys):
+    assert verdict(pair, capsys) == (0, "1 pairs agree\n")
+
+
+def test_no_notebook_is_not_a_pass(toy, capsys):
+    status, words = verdict(toy, capsys)
+    assert status == 1 and "nothing was checked" in words
+
+
+@pytest.mark.parametrize("suffix", [".py", ".ipynb"])
+def test_half_a_pair_is_found(pair, capsys, suffix):
+    (pair.notebooks / f"01_a{suffix}").unlink()
+    assert verdict(pair, capsys) == (1, f"01_a: {suffix} is missing\n")
+
+
+SPOILT_SOURCES = {
+    "edited": ("x\ny", "x\nz", "differ from cell 3"),
+    "cell added": ("# %%\nx", "# %%\nnew\n\n# %%\nx", "differ from cell 3"),
+    "words edited": ("# # Title", "# # Other", "differ from cell 1"),
+    "no format name": ("#       format_name: percent\n", "", "no format_name"),
+    "no kernelspec": ("#   kernelspec:\n", "", "no kernelspec"),
+    "no parameters": (' tags=["parameters"]', "", "0 cells are tagged `parameters`"),
+    "no profile": ('profile = "quick"', "steps = 1", "does not set `profile`"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT_SOURCES)
+def test_a_spoilt_source_is_found(pair, capsys, case):
+    old, new, message = SPOILT_SOURCES[case]
+    spoil_source(pair, old, new)
+    status, words = verdict(pair, capsys)
+    assert status == 1 and message in words
+
+
+def set_in_last(**fields):
+    return lambda cells: cells[-1].update(fields)
+
+
+PATH_SHOWN = [shown(image_png=PICTURE, text_plain=["/home/me/data"])]
+SPOILT_RENDERINGS = {
+    "edited": (set_in_last(source=["z"]), "differ from cell 3"),
+    "cell removed": (lambda cells: cells.pop(), "differ from cell 3"),
+    "outputs lost": (set_in_last(outputs=[]), "shows no figure"),
+    "not run": (set_in_last(execution_count=None), "not run top to bottom"),
+    "out of order": (set_in_last(execution_count=9), "not run top to bottom"),
+    "error": (
+        set_in_last(outputs=[{"output_type": "error", "ename": "E", "evalue": "", "traceback": []}]),
+        "holds an error",
+    ),
+    "stderr": (set_in_last(outputs=[stream("stderr", ["bar"]), shown(image_png=PICTURE)]), "holds stderr"),
+    "not clean": (set_in_last(metadata={"scrolled": True}), "is not clean"),
+    "long cell": (set_in_last(source=["x\n"] * 31), "cell 3 has more than 30 lines"),
+    "machine path": (set_in_last(outputs=PATH_SHOWN), "cell 3 names a path of one machine: /home/me/data"),
+    "too big": (set_in_last(outputs=[shown(image_png="A" * 1_500_000)]), "at most 1,500,000"),
+    "not a notebook": (lambda cells: cells.append({}), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT_RENDERINGS)
+def test_a_spoilt_rendering_is_found(pair, capsys, case):
+    change, message = SPOILT_RENDERINGS[case]
+    spoil_rendering(pair, change)
+    status, words = verdict(pair, capsys)
+    assert status == 1 and message in words
+
+
+# ---------------------------------------------------------------- profiles: everything is checked before anything runs
+
+
+def test_a_profile_holds_the_notebooks_it_names(toy):
+    add(toy, "01_a")
+    add(toy, "02_b")
+    (toy.profiles / "big.yaml").write_text("02_b:\n  steps: 30\n  rate: 1\n")
+    assert profiles.read_profile(toy, "big") == {"02_b": {"steps": 30, "rate": 1}}
+    assert profiles.read_profile(toy, "quick") == {"01_a": {}, "02_b": {}}
+    (toy.profiles / "big.yaml").write_text("# nothing yet\n")
+    assert profiles.read_profile(toy, "big") == {}
+
+
+BAD_PROFILES = {
+    "01_b:\n  steps: 1\n": "no notebook '01_b': the sections may be 01_a",
+    "01_a:\n  step: 1\n": "section 01_a: no parameter 'step': the notebook has steps, rate",
+    "01_a:\n  profile: gpu\n": "no parameter 'profile'",
+    "01_a:\n  rate: 1e-4\n": "rate is '1e-4', but the notebook has a number; YAML reads 1e-4 as text",
+    "01_a:\n  steps: true\n": "steps is True, but the notebook has a number",
+    "01_a: 3\n": "section 01_a holds a int",
+    "01_a:\n": "section 01_a holds a NoneType",
+    "- 01_a\n": "a list, not sections named by notebooks",
+    "01_a:\n  steps: 1\n  steps: 2\n": "the key 'steps' stands twice",
+    "01_a: {\n": "big.yaml: while parsing",
+}
+
+
+@pytest.mark.parametrize("text", BAD_PROFILES)
+def test_a_bad_profile_is_refused(toy, text):
+    add(toy, "01_a")
+    (toy.profiles / "big.yaml").write_text(text)
+    with pytest.raises(profiles.ProfileError, match=re.escape(BAD_PROFILES[text])):
+        profiles.read_profile(toy, "big")
+
+
+@pytest.mark.parametrize("name", profiles.profile_names(Layout()))
+def test_the_profiles_of_this_project_fit_its_notebooks(name):
+    assert set(profiles.read_profile(Layout(), name)) <= set(Layout().names())
+
+
+def test_an_unknown_profile_is_refused(toy):
+    (toy.profiles / "gpu.yaml").touch()
+    with pytest.raises(profiles.ProfileError, match="no profile 'gpuu': choose one of quick, gpu"):
+        profiles.read_profile(toy, "gpuu")
+
+
+@pytest.mark.parametrize("line", ["x = len('abc')", "a, b = 1, 2", "import os", "steps += 1"])
+def test_parameters_are_plain_literals(toy, line):
+    add(toy, "01_a", parameters=f'profile = "quick"\n{line}')
+    with pytest.raises(profiles.ProfileError, match=r"01_a\.py.*write NAME = plain literal"):
+        profiles.read_profile(toy, "quick")
+
+
+def test_notebooks_are_chosen_by_their_beginnings():
+    names = ["03_a", "03_b", "10_c"]
+    assert profiles.choose(["10", "notebooks/03_a.py", "03_b.ipynb"], names) == names
+    with pytest.raises(profiles.ProfileError, match="'03' fits more than one notebook: choose from 03_a, 03_b"):
+        profiles.choose(["03"], names)
+    with pytest.raises(profiles.ProfileError, match="'04' fits no notebook: choose from 03_a, 03_b, 10_c"):
+        profiles.choose(["04"], names)
+
+
+def refuses(layout, capsys, arguments, message):
+    try:
+        status = runner.main(["--root", str(layout.root), *arguments])
+    except SystemExit as stop:  # argparse's own way
+        status = stop.code
+    return status == 2 and message in capsys.readouterr().err
+
+
+def test_the_runner_refuses_before_it_runs(toy, capsys):
+    add(toy, "01_a")
+    add(toy, "02_b", parameters="steps = 1")
+    (toy.profiles / "gpu.yaml").touch()
+    for arguments, message in [
+        ((), "does not set `profile`"),
+        (("--profile", "no"), "no profile 'no'"),
+        (("-j", "0"), "--jobs 0: it must be at least 1"),
+        (("--timeout", "-5"), "--timeout -5: it must be at least 1"),
+    ]:
+        assert refuses(toy, capsys, arguments, message), arguments
+    add(toy, "02_b")
+    for arguments, message in [
+        (("3",), "'3' fits no notebook"),
+        (("--profile", "gpu"), "profile gpu holds no notebook"),
+        (("--profile", "gpu", "01"), "profile gpu has no section for 01_a"),
+    ]:
+        assert refuses(toy, capsys, arguments, message), arguments
+    assert not toy.build.exists()
+
+
+# ---------------------------------------------------------------- the runner
+
+
+def test_a_failing_notebook_does_not_stop_the_others(toy):
+    add(toy, "01_bad", "print('before')", "1 / 0", "print('after')")
+    add(toy, "02_good", "print(profile, steps)", SHOW)
+    add(toy, "03_exit", "import sys\nsys.exit(0)", "print('after')")
+    env = os.environ | {"FIGURES_DIR": str(toy.root / "elsewhere")}
+    first = run(toy, env=env)
+    assert first.returncode == 1
+    assert re.search(r"^01_bad +\d+ s +FAILED$", first.stdout, re.M)
+    assert re.search(r"^02_good +\d+ s +-$", first.stdout, re.M)
+    assert re.search(r"^03_exit +\d+ s +FAILED$", first.stdout, re.M)
+    assert "FAILED 01_bad, at cell 5 of 6" in first.stdout and "ZeroDivisionError" in first.stdout
+    assert "ended the notebook before its last cell" in first.stdout  # sys.exit(0) is no success
+    assert str(toy.build / "quick" / "01_bad.log") in first.stdout
+    assert sorted(path.name for path in toy.notebooks.glob("*.ipynb")) == ["02_good.ipynb"]
+    built = {path.name for path in (toy.build / "quick").iterdir()}
+    assert {"01_bad.failed.ipynb", "01_bad.log", "times.json"} <= built
+    assert not any("part" in name for name in built)
+    assert check_pairs.pair_problems(toy.notebooks / "02_good.py", toy.notebooks / "02_good.ipynb") == []
+
+
+def test_a_profile_goes_to_its_own_folders_with_stdin_closed(toy):
+    look = "import os, sys\nprint(profile, steps, rate)\nprint(os.environ['FIGURES_DIR'], os.environ['RUNS_DIR'])"
+    look += "\nprint(os.getcwd())\nprint(sys.executable, os.environ['OMP_NUM_THREADS'], os.environ['PYTHONHASHSEED'])"
+    add(toy, "01_a", look)
+    (toy.profiles / "tiny.yaml").write_text("01_a:\n  steps: 1\n")
+    env = {k: v for k, v in os.environ.items() if k not in ("FIGURES_DIR", "OMP_NUM_THREADS")} | {"RUNS_DIR": "mine"}
+    shell = ["sh", "-c", '"$0" "$@" <&-', sys.executable, str(TOOLS / "run.py"), "--root", str(toy.root)]
+    done = subprocess.run([*shell, "--profile", "tiny"], env=env, cwd=toy.root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    notebook = json.loads((toy.build / "tiny" / "01_a.ipynb").read_text())
+    printed = nbclean.text(notebook["cells"][-1]["outputs"][0]["text"]).splitlines()
+    tiny = toy.build / "tiny"
+    assert printed == ["tiny 1 0.1", f"{tiny}/figures {toy.root}/mine", str(toy.notebooks), f"{sys.executable} 1 0"]
+    assert not list(toy.notebooks.glob("*.ipynb")) and not toy.figures.exists()
+
+
+def test_a_cell_that_takes_too_long_fails(toy):
+    add(toy, "01_a", "import time\ntime.sleep(60)")
+    done = run(toy, "--timeout", "2")
+    assert done.returncode == 1 and "CellTimeoutError" in done.stdout and "time.sleep(60)" in done.stdout
+
+
+@pytest.fixture
+def long_run(toy):
+    """A running runner with two kernels, both inside their long cell."""
+    for name in ("01_a", "02_b"):
+        add(toy, name, f"import os, time\nopen('{name}.pid', 'w').write(str(os.getpid()))\ntime.sleep(100)")
+    old = b"as it was"
+    (toy.notebooks / "01_a.ipynb").write_bytes(old)
+    command = [sys.executable, str(TOOLS / "run.py"), "--root", str(toy.root)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+    marks = [toy.notebooks / f"{name}.pid" for name in ("01_a", "02_b")]
+    deadline = time.monotonic() + 60
+    family = []
+    try:
+        while not all(mark.exists() and mark.read_text() for mark in marks):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        family += psutil.Process(process.pid).children(recursive=True)
+        assert {int(mark.read_text()) for mark in marks} <= {member.pid for member in family}
+        yield toy, process, family
+    finally:
+        process.kill()
+        process.communicate()
+        for member in filter(psutil.Process.is_running, family):
+            member.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_no_kernel_and_no_half_file(long_run, number):
+    layout, process, family = long_run
+    process.send_signal(number)
+    words, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert re.search(r"interrupted: 01_a cell 4/4, \d+ s; 02_b cell 4/4, \d+ s", words)
+    assert not [member for member in family if member.is_running()]
+    assert not list(layout.build.rglob("*.ipynb"))
+    assert (layout.notebooks / "01_a.ipynb").read_bytes() == b"as it was"
+    assert not (layout.notebooks / "02_b.ipynb").exists()
+
+
+def test_a_killed_runner_takes_its_kernels_along(long_run):
+    _, process, family = long_run
+    scratch = next(Path(text).parents[1] for member in family for text in member.cmdline() if text.endswith("k.json"))
+    assert scratch.exists()
+    process.kill()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    assert not scratch.exists()
+
+
+# ---------------------------------------------------------------- gallery
+
+
+def figure(layout, profile, stem, **changes):
+    """A figure's three files, as the notebooks write them."""
+    folder = layout.figures / profile
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}.png").write_bytes(b"png of " + profile.encode())
+    (folder / f"{stem}.csv").write_text("a\n1\n")
+    digests = {
+        kind: gallery.hashlib.sha256((folder / f"{stem}.{kind}").read_bytes()).hexdigest() for kind in ("png", "csv")
+    }
+    record = {
+        "stem": stem,
+        "notebook": "01_a",
+        "profile": profile,
+        "caption": "Slope *2* at [0, 1].",
+        "sha256": digests,
+    }
+    record |= {"source": "5,000 digits", "seeds": [0, 1], "parameters": {}, "wall_time_s": 12.3}
+    (folder / f"{stem}.json").write_text(json.dumps(record | changes))
+
+
+def claims(layout, profile, verdict="reproduced"):
+    row = {"claim": "V shrinks | T grows", "section": "3.1", "measured": "|W| = 0.5", "verdict": verdict}
+    row |= {"n": "3 seeds", "source": "5,000 digits"}
+    record = {"notebook": "01_a", "title": "1. Linear models", "profile": profile, "claims": [row]}
+    (layout.figures / profile / "01_a.claims.json").write_text(json.dumps(record))
+
+
+@pytest.fixture
+def shelf(toy):
+    add(toy, "01_a")
+    for profile, verdict in (("gpu", "partly"), ("quick", "reproduced")):
+        figure(toy, profile, "01_slope")
+        claims(toy, profile, verdict)
+    return toy
+
+
+def test_the_gallery_shows_ledger_and_figures(shelf):
+    gallery.write(shelf)
+    text = (shelf.figures / "README.md").read_text()
+    row = r"| V shrinks \| T grows | 3.1 | \|W\| = 0.5 | **{}** | `{}` | 3 seeds | 5,000 digits |"
+    quick, gpu = row.format("reproduced", "quick"), row.format("partly", "gpu")
+    assert f"{quick}\n{gpu}\n" in text
+    assert "| `quick` | 1 | 0 | 0 | 0 |\n| `gpu` | 0 | 1 | 0 | 0 |" in text
+    assert text.count("### [1. Linear models](../notebooks/01_a.ipynb)") == 2
+    assert r"Slope \*2\* at \[0, 1\]." in text
+    assert "Profile `quick`. Data: 5,000 digits. Seeds: 0, 1. [Numbers](quick/01_slope.csv)" in text
+    assert text.index("(quick/01_slope.png)") < text.index("(gpu/01_slope.png)")
+    assert "12.3" not in text  # no times: the same results give the same page
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert (shelf.figures / link).exists() or link == "../notebooks/01_a.ipynb"
+    gallery.write(shelf)
+    assert (shelf.figures / "README.md").read_text() == text
+
+
+def test_an_empty_gallery_says_so(toy):
+    gallery.write(toy)
+    assert "No notebook has run yet" in (toy.figures / "README.md").read_text()
+
+
+SPOILT_RECORDS = {
+    "half a file": ("01_slope.json", lambda text: text[:40], "01_slope.json is truncated or corrupted"),
+    "key missing": (
+        "01_slope.json",
+        lambda text: text.replace("caption", "c"),
+        "01_slope.json: this record lacks caption",
+    ),
+    "not a record": ("01_slope.json", lambda text: "[]", "01_slope.json: this record lacks"),
+    "other picture": ("01_slope.png", lambda text: "x", "01_slope.json: 01_slope.png is not the file of this record"),
+    "other numbers": ("01_slope.csv", lambda text: "x", "01_slope.json: 01_slope.csv is not the file of this record"),
+    "other profile": (
+        "01_slope.json",
+        lambda text: text.replace("quick", "gpu"),
+        "01_slope.json: it is of profile gpu",
+    ),
+    "other notebook": ("01_slope.json", lambda text: text.replace("01_a", "09_z"), "there is no notebook 09_z"),
+    "unknown verdict": ("01_a.claims.json", lambda text: text.replace("reproduced", "fine"), "has the verdict 'fine'"),
+    "claim key missing": ("01_a.claims.json", lambda text: text.replace("measured", "m"), "a claim lacks measured"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT_RECORDS)
+def test_a_spoilt_record_is_an_error_that_names_it(shelf, case):
+    name, change, message = SPOILT_RECORDS[case]
+    path = shelf.figures / "quick" / name
+    path.write_text(change(path.read_bytes().decode()))
+    with pytest.raises(gallery.RecordError, match=re.escape(message)):
+        gallery.page(shelf)
+
+
+def test_a_figure_without_its_picture_is_an_error(shelf):
+    (shelf.figures / "quick" / "01_slope.png").unlink()
+    with pytest.raises(gallery.RecordError, match=r"01_slope\.json: 01_slope\.png is missing"):
+        gallery.page(shelf)
+
+
+# ---------------------------------------------------------------- site
+
+
+@pytest.fixture
+def printed(shelf):
+    """A project with an executed notebook and its gallery, ready for the site."""
+    words = "# Title with $\\epsilon$\n\n$$\\max_{\\|\\delta\\|\\le\\epsilon} a < b$$\n\n[next](02_b.ipynb)"
+    words += '\n\n<script src="https://cdn.example/x.js"></script>\n\n![big](../figures/gpu/01_slope.png)'
+    notebook = nbclean.clean(executed(shown(image_png=PICTURE)))
+    notebook["cells"][0]["source"] = words
+    (shelf.notebooks / "01_a.ipynb").write_text(nbclean.dumps(notebook))
+    gallery.write(shelf)
+    return shelf
+
+
+def test_the_site_needs_no_network(printed):
+    site = build_site.build(printed)
+    pages = {path.name: path.read_text() for path in site.glob("*.html")}
+    assert set(pages) == {"index.html", "01_a.html"}
+    for page in pages.values():
+        assert "<script" not in page and not re.search(r'(src|href)="(https?:)?//', page)
+        for link in re.findall(r'(?:src|href)="([^"#]+)"', page):
+            assert link.startswith("data:") or (site / link).exists() or link == "02_b.html"
+    assert "<math" in pages["01_a.html"] and "$" not in re.sub(r"<pre>.*?</pre>", "", pages["01_a.html"], flags=re.S)
+    assert f"data:image/png;base64,{PICTURE}" in pages["01_a.html"].replace("\n", "")
+    assert "T grows" in pages["index.html"] and 'src="figures/quick/01_slope.png"' in pages["index.html"]
+
+
+@pytest.mark.parametrize("tex", [r"\nosuchcommand x", "a & b", r"\left( x"])
+def test_a_formula_that_would_not_show_is_an_error(printed, tex):
+    path = printed.notebooks / "01_a.ipynb"
+    notebook = json.loads(path.read_text())
+    notebook["cells"][0]["source"] = f"# T\n\n${tex}$"
+    path.write_text(nbclean.dumps(notebook))
+    with pytest.raises(build_site.SiteError, match=r"01_a\.ipynb: cannot convert"):
+        build_site.build(printed)
+
+
+@pytest.mark.parametrize("html", ['<img src="https://example.org/a.png">', "<style>@import 'x';</style>"])
+def test_a_part_from_the_network_is_an_error(printed, html):
+    path = printed.notebooks / "01_a.ipynb"
+    notebook = json.loads(path.read_text())
+    notebook["cells"][0]["source"] = f"# T\n\n{html}"
+    path.write_text(nbclean.dumps(notebook))
+    with pytest.raises(build_site.SiteError, match="01_a: the page would need"):
+        build_site.build(printed)
+
+
+def test_a_site_without_notebooks_is_an_error(toy):
+    with pytest.raises(build_site.SiteError, match="no executed notebook"):
+        build_site.build(toy)
+
+
+def test_aligned_formulas_become_rows():
+    made = build_site.mathml(r"\begin{aligned} a &= b \\ c &= \arg\max d \end{aligned}", "block")
+    assert made.count("<mtr>") == 2 and "arg" in made
