@@ -96,7 +96,7 @@ def pgd(
 
 
 def _ascend(logits_of, x, y, eps, step_size, num_steps, norm, random_start, loss, generator):
-    x = _channels_last(x.detach())
+    x = channels_last(x.detach())
     x_adv = x.clone()
     if random_start:
         x_adv = _into(x_adv + _start(x, min(step_size, eps), norm, generator), x, eps, norm)
@@ -181,11 +181,20 @@ def frozen(model, x, precision="auto"):
 def _constant(p, low):
     # Weights of layers go to the low type; the vectors (biases, batch normalisation) stay, as autocast wants them.
     p = p.detach()
-    return _channels_last(p if low is None or p.dim() < 2 else p.to(low))
+    return channels_last(p if low is None or p.dim() < 2 else p.to(low))
 
 
-def _channels_last(t):
-    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+def channels_last(t):
+    """t with its channels last in memory, if it has 4 dimensions: the layout that CPUs and GPUs convolve fastest.
+
+    With one channel both layouts are the same memory, and PyTorch takes it for the slow one unless the strides say
+    otherwise: pooling what comes out of the first convolution of digits is then several times slower.
+    """
+    if t.dim() != 4:
+        return t
+    t = t.contiguous(memory_format=torch.channels_last)
+    _, c, h, w = t.shape
+    return t.as_strided(t.shape, (h * w, 1, w, 1)) if c == 1 else t
 
 
 def _wide(t, x):

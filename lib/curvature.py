@@ -8,15 +8,18 @@ Hessian of the adversarial training loss at fixed adversarial inputs, the one st
 
 import math
 import warnings
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.linalg import eigh, eigh_tridiagonal
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student
 from torch.func import functional_call, grad, jvp, linearize
+
+MAX_STEPS = 500  # of Lanczos, which keeps a vector (P,) for each
 
 
 class Hessian:
@@ -119,52 +122,90 @@ class Eigenpairs(NamedTuple):
     residuals: torch.Tensor
 
 
-def top_eigenpairs(model, x, y, k=20, *, tolerance=1e-3, seed=0, **operator):
-    """The k algebraically largest eigenvalues of the Hessian and their eigenvectors, by restarted Lanczos (ARPACK).
+def top_eigenpairs(model, x, y, k=20, *, tolerance=5e-4, seed=0, **operator):
+    """The k algebraically largest eigenvalues of the Hessian and their eigenvectors, by Lanczos.
 
     Args:
         model, x, y, operator: as for `Hessian`.
         tolerance: largest residual ||H v - value v||, as a fraction of the largest |value|.
         seed: of the vector from which Lanczos starts.
     Returns:
-        Eigenpairs, on the device of x. The sign of a vector is arbitrary, so is the basis of a multiple eigenvalue.
+        Eigenpairs, on the device of x. The sign of a vector is arbitrary. As with every method that starts from one
+        vector, copies of an exactly multiple eigenvalue can be missed as long as fewer than P steps are made.
     Raises:
         ValueError: as for `Hessian`; k not in 1..P.
-        RuntimeError: a residual above the tolerance (float32 cannot resolve it: use dtype=torch.float64).
+        RuntimeError: tolerance not reached in MAX_STEPS steps, or below what the dtype resolves.
     """
     hessian = Hessian(model, x, y, **operator)
     if not 1 <= k <= hessian.size:
         raise ValueError(f"k must lie in 1..{hessian.size}, the number of parameters, got {k}")
-    values, vectors = _dense(hessian, k) if 3 * k >= hessian.size else _lanczos(hessian, k, tolerance, seed)
-    values = torch.as_tensor(values.copy(), dtype=hessian.dtype, device=hessian.device)
-    vectors = torch.as_tensor(vectors.T.copy(), dtype=hessian.dtype, device=hessian.device)
-    residuals = torch.stack([(hessian(v) - value * v).norm() for value, v in zip(values, vectors, strict=True)])
-    residuals /= values.abs().max().clamp_min(torch.finfo(hessian.dtype).tiny)
-    if not residuals.max() <= tolerance:
-        raise RuntimeError(f"the largest residual is {residuals.max():.2g}, above the tolerance {tolerance:.2g}")
-    return Eigenpairs(values, vectors, residuals)
+    generator = torch.Generator().manual_seed(seed)
+    for basis, diagonal, off_diagonal in _lanczos(hessian, _normal(hessian, generator), generator):
+        steps = len(basis)
+        if steps < min(2 * k + 20, hessian.size) or (steps % 5 and steps < hessian.size):
+            continue
+        values, mixing = (a[..., ::-1][..., :k] for a in eigh_tridiagonal(diagonal, off_diagonal[:-1]))
+        scale = max(abs(values).max(), np.finfo(float).tiny)
+        residuals = abs(off_diagonal[-1] * mixing[-1]) / scale  # exact, by the recurrence
+        if residuals.max() <= 0.9 * tolerance or steps == hessian.size:
+            break
+        if steps >= MAX_STEPS:
+            raise RuntimeError(
+                f"residual {residuals.max():.2g} after {steps} steps, above the tolerance {tolerance:.2g}"
+            )
+    as_tensor = partial(torch.tensor, dtype=hessian.dtype, device=hessian.device)
+    pairs = Eigenpairs(as_tensor(values.copy()), as_tensor(mixing.T.copy()) @ basis, as_tensor(residuals.copy()))
+    _check_residual(hessian, pairs, int(residuals.argmax()), scale, tolerance)
+    return pairs
 
 
-def _lanczos(hessian, k, tolerance, seed):
-    def product(v):
-        return hessian(torch.as_tensor(v.ravel())).cpu().numpy()
-
-    dtype = torch.empty(0, dtype=hessian.dtype).numpy().dtype
-    start = np.random.default_rng(seed).standard_normal(hessian.size).astype(dtype)
-    operator = LinearOperator((hessian.size,) * 2, matvec=product, dtype=dtype)
-    try:
-        values, vectors = eigsh(operator, k=k, which="LA", v0=start, tol=tolerance / 10)
-    except ArpackNoConvergence as error:
-        raise RuntimeError(f"Lanczos did not reach the tolerance {tolerance:.2g}: {error}") from error
-    return values[::-1], vectors[:, ::-1]
+def _check_residual(hessian, pairs, i, scale, tolerance):
+    """One more product, for the pair that is least converged: rounding is in no recurrence."""
+    measured = ((hessian(pairs.vectors[i]) - pairs.values[i] * pairs.vectors[i]).norm() / scale).item()
+    if not measured <= tolerance:
+        raise RuntimeError(
+            f"the residual of eigenpair {i + 1} is {measured:.2g}, above the tolerance {tolerance:.2g}: raise it, or "
+            "use dtype=torch.float64"
+        )
 
 
-def _dense(hessian, k):
-    """All P products: for a handful of parameters, where Lanczos has no room."""
-    identity = torch.eye(hessian.size, dtype=hessian.dtype)
-    matrix = torch.stack([hessian(e).cpu() for e in identity]).double().numpy()
-    values, vectors = eigh((matrix + matrix.T) / 2)
-    return values[::-1][:k], vectors[:, ::-1][:, :k]
+def _lanczos(hessian, start, generator):
+    """Lanczos with full re-orthogonalisation: yields (basis (m, P), diagonal (m,), off-diagonal (m,)) at m = 1, 2, ...
+
+    basis @ H @ basis.T is the tridiagonal matrix of diagonal and off_diagonal[:-1]; off_diagonal[-1] is the norm of
+    what H takes out of the basis. Without re-orthogonalisation an outlying eigenvalue appears several times. Where
+    the start vector's space is exhausted, a random vector goes on, uncoupled (off-diagonal 0). At most P steps.
+    """
+    basis, diagonal, off_diagonal, v = torch.empty(0, hessian.size), [], [], start
+    while True:
+        m = len(diagonal)
+        if m == len(basis):  # doubled when full
+            basis = torch.cat([basis.to(v), torch.empty(max(m, 32), hessian.size).to(v)])
+        basis[m] = v / v.norm()
+        w = hessian(basis[m])
+        diagonal.append((basis[m] @ w).item())
+        w -= diagonal[m] * basis[m]
+        if m:
+            w -= off_diagonal[m - 1] * basis[m - 1]
+        w = _orthogonal(w, basis[: m + 1])
+        norm = w.norm().item()
+        if norm <= 100 * torch.finfo(w.dtype).eps * np.abs(diagonal).max():
+            norm, w = 0.0, _orthogonal(_normal(hessian, generator), basis[: m + 1])
+        off_diagonal.append(norm)
+        yield basis[: m + 1], np.array(diagonal), np.array(off_diagonal)
+        v = w
+
+
+def _orthogonal(w, basis):
+    """w without its components along the rows of basis; twice where cancellation leaves little of it."""
+    before = w.norm()
+    w = w - basis.T @ (basis @ w)
+    return w if w.norm() > before / 2 else w - basis.T @ (basis @ w)
+
+
+def _normal(hessian, generator):
+    """A Gaussian vector (P,), made on the CPU so that every device has the same."""
+    return torch.randn(hessian.size, generator=generator).to(hessian.device, hessian.dtype)
 
 
 class Density(NamedTuple):
@@ -185,8 +226,7 @@ class Density(NamedTuple):
 def spectral_density(model, x, y, *, num_probes=5, num_steps=60, width=None, grid=None, seed=0, **operator):
     """The density of all P eigenvalues, by stochastic Lanczos quadrature (Ghorbani et al. 2019, arXiv:1901.10159).
 
-    Each random probe gives num_steps nodes and weights, and each node is spread as a Gaussian. The Lanczos vectors are
-    orthogonalised against all before them, twice: without that, an outlying eigenvalue appears several times.
+    Each random probe gives num_steps nodes and weights, and each node is spread as a Gaussian.
 
     Args:
         model, x, y, operator: as for `Hessian`.
@@ -205,8 +245,10 @@ def spectral_density(model, x, y, *, num_probes=5, num_steps=60, width=None, gri
         raise ValueError(f"num_probes must be at least 2, for the spread between them, got {num_probes}")
     if not 1 <= num_steps <= hessian.size:
         raise ValueError(f"num_steps must lie in 1..{hessian.size}, the number of parameters, got {num_steps}")
-    probes = _probes(hessian, num_probes, seed)
-    nodes, weights = map(np.stack, zip(*[_quadrature(hessian, v, num_steps) for v in probes], strict=True))
+    generator = torch.Generator().manual_seed(seed)
+    probes = [_signs(hessian, generator) for _ in range(num_probes)]
+    rules = [_quadrature(hessian, v, num_steps, generator) for v in probes]
+    nodes, weights = map(np.stack, zip(*rules, strict=True))
     spread = nodes.max() - nodes.min() or 1.0
     width = width or 0.01 * spread
     if grid is None:
@@ -216,24 +258,9 @@ def spectral_density(model, x, y, *, num_probes=5, num_steps=60, width=None, gri
     return Density(grid, density, np.maximum(density - half, 0), density + half, nodes, weights)
 
 
-def _quadrature(hessian, start, num_steps):
-    """Nodes and weights (num_steps,) of the Gauss rule for start' f(H) start / start' start, by Lanczos."""
-    basis = torch.zeros(num_steps, hessian.size, dtype=hessian.dtype, device=hessian.device)
-    diagonal, off_diagonal = np.zeros(num_steps), np.zeros(num_steps)
-    basis[0] = start / start.norm()
-    for i in range(num_steps):
-        w = hessian(basis[i])
-        diagonal[i] = (basis[i] @ w).item()
-        for _ in range(2):
-            w -= basis[: i + 1].T @ (basis[: i + 1] @ w)
-        off_diagonal[i] = w.norm().item()
-        # The space is exhausted: what is left of w is rounding, and the rest of the rule has weight zero.
-        if off_diagonal[i] <= 10 * torch.finfo(hessian.dtype).eps * np.abs(diagonal).max():
-            off_diagonal[i:] = 0
-            diagonal[i + 1 :] = diagonal[i]
-            break
-        if i + 1 < num_steps:
-            basis[i + 1] = w / off_diagonal[i]
+def _quadrature(hessian, start, num_steps, generator):
+    """Nodes and weights (num_steps,) of the Gauss rule for start' f(H) start / start' start."""
+    _, diagonal, off_diagonal = next(islice(_lanczos(hessian, start, generator), num_steps - 1, None))
     nodes, vectors = eigh_tridiagonal(diagonal, off_diagonal[:-1])
     return nodes, vectors[0] ** 2
 
@@ -252,16 +279,16 @@ def trace(model, x, y, *, num_probes=30, seed=0, **operator):
     hessian = Hessian(model, x, y, **operator)
     if num_probes < 2:
         raise ValueError(f"num_probes must be at least 2, for the standard error, got {num_probes}")
-    forms = np.array([(v @ hessian(v)).item() for v in _probes(hessian, num_probes, seed)])
+    generator = torch.Generator().manual_seed(seed)
+    probes = (_signs(hessian, generator) for _ in range(num_probes))
+    forms = np.array([(v @ hessian(v)).item() for v in probes])
     return float(forms.mean()), float(forms.std(ddof=1) / math.sqrt(num_probes))
 
 
-def _probes(hessian, num, seed):
-    """Vectors of random signs, made on the CPU so that every device has the same."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(num):
-        signs = torch.randint(2, (hessian.size,), generator=generator) * 2 - 1
-        yield signs.to(hessian.device, hessian.dtype)
+def _signs(hessian, generator):
+    """A vector of random signs (P,), made on the CPU so that every device has the same."""
+    signs = torch.randint(2, (hessian.size,), generator=generator) * 2 - 1
+    return signs.to(hessian.device, hessian.dtype)
 
 
 def _mean_and_half_width(samples):

@@ -198,6 +198,8 @@ def image_folder(path, *, title=None):
         # By a fixed permutation: the folder lists class after class, and `first` is to be a fair sample.
         order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0))
         parts += [_read_images(folder)[order], torch.tensor(folder.targets)[order]]
+    if parts[0].shape[1:] != parts[2].shape[1:]:
+        raise DataCorrupted(f"the images in {path}/train and test differ in size")
     if classes[0] != classes[1] or len(classes[0]) < 2:
         raise ValueError(f"{path} needs the same two or more classes in train and test, got {classes}")
     kind = "lossless copies" if suffixes == {".png"} else "JPEG copies"

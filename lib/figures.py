@@ -74,8 +74,12 @@ class Book:
         return Shown(content["png"], format="png", width=_width(content["png"]))
 
     def claim(self, claim, *, section, measured, holds, n, source):
-        """Add a row to the ledger (see `claims.row`); `holds` is computed, and `measured` holds the numbers."""
-        self.rows.append(claims.row(claim, section=section, measured=measured, holds=holds, n=n, source=source))
+        """Add a row to the ledger (see `claims.row`); `holds` is computed, and `measured` holds the numbers.
+
+        The same claim again takes the place of the first: its cell was run twice.
+        """
+        row = claims.row(claim, section=section, measured=measured, holds=holds, n=n, source=source)
+        self.rows = [*(r for r in self.rows if r["claim"] != claim), row]
 
     def close(self):
         """Write the ledger rows and return them as a table. Raises ValueError when there are none."""
@@ -119,11 +123,13 @@ def _is_parameter(name, value):
 
 
 def _png(fig):
-    """The figure in 256 colours: a third of the size, and nothing to see of it in line art."""
+    """The figure in 256 colours: a third of the size. MAXCOVERAGE keeps rare colours, such as a line in a legend."""
     buffer = io.BytesIO()
     fig.savefig(buffer, dpi=DPI, metadata={"Software": None})
     out = io.BytesIO()
-    Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+    image = Image.open(buffer).convert("RGB")
+    image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    image.save(out, "png", optimize=True)
     return out.getvalue()
 
 

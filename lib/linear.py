@@ -343,9 +343,9 @@ def _floor(X, y, owner, W, b, weights):
     p = p * (1 + np.linalg.lstsq(A, -A.sum(1), rcond=None)[0].reshape(p.shape))
     S = np.einsum("c,ci,cm,cik->mk", weights, p, X, moves)
     p = np.hstack([1 - p.sum(1, keepdims=True), p])
-    if p.min() < 0 or np.abs(S).max() > 1e-13 * np.abs(X).max():
+    if np.abs(S).max() > 1e-13 * np.abs(X).max():
         return -np.inf
-    return float(weights @ entr(p).sum(1))
+    return float(weights @ entr(p).sum(1))  # entr is -inf where p is negative
 
 
 def _solve(problem):

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from . import models, schedules
-from .attacks import check_eps, pgd
+from .attacks import channels_last, check_eps, pgd
 from .compute import device, fast_dtype
 from .evaluation import evaluate
 from .files import read_json, write_bytes, write_json
@@ -169,7 +169,10 @@ def train(config, data, *, folder):
     for _ in tqdm(rest, desc=_describe(config), initial=state.epoch, total=config.epochs, leave=False):
         if state.epoch in config.restarts:
             state.restart()
-        state.train_epoch()
+        try:
+            state.train_epoch()
+        except ValueError as error:
+            raise ValueError(f"training failed in epoch {state.epoch}, {_describe(config)}: {error}") from error
         if state.epoch in (*config.restarts, config.epochs):
             state.keep(folder)
         state.save(folder / "checkpoint.safetensors")
@@ -235,13 +238,13 @@ class _State:
                     num_steps=config.num_steps, generator=generator)  # fmt: skip
         low = fast_dtype(self.device)
         with torch.autocast(self.device.type, dtype=low, enabled=low is not None):
-            logits = self.model(x.contiguous(memory_format=torch.channels_last))
+            logits = self.model(channels_last(x))
         loss = F.cross_entropy(logits.float(), y)
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         if not math.isfinite(loss.item() + norm.item()):
-            raise ValueError(f"training diverged in epoch {self.epoch}: loss {loss.item()}, {_describe(config)}")
+            raise ValueError(f"it diverged: loss {loss.item()}, gradient norm {norm.item()}")
         self.optimizer.step()
         wrong = (logits.argmax(1) != y).double().mean().item()
         return [eps, loss.item(), wrong, norm.item()]

@@ -27,7 +27,7 @@ profile = "quick"
 dataset = "mnist5k"
 train_images = None  # all
 model = "lenet"
-width = 2
+width = 4
 eps = 0.4
 schedule_stops = {
     "constant": None,
@@ -35,12 +35,12 @@ schedule_stops = {
     "cosine": 0.6,
 }  # where the rise would end, were it not clipped at eps
 seeds = [0, 1, 2]
-epochs = 12
-num_steps = 5
-step_fraction = 0.375  # the attack's step size, as a fraction of the budget
+epochs = 10
+num_steps = 4
+step_fraction = 0.4  # the attack's step size, as a fraction of the budget
 optimizer = "adam"
 lr = 3e-3
-eval_every = 3
+eval_every = 2
 eval_images = 500
 test_steps = 40  # the attack of the final evaluation
 test_step_size = 0.02
