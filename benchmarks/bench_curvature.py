@@ -1,0 +1,185 @@
+"""Speed of `lib.curvature` and `lib.landscape` against the textbook algorithms, in one run on one model.
+
+1. The top 20 Hessian eigenpairs: Lanczos (ours) against power iteration with deflation by double backward
+   (50 iterations at most, tolerance 1e-3) and against ARPACK (scipy) on curvlinops' Hessian.
+2. A plane of 21 x 21 points of the adversarial loss, the attack made anew at each: ours against a deep copy of the
+   model and a float32 textbook attack at each point; and how far the values differ with bfloat16 off.
+
+    OMP_NUM_THREADS=1 python benchmarks/bench_curvature.py
+
+CPU time of the process, so that other programs on the machine count little. Exit status 1 if a goal is missed.
+"""
+
+import argparse
+import copy
+import sys
+import time
+from functools import partial
+
+import curvlinops
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.sparse.linalg import LinearOperator, eigsh
+
+from lib import compute, data, models
+from lib.attacks import pgd
+from lib.curvature import Hessian, top_eigenpairs
+from lib.landscape import flat, random_directions, surface
+
+
+def trained(digits, width, epochs, eps):
+    """A LeNet after a few epochs of adversarial training: eigenvalues at an initial point would be too easy."""
+    model = models.lenet(width)
+    optimizer, generator = torch.optim.Adam(model.parameters(), 1e-3), torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(digits.y_train), generator=generator).split(128):
+            x, y = digits.x_train[batch], digits.y_train[batch]
+            x = pgd(model, x, y, eps=eps, step_size=eps / 2, num_steps=3, generator=generator)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def power_iteration(model, x, y, k, batch_size, iterations=50, tolerance=1e-3):
+    """The textbook: one eigenpair after the other, those found are subtracted, double backward for each product."""
+    parameters, values, vectors, products = list(model.parameters()), [], [], 0
+    batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(k):
+        v = torch.randn(sum(p.numel() for p in parameters), generator=generator)
+        value, v = None, v / v.norm()
+        for _ in range(iterations):
+            pieces = [s.view_as(p) for s, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)]
+            w = torch.zeros_like(v)
+            for a, b in batches:
+                loss = F.cross_entropy(model(a), b, reduction="sum") / len(x)
+                gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+                product = torch.autograd.grad(gradient, parameters, pieces)
+                w += torch.cat([p.flatten() for p in product])
+            products += 1
+            for found, u in zip(values, vectors, strict=True):
+                w -= found * (u @ v) * u
+            before, value = value, (w @ v).item()
+            v = w / w.norm()
+            if before is not None and abs(value - before) < tolerance * abs(before):
+                break
+        values.append(value)
+        vectors.append(v)
+    return torch.tensor(values), torch.stack(vectors), products
+
+
+def by_curvlinops(model, x, y, k, batch_size):
+    batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    hessian = curvlinops.HessianLinearOperator(
+        model, torch.nn.CrossEntropyLoss(), list(model.parameters()), batches, check_deterministic=False
+    )
+    n, products = hessian.shape[0], []
+
+    def product(v):
+        products.append(1)
+        return (hessian @ torch.as_tensor(v.ravel())).numpy()
+
+    start = np.random.default_rng(0).standard_normal(n).astype(np.float32)
+    values, vectors = eigsh(LinearOperator((n, n), product, dtype=np.float32), k, which="LA", v0=start, tol=1e-2)
+    return torch.tensor(values[::-1].copy()), torch.tensor(vectors.T[::-1].copy()), len(products)
+
+
+def textbook_plane(model, directions, steps, x, y, *, eps, step_size, num_steps):
+    """A deep copy of the model at each point; PGD with gradients for the parameters too, as it is usually written."""
+    loss = np.empty((len(steps), len(steps)))
+    sizes = [p.numel() for p in model.parameters()]
+    for i, a in enumerate(steps):
+        for j, b in enumerate(steps):
+            moved = copy.deepcopy(model)
+            theta = flat(model) + a * directions[0] + b * directions[1]
+            for p, piece in zip(moved.parameters(), theta.split(sizes), strict=True):
+                p.data = piece.view_as(p)
+            x_adv = x.clone()
+            for _ in range(num_steps):
+                x_adv = x_adv.detach().requires_grad_()
+                moved.zero_grad()
+                F.cross_entropy(moved(x_adv), y).backward()
+                x_adv = x_adv + step_size * x_adv.grad.sign()
+                x_adv = torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
+            loss[i, j] = F.cross_entropy(moved(x_adv), y).item()
+    return loss
+
+
+def timed(call):
+    before = time.process_time()
+    result = call()
+    return result, time.process_time() - before
+
+
+def relative_residual(hessian, values, vectors):
+    errors = [(hessian(v) - a * v).norm() for a, v in zip(values.double(), vectors.double(), strict=True)]
+    return (max(errors) / values[0]).item()
+
+
+def bench_eigenpairs(model, x, y, k, batch_size):
+    exact = Hessian(model, x, y, dtype=torch.float64, batch_size=batch_size, kept_batches=0)
+    top_eigenpairs(model, x[:8], y[:8], 1)  # the first use imports PyTorch's tracer, once in a process
+    rows = {}
+    (values, vectors, _), rows["ours"] = timed(lambda: top_eigenpairs(model, x, y, k, batch_size=batch_size))
+    print(f"ours             {rows['ours']:7.1f} s  residual {relative_residual(exact, values, vectors):.1e}")
+    for name, method in (("power iteration", power_iteration), ("curvlinops+eigsh", by_curvlinops)):
+        (v, u, products), rows[name] = timed(lambda method=method: method(model, x, y, k, batch_size))
+        ratio = rows[name] / rows["ours"]
+        print(
+            f"{name:16s} {rows[name]:7.1f} s  residual {relative_residual(exact, v, u):.1e}  {products} products  "
+            f"largest relative error of a value {((v - values).abs() / values).max():.1e}  ratio {ratio:.1f}"
+        )
+    return rows["power iteration"] / rows["ours"], relative_residual(exact, values, vectors)
+
+
+def bench_plane(model, x, y, points, settings):
+    directions, steps = random_directions(model, 2), np.linspace(-1, 1, points)
+    planes, seconds = {}, {}
+    for precision in ("auto", "full"):
+        attack = partial(pgd, **settings, random_start=False, precision=precision)
+        call = partial(surface, model, directions, steps, x, y, attack=attack, adversary="rerun")
+        planes[precision], seconds[precision] = timed(call)
+    textbook, seconds["textbook"] = timed(lambda: textbook_plane(model, directions, steps, x, y, **settings))
+    for precision, plane in planes.items():
+        difference = abs(plane.loss - textbook) / textbook
+        print(
+            f"plane, {precision} precision {seconds[precision]:7.1f} s  ratio "
+            f"{seconds['textbook'] / seconds[precision]:.1f}  relative difference: median "
+            f"{np.median(difference):.1e}, largest {difference.max():.1e}"
+        )
+    print(f"plane, textbook       {seconds['textbook']:7.1f} s")
+    return seconds["textbook"] / seconds["auto"], (abs(planes["full"].loss - textbook) / textbook).max()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=4)
+    parser.add_argument("--images", type=int, default=500, help="for the eigenpairs")
+    parser.add_argument("--plane-images", type=int, default=64)
+    parser.add_argument("--points", type=int, default=21)
+    args = parser.parse_args()
+    compute.fix_threads()
+    torch.manual_seed(0)
+    digits, here = data.load("mnist5k"), compute.device()
+    model = trained(digits, args.width, epochs=4, eps=0.1).to(here)
+    x, y = (t.to(here) for t in (digits.x_train, digits.y_train))
+    settings = {"eps": 0.1, "step_size": 0.04, "num_steps": 5}
+    print(f"{compute.hardware()}\nLeNet w={args.width}, {models.num_parameters(model)} parameters, {digits.source}")
+    x_adv = pgd(model, x[: args.images], y[: args.images], **settings, random_start=False, precision="full")
+    eigen_ratio, residual = bench_eigenpairs(model, x_adv, y[: args.images], 20, 250)
+    plane_ratio, difference = bench_plane(model, x[: args.plane_images], y[: args.plane_images], args.points, settings)
+    goals = {
+        f"top 20 {eigen_ratio:.1f} times faster than power iteration (goal 10)": eigen_ratio >= 10,
+        f"largest relative residual {residual:.1e} (goal 1e-3)": residual < 1e-3,
+        f"plane {plane_ratio:.1f} times faster than the textbook (goal 3)": plane_ratio >= 3,
+        f"largest relative difference of the plane in float32 {difference:.1e} (goal 1e-3)": difference < 1e-3,
+    }
+    for text, met in goals.items():
+        print("met   " if met else "MISSED", text)
+    return not all(goals.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""How much faster `lib.attacks.pgd` is than a textbook loop and than foolbox, and whether it is as strong.
+
+    python benchmarks/bench_pgd.py [--threads 2 1] [--repeats 3] [--models lenet resnet18]
+
+The three take turns in one process, on one trained model and one batch, so that what else the machine does falls on
+all of them; a ratio is taken within each turn. The result goes to pgd.json and, as a table, into README.md.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import foolbox
+import torch
+import torch.nn.functional as F
+
+from lib import compute, data
+from lib.attacks import pgd
+from lib.evaluation import error, robust_error
+from lib.files import write_bytes, write_json
+from lib.training import TrainConfig, train
+
+HERE = Path(__file__).resolve().parent
+BATCH, STEPS = 128, 10
+SETTINGS = {  # the data, the attack, the number of attacked test images, and a short training against a weaker attack
+    "lenet": {"data": "mnist5k", "eps": 0.2, "n": 1000, "width": 16, "epochs": 2, "lr": 1e-3},
+    "resnet18": {"data": "mnistm", "eps": 8 / 255, "n": 384, "width": 8, "epochs": 1, "lr": 1e-3},
+}
+
+
+def textbook(model, x, y, *, eps, step_size):
+    """PGD as tutorials write it: float32, default layout, gradients of the parameters too."""
+    model.eval()
+    x_adv = (x + torch.empty_like(x).uniform_(-step_size, step_size)).clamp(0, 1)
+    for _ in range(STEPS):
+        x_adv = x_adv.detach().requires_grad_(True)
+        loss = F.cross_entropy(model(x_adv), y)
+        model.zero_grad()
+        loss.backward()
+        x_adv = x_adv + step_size * x_adv.grad.sign()
+        x_adv = torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
+    return x_adv.detach()
+
+
+def by_foolbox(model, x, y, *, eps, step_size):
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=step_size, steps=STEPS, random_start=True)
+    return attack.run(foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilon=eps)
+
+
+def trained(name, settings, digits):
+    """The model after a short adversarial training with half the budget."""
+    eps = settings["eps"] / 2
+    config = TrainConfig(
+        model=name, width=settings["width"], eps=eps, step_size=eps, num_steps=1, schedule="linear",
+        epochs=settings["epochs"], lr=settings["lr"], eval_images=100, eval_every=settings["epochs"],
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        return train(config, digits, folder=folder).model()
+
+
+def seconds(attack, *batch):
+    start = time.perf_counter()
+    attack(*batch)
+    return time.perf_counter() - start
+
+
+def compare_speed(model, batch, attacks, threads, repeats):
+    """Seconds of each attack, turn by turn, after one turn to warm up."""
+    torch.set_num_threads(threads)
+    turns = [{name: seconds(attack, model, *batch) for name, attack in attacks.items()} for _ in range(repeats + 1)]
+    turns = turns[1:]
+    rows = []
+    for peer in ("textbook", "foolbox"):
+        ratios = [turn[peer] / turn["pgd"] for turn in turns]
+        rows.append({
+            "against": peer, "threads": threads, "repeats": repeats,
+            "ratio_median": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
+            "seconds_peer": min(turn[peer] for turn in turns), "seconds_pgd": min(turn["pgd"] for turn in turns),
+        })  # fmt: skip
+    return rows
+
+
+def compare_strength(model, x, y, attacks):
+    found = {name: robust_error(model, x, y, attack, batch_size=BATCH) for name, attack in attacks.items()}
+    return {"clean_error": error(model, x, y), "robust_error": found, "n": len(x)}
+
+
+def measure(name, threads, repeats):
+    torch.set_num_threads(max(threads))
+    settings = SETTINGS[name]
+    digits = data.load(settings["data"])
+    model = trained(name, settings, digits)
+    budget = {"eps": settings["eps"], "step_size": settings["eps"] / 4}
+    torch.manual_seed(0)
+    attacks = {
+        "textbook": partial(textbook, **budget),
+        "foolbox": partial(by_foolbox, **budget),
+        "pgd": partial(pgd, num_steps=STEPS, **budget),
+    }
+    batch = digits.x_test[:BATCH], digits.y_test[:BATCH]
+    speed = [row for t in threads for row in compare_speed(model, batch, attacks, t, repeats)]
+    torch.set_num_threads(max(threads))
+    strength = compare_strength(model, digits.x_test[: settings["n"]], digits.y_test[: settings["n"]], attacks)
+    return {"model": name, "width": settings["width"], **budget, "source": digits.source, "speed": speed, **strength}
+
+
+def tables(record):
+    """The record as two Markdown tables."""
+    machine = record["hardware"]
+    lines = [
+        f"{machine['device']}, {machine['vector_unit']}, attack in {machine['attack_precision']}, "
+        f"PyTorch {record['versions']['torch']}, foolbox {record['versions']['foolbox']}; "
+        f"batch {record['batch']}, {record['steps']} steps.",
+        "",
+        "| model | against | threads | times faster: median (min to max) | repeats |",
+        "|---|---|---|---|---|",
+    ]
+    for m in record["models"]:
+        for s in m["speed"]:
+            ratios = f"{s['ratio_median']:.1f} ({s['ratio_min']:.1f} to {s['ratio_max']:.1f})"
+            lines.append(
+                f"| {m['model']} w={m['width']} | {s['against']} | {s['threads']} | {ratios} | {s['repeats']} |"
+            )
+    lines += [
+        "",
+        "| model | eps | n | clean error | robust error: textbook | foolbox | pgd |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for m in record["models"]:
+        errors = " | ".join(f"{100 * m['robust_error'][k]:.1f} %" for k in ("textbook", "foolbox", "pgd"))
+        clean = f"{100 * m['clean_error']:.1f} %"
+        lines.append(f"| {m['model']} w={m['width']} | {m['eps']:.3g} | {m['n']:,} | {clean} | {errors} |")
+    return "\n".join(lines)
+
+
+def write(record):
+    write_json(HERE / "pgd.json", record)
+    readme = HERE / "README.md"
+    begin, end = "<!-- pgd: written by bench_pgd.py -->\n", "\n<!-- end of pgd -->"
+    before, rest = readme.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    write_bytes(readme, f"{before}{begin}{tables(record)}{end}{after}".encode())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    given = parser.parse_args()
+    record = {
+        "batch": BATCH, "steps": STEPS,
+        "hardware": {k: v for k, v in compute.hardware().items() if k != "threads"},
+        "versions": compute.versions() | {"foolbox": version("foolbox")},
+        "models": [],
+    }  # fmt: skip
+    for name in given.models:
+        record["models"].append(measure(name, given.threads, given.repeats))
+        write(record)
+    print(tables(record))
+
+
+if __name__ == "__main__":
+    main()

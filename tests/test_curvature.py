@@ -1,0 +1,342 @@
+"""Curvature against the dense Hessian of small networks in float64, closed forms, and curvlinops."""
+
+import curvlinops
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import nn
+from torch.func import functional_call, hessian
+
+from lib import curvature
+from lib.curvature import Hessian, spectral_density, top_eigenpairs, trace
+
+DOUBLE = {"dtype": torch.float64}
+
+
+def network(kind, seed=0):
+    """A small network in float64 with its data: (model, x, y)."""
+    torch.manual_seed(seed)
+    model = {
+        "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 7), nn.ReLU(), nn.Linear(7, 3)),
+        "conv": lambda: nn.Sequential(
+            nn.Conv2d(1, 3, 3), nn.MaxPool2d(2), nn.Softplus(), nn.Flatten(), nn.Linear(3, 3)
+        ),
+        "batchnorm": lambda: nn.Sequential(
+            nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ELU(), nn.Flatten(), nn.Linear(12, 3)
+        ),
+    }[kind]()
+    x, y = torch.rand(23, 1, 4, 4), torch.randint(3, (23,))
+    model(x)  # batch normalisation gets statistics that are not 0 and 1
+    return model.double().eval(), x.double(), y
+
+
+def dense(model, x, y):
+    """The whole Hessian of the mean loss, (P, P), float64."""
+    parameters = {k: p.detach() for k, p in model.named_parameters()}
+    blocks = hessian(lambda p: F.cross_entropy(functional_call(model, p, (x,)), y))(parameters)
+    rows = [torch.cat([blocks[a][b].reshape(p.numel(), -1) for b in parameters], 1) for a, p in parameters.items()]
+    return torch.cat(rows)
+
+
+class Quadratic(nn.Module):
+    """Its cross-entropy for label 1 is exactly (1/2) theta' A theta + 1: the logits are (log(exp(q) - 1), 0)."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+        self.theta = nn.Parameter(torch.full((len(matrix),), 0.01, dtype=matrix.dtype))
+
+    def forward(self, x):
+        q = 1 + 0.5 * self.theta @ self.matrix @ self.theta
+        first = torch.log(torch.expm1(q)).expand(len(x), 1)
+        return torch.cat([first, torch.zeros_like(first)], 1)
+
+
+def quadratic(eigenvalues, *, rotate=True):
+    """(model, x, y, matrix) with a Hessian of these eigenvalues."""
+    n = len(eigenvalues)
+    generator = torch.Generator().manual_seed(1)
+    basis = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q if rotate else torch.eye(n)
+    matrix = (basis.double() * torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.double().T
+    return Quadratic(matrix).eval(), torch.zeros(2, 1, dtype=torch.float64), torch.ones(2, dtype=torch.int64), matrix
+
+
+KINDS = ("mlp", "conv", "batchnorm")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_equal_the_dense_hessian(kind):
+    model, x, y = network(kind)
+    exact = dense(model, x, y)
+    operator = Hessian(model, x, y, **DOUBLE)
+    product = torch.stack([operator(e) for e in torch.eye(operator.size, **DOUBLE)])
+    assert operator.size == len(exact)
+    assert (product - exact).abs().max() < 1e-12 * exact.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_size, kept_batches", [(5, 2), (7, 0), (1, 1)])
+def test_batches_change_rounding_only(kind, batch_size, kept_batches):
+    model, x, y = network(kind)
+    v = torch.randn(sum(p.numel() for p in model.parameters()), **DOUBLE)
+    whole = Hessian(model, x, y, **DOUBLE)(v)
+    parts = Hessian(model, x, y, batch_size=batch_size, kept_batches=kept_batches, **DOUBLE)(v)
+    assert (whole - parts).norm() < 1e-13 * whole.norm()
+
+
+def test_product_equals_curvlinops():
+    model, x, y = network("batchnorm")
+    peer = curvlinops.HessianLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), [(x, y)])
+    operator = Hessian(model, x, y, **DOUBLE)
+    v = torch.randn(operator.size, **DOUBLE)
+    assert torch.allclose(operator(v), peer @ v, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_top_eigenpairs_equal_the_dense_ones(kind):
+    model, x, y = network(kind)
+    exact = dense(model, x, y)
+    values, vectors, residuals = top_eigenpairs(model, x, y, 5, tolerance=1e-9, **DOUBLE)
+    assert torch.allclose(values, torch.linalg.eigvalsh(exact).flip(0)[:5], rtol=1e-9)
+    assert torch.allclose(vectors @ vectors.T, torch.eye(5, **DOUBLE), atol=1e-10)
+    own = ((vectors @ exact - values[:, None] * vectors).norm(dim=1) / values[0]).numpy()
+    assert own.max() < 1e-9
+    assert np.allclose(residuals.numpy(), own, atol=1e-13)
+
+
+def test_float32_by_default_and_close_to_float64():
+    model, x, y = network("conv")
+    exact = torch.linalg.eigvalsh(dense(model, x, y)).flip(0)[:5]
+    values, vectors, residuals = top_eigenpairs(model, x, y, 5)
+    assert values.dtype == vectors.dtype == residuals.dtype == torch.float32
+    assert (values - exact).abs().max() < 1e-5 * exact[0]
+    assert residuals.max() < 1e-3
+
+
+def test_quadratic_with_a_known_spectrum():
+    spectrum = np.r_[np.linspace(-9, 1, 197), 5.0, 8.0, 20.0]
+    model, x, y, matrix = quadratic(spectrum)
+    assert torch.allclose(Hessian(model, x, y, **DOUBLE)(matrix[0]), matrix @ matrix[0], rtol=1e-10, atol=1e-12)
+    values, vectors, _ = top_eigenpairs(model, x, y, 4, tolerance=1e-10, **DOUBLE)
+    assert np.allclose(values, [20, 8, 5, 1], rtol=1e-9)  # the largest, not the largest in absolute value
+    assert torch.allclose(vectors @ matrix, values[:, None] * vectors, atol=1e-8)
+
+
+@pytest.mark.parametrize("k", [1, 10, 29, 30])
+def test_multiple_eigenvalues_of_a_few_parameters(k):
+    spectrum = np.sort(np.repeat([-2.0, 0, 0, 1, 7], 6))
+    model, x, y, matrix = quadratic(spectrum)
+    values, vectors, _ = top_eigenpairs(model, x, y, k, tolerance=1e-8, **DOUBLE)
+    assert np.allclose(values, spectrum[::-1][:k], atol=1e-8)
+    assert torch.allclose(vectors @ vectors.T, torch.eye(k, **DOUBLE), atol=1e-10)
+    assert torch.allclose(vectors @ matrix, values[:, None] * vectors, atol=1e-7)
+
+
+def test_eigenvalues_that_vanish_beside_the_largest_do_not_stop_it():
+    """A constant classifier has such a Hessian. (ARPACK measures each residual against its own eigenvalue.)"""
+    spectrum = np.r_[np.linspace(-1e-5, 1e-5, 296), 1, 2, 3, 9.0]
+    model, x, y, _ = quadratic(spectrum)
+    values = top_eigenpairs(model, x, y, 20, tolerance=1e-4, **DOUBLE).values
+    assert np.allclose(values, spectrum[::-1][:20], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eigenvalues_equal_those_of_arpack(kind):
+    model, x, y = network(kind)
+    operator = Hessian(model, x, y, **DOUBLE)
+    peer = LinearOperator((operator.size,) * 2, lambda v: operator(torch.tensor(v.ravel())).numpy(), dtype=float)
+    values = top_eigenpairs(model, x, y, 6, tolerance=1e-10, **DOUBLE).values
+    assert np.allclose(values, eigsh(peer, 6, which="LA", return_eigenvectors=False)[::-1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quadrature_is_exact_for_the_powers_that_lanczos_guarantees(kind):
+    model, x, y = network(kind)
+    exact, steps = dense(model, x, y), 8
+    density = spectral_density(model, x, y, num_probes=3, num_steps=steps, seed=4, **DOUBLE)
+    generator = torch.Generator().manual_seed(4)
+    top = torch.linalg.eigvalsh(exact).abs().max().item()
+    for nodes, weights in zip(density.nodes, density.weights, strict=True):
+        v = (torch.randint(2, (len(exact),), generator=generator) * 2 - 1).double()
+        power = v / v.norm()
+        for p in range(2 * steps):
+            assert np.isclose((weights * nodes**p).sum(), (v / v.norm() @ power).item(), atol=1e-9 * top**p)
+            power = exact @ power
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_density_moments_lie_within_their_error_of_the_dense_ones(kind):
+    model, x, y = network(kind)
+    exact = dense(model, x, y)
+    density = spectral_density(model, x, y, num_probes=40, num_steps=20, **DOUBLE)
+    for p in (1, 2, 3):
+        samples = (density.weights * density.nodes**p).sum(1)
+        moment = torch.linalg.matrix_power(exact, p).trace().item() / len(exact)
+        assert abs(samples.mean() - moment) < 3.5 * samples.std(ddof=1) / np.sqrt(40)
+    assert np.isclose(np.trapezoid(density.density, density.grid), 1, atol=1e-3)
+
+
+def test_band_covers_the_true_smoothed_density():
+    model, x, y = network("mlp")
+    spectrum = torch.linalg.eigvalsh(dense(model, x, y)).numpy()
+    grid, width = np.linspace(spectrum[0], spectrum[-1], 200), 0.05
+    kernel = np.exp(-0.5 * ((grid[:, None] - spectrum) / width) ** 2) / (width * np.sqrt(2 * np.pi))
+    d = spectral_density(model, x, y, num_probes=12, num_steps=60, width=width, grid=grid, **DOUBLE)
+    true = kernel.mean(1)
+    assert ((d.low <= true) & (true <= d.high)).mean() > 0.85  # 0.95 in expectation, over correlated points
+    assert abs(d.density - true).max() < 0.1 * true.max()
+
+
+def test_no_ghosts_of_an_outlying_eigenvalue_in_float32():
+    model, x, y, _ = quadratic(np.r_[np.linspace(0, 1, 199), 100.0])
+    nodes = spectral_density(model.float(), x.float(), y, num_probes=3, num_steps=80).nodes
+    assert ((nodes > 50).sum(1) == 1).all()
+
+
+def test_lanczos_stops_where_its_space_is_exhausted():
+    model, x, y, _ = quadratic(np.repeat([1.0, 4.0], 10))
+    density = spectral_density(model, x, y, num_probes=2, num_steps=20, **DOUBLE)
+    for nodes, weights in zip(density.nodes, density.weights, strict=True):
+        at = {value: weights[np.isclose(nodes, value)].sum() for value in (1.0, 4.0)}
+        assert np.isclose(sum(at.values()), 1)
+        assert min(at.values()) > 0.05
+
+
+def test_trace_of_a_diagonal_hessian_is_exact():
+    model, x, y, matrix = quadratic(np.linspace(-1, 3, 12), rotate=False)
+    estimate, error = trace(model, x, y, num_probes=4, **DOUBLE)
+    assert np.isclose(estimate, matrix.trace().item(), rtol=1e-12)
+    assert error < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trace_and_its_standard_error(kind):
+    model, x, y = network(kind)
+    exact = dense(model, x, y)
+    estimate, error = trace(model, x, y, num_probes=200, **DOUBLE)
+    off_diagonal = exact - exact.diag().diag()
+    assert abs(estimate - exact.trace().item()) < 3.5 * error
+    assert np.isclose(error, np.sqrt(2 * (off_diagonal**2).sum().item() / 200), rtol=0.25)  # known variance
+
+
+def test_repeats_bit_for_bit_and_leaves_the_model_alone():
+    model, x, y = network("batchnorm")
+    model[0].weight.requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    first, second = top_eigenpairs(model, x, y, 4), top_eigenpairs(model, x, y, 4)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert trace(model, x, y) == trace(model, x, y)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not model.training
+    assert not model[0].weight.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("k", [0, -1, 145])
+def test_k_outside_the_parameters(k):
+    model, x, y = network("mlp")
+    with pytest.raises(ValueError, match=f"k must lie in 1..143, the number of parameters, got {k}"):
+        top_eigenpairs(model, x, y, k)
+
+
+@pytest.mark.parametrize("measure", [top_eigenpairs, spectral_density, trace])
+def test_no_data(measure):
+    model, x, y = network("mlp")
+    with pytest.raises(ValueError, match="no data"):
+        measure(model, x[:0], y[:0])
+
+
+def test_labels_that_do_not_match():
+    model, x, y = network("mlp")
+    for labels in (y[:-1], y.float()):
+        with pytest.raises(ValueError, match="y must be int64 labels of shape"):
+            trace(model, x, labels)
+
+
+def test_a_loss_that_is_not_finite():
+    model, x, y = network("mlp")
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        trace(model, x, y)
+    model, x, y = network("mlp")
+    x[-1] = float("inf")  # in the second batch only, recomputed or kept
+    for kept in (1, 2):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            trace(model, x, y, batch_size=20, kept_batches=kept)
+
+
+def test_training_mode_is_named():
+    model, x, y = network("batchnorm")
+    model[1].train()
+    with pytest.raises(ValueError, match=r"training mode \(module '1'\): call model.eval"):
+        trace(model, x, y)
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + 0.01 * torch.randn_like(x)
+
+
+class UnsureBackward(torch.autograd.Function):
+    """Right value, random gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x * 1.0
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * torch.rand(())
+
+    @staticmethod
+    def jvp(ctx, g):
+        return g * torch.rand(())
+
+
+def test_an_operator_that_is_not_deterministic_is_named():
+    model, x, y = network("mlp")
+    noisy = nn.Sequential(*model[:2], Noise(), *model[2:]).eval()
+    with pytest.raises(ValueError, match=r"not deterministic: .* layer '2' \(Noise\)"):
+        trace(noisy, x, y)
+
+
+def test_a_backward_pass_that_is_not_deterministic_is_named():
+    model, x, y = network("mlp")
+
+    class Unsure(nn.Module):
+        def forward(self, x):
+            return UnsureBackward.apply(x)
+
+    with pytest.raises(ValueError, match=r"not deterministic: .* a backward pass that is not repeatable"):
+        trace(nn.Sequential(*model[:2], Unsure(), *model[2:]).eval(), x, y)
+
+
+def test_unreached_tolerance_is_an_error(monkeypatch):
+    model, x, y = network("mlp")
+    with pytest.raises(RuntimeError, match=r"above the tolerance 1e-12: raise it, or use dtype=torch.float64"):
+        top_eigenpairs(model, x, y, 3, tolerance=1e-12)
+    monkeypatch.setattr(curvature, "MAX_STEPS", 25)
+    with pytest.raises(RuntimeError, match="after 30 steps, above the tolerance 1e-12"):
+        top_eigenpairs(model, x, y, 3, tolerance=1e-12)
+
+
+def test_probes_and_steps_out_of_range():
+    model, x, y = network("mlp")
+    for settings, message in (
+        ({"num_probes": 1}, "num_probes must be at least 2"),
+        ({"num_steps": 0}, "num_steps must lie in 1..143"),
+        ({"num_steps": 144}, "num_steps must lie in 1..143"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            spectral_density(model, x, y, **settings)
+    with pytest.raises(ValueError, match="num_probes must be at least 2"):
+        trace(model, x, y, num_probes=1)

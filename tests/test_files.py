@@ -1,0 +1,96 @@
+"""Files are whole or not there."""
+
+import errno
+import os
+
+import pytest
+
+from lib import files
+from lib.files import read_json, write_bytes, write_json
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, function, old):
+    path = tmp_path / "a.json"
+    if old:
+        path.write_bytes(old)
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, function, full)
+    with pytest.raises(OSError, match=r"a\.json was not written \(No space left on device\); the old file") as caught:
+        write_bytes(path, b"new")
+    assert caught.value.errno == errno.ENOSPC
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == ([old] if old else [])
+
+
+def test_a_disk_that_fills_while_writing(tmp_path, monkeypatch):
+    """/dev/full refuses every byte, as a full disk does."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    plain = files.tempfile.NamedTemporaryFile
+
+    def on_a_full_disk(**settings):
+        file = plain(**settings)
+        device = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(device, file.fileno())
+        os.close(device)
+        return file
+
+    write_json(tmp_path / "a.json", 1)
+    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", on_a_full_disk)
+    with pytest.raises(OSError, match=r"a\.json was not written \(No space left on device\)"):
+        write_bytes(tmp_path / "a.json", b"x" * 100_000)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and read_json(tmp_path / "a.json") == 1
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(_descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_bytes(tmp_path / "a", b"new")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError, match=r"a was not written"):
+        write_bytes(tmp_path / "a", b"new")
+    tmp_path.chmod(0o700)
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "folder").write_text("a file")
+    with pytest.raises(OSError, match=r"folder/a was not written"):
+        write_bytes(tmp_path / "folder" / "a", b"new")
+
+
+def test_json_is_sorted_exact_and_replaced(tmp_path):
+    path = tmp_path / "deep" / "er" / "a.json"
+    write_json(path, {"b": [1, 0.1], "a": "ε"})
+    first = path.read_bytes()
+    assert first == '{\n "a": "ε",\n "b": [\n  1,\n  0.1\n ]\n}\n'.encode()
+    write_json(path, {"a": "ε", "b": [1, 0.1]})
+    assert path.read_bytes() == first and path.stat().st_mode & 0o777 == 0o644
+    write_json(path, 2)
+    assert read_json(path) == 2 and [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [float("nan")]}])
+def test_nan_is_refused_before_anything_is_written(tmp_path, value):
+    write_json(tmp_path / "a.json", 1)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": [1, 2', b"\xff\xfe", b"{} {}"])
+def test_corrupted_json_is_named(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json is truncated or corrupted: delete it and run again"):
+        read_json(tmp_path / "a.json")

@@ -1,0 +1,320 @@
+"""Directions, surfaces, scatter and curves against closed forms and the textbook way (a deep copy at each point)."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from lib.attacks import pgd
+from lib.curvature import Hessian, top_eigenpairs
+from lib.landscape import (
+    Curve,
+    along,
+    barrier,
+    connect,
+    eigen_directions,
+    flat,
+    move,
+    random_directions,
+    scatter,
+    surface,
+)
+
+ATTACK = partial(pgd, eps=0.1, step_size=0.04, num_steps=3, random_start=False, precision="full")
+STEPS = np.linspace(-1, 1, 5)
+
+
+def network(seed=0, *, batchnorm=False):
+    """A small convolutional network in float64, with its data: (model, x, y)."""
+    torch.manual_seed(seed)
+    norm = [nn.BatchNorm2d(4)] if batchnorm else []
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), *norm, nn.Softplus(), nn.Flatten(), nn.Linear(16, 3))
+    x, y = torch.rand(31, 1, 4, 4), torch.randint(3, (31,))
+    model(x)
+    return model.double().eval(), x.double(), y
+
+
+def textbook(model, theta, x, y):
+    """Loss and error at theta, by a copy of the model and one forward pass."""
+    moved = copy.deepcopy(model)
+    start = 0
+    for p in moved.parameters():
+        p.data = theta[start : start + p.numel()].view_as(p).clone()
+        start += p.numel()
+    logits = moved(x)
+    return F.cross_entropy(logits, y).item(), (logits.argmax(1) != y).double().mean().item(), moved
+
+
+def test_each_filter_of_a_direction_has_the_norm_of_the_model_s():
+    model, _, _ = network(batchnorm=True)
+    for direction in random_directions(model, 3):
+        moved = copy.deepcopy(model)
+        move(moved, direction)
+        for d, p in zip(moved.parameters(), model.parameters(), strict=True):
+            if p.dim() < 2:
+                assert not d.any()
+            else:
+                assert torch.allclose(d.flatten(1).norm(dim=1), p.flatten(1).norm(dim=1), rtol=1e-12)
+
+
+def test_directions_differ_and_follow_the_seed():
+    model, _, _ = network()
+    a, b = random_directions(model, 2, seed=3)
+    assert abs(F.cosine_similarity(a, b, dim=0)) < 0.5
+    assert torch.equal(torch.stack([a, b]), random_directions(model, 2, seed=3))
+    assert not torch.equal(a, random_directions(model, 1, seed=4)[0])
+
+
+def test_eigen_directions_are_eigenvectors_of_a_filter_normalised_length():
+    model, x, y = network()
+    directions = eigen_directions(model, x, y, 2, dtype=torch.float64)
+    values, _, _ = top_eigenpairs(model, x, y, 2, dtype=torch.float64)
+    operator = Hessian(model, x, y, dtype=torch.float64)
+    weights = torch.cat([p.flatten() for p in model.parameters() if p.dim() > 1])
+    for value, d in zip(values, directions, strict=True):
+        assert torch.allclose(d.norm(), weights.norm(), rtol=1e-9)
+        assert (operator(d) - value * d).norm() < 1e-3 * values[0] * d.norm()
+
+
+@pytest.mark.parametrize("num", [1, 2])
+@pytest.mark.parametrize("adversary", ["none", "frozen", "rerun"])
+@pytest.mark.parametrize("batchnorm", [False, True])
+def test_surface_equals_the_textbook_one(num, adversary, batchnorm):
+    model, x, y = network(batchnorm=batchnorm)
+    directions = random_directions(model, num)
+    attack = None if adversary == "none" else ATTACK
+    ours = surface(model, directions, STEPS, x, y, attack=attack, adversary=adversary, batch_size=7)
+    assert ours.loss.shape == ours.error.shape == (len(STEPS),) * num
+    frozen = ATTACK(model, x, y)
+    for i in np.ndindex(ours.loss.shape):
+        theta = flat(model) + sum(STEPS[j] * d for j, d in zip(i, directions, strict=True))
+        *_, moved = textbook(model, theta, x, y)
+        inputs = {"none": x, "frozen": frozen, "rerun": ATTACK(moved, x, y)}[adversary]
+        assert np.allclose((ours.loss[i], ours.error[i]), textbook(model, theta, inputs, y)[:2], rtol=1e-12)
+
+
+def test_curvature_of_a_frozen_line_along_an_eigenvector_is_the_eigenvalue():
+    model, x, y = network(batchnorm=True)
+    values, vectors, _ = top_eigenpairs(model, ATTACK(model, x, y), y, 1, tolerance=1e-8, dtype=torch.float64)
+    h = 1e-3
+    line = surface(model, vectors, [-h, 0, h], x, y, attack=ATTACK, adversary="frozen").loss
+    assert np.isclose((line[0] - 2 * line[1] + line[2]) / h**2, values[0].item(), rtol=1e-4)
+
+
+def test_rerun_lies_above_frozen_for_an_exact_attack():
+    """For a linear model with two classes the attack is exact, so the adversarial loss is a maximum."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(9, 2)).double().eval()
+    x, y = torch.rand(20, 1, 3, 3).double() * 0.6 + 0.2, torch.randint(2, (20,))
+    attack = partial(pgd, eps=0.1, step_size=0.1, num_steps=2, random_start=False, precision="full")
+    loss = {
+        kind: surface(model, random_directions(model, 2), STEPS, x, y, attack=attack, adversary=kind).loss
+        for kind in ("frozen", "rerun")
+    }
+    assert (loss["rerun"] >= loss["frozen"] - 1e-12).all()
+    assert (loss["rerun"] - loss["frozen"]).max() > 0.01
+    assert np.isclose(loss["rerun"][2, 2], loss["frozen"][2, 2])
+
+
+@pytest.mark.parametrize("measure", ["surface", "scatter", "curve"])
+def test_models_are_left_alone(measure):
+    model, x, y = network(batchnorm=True)
+    other, _, _ = network(1, batchnorm=True)
+    model[0].weight.requires_grad_(False)
+    before = copy.deepcopy((model.state_dict(), other.state_dict()))
+    direction = random_directions(model, 1)
+    if measure == "surface":
+        surface(model, direction, STEPS, x, y, attack=ATTACK, adversary="rerun")
+    elif measure == "scatter":
+        scatter(model, direction[0], [0.1], x, y, ATTACK)
+    else:
+        along(connect(model, other, x, y, attack=ATTACK, epochs=2), [0, 0.5, 1], x, y, x_statistics=x)
+    for state, old in zip((model.state_dict(), other.state_dict()), before, strict=True):
+        assert all(torch.equal(v, old[k]) for k, v in state.items())
+    assert not model.training
+    assert not model[0].weight.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_scatter_with_attacks_that_do_not_move_is_the_hessian_term():
+    model, x, y = network()
+    v = random_directions(model, 1)[0]
+    distances = np.array([1e-4, 1e-3])
+    result = scatter(model, v, distances, x, y, lambda model, x, y: x + 0.1, batch_size=7)
+    curvature = (Hessian(model, x + 0.1, y, dtype=torch.float64)(v).norm() / v.norm()).item()
+    assert np.allclose(result.gradient, distances * curvature, rtol=1e-2)
+    assert np.array_equal(result.gradient, result.fixed)
+    assert not result.scattering.any()
+    assert np.allclose(result.cosine, 1)
+
+
+def test_scatter_sees_an_attack_that_jumps():
+    """Softmax regression with K=2: the perturbation flips when the weight difference changes sign."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False)).double().eval()
+    move(model, torch.tensor([0.5, -0.5], dtype=torch.float64) * 1e-3)
+    x, y = torch.full((4, 1, 1, 1), 0.5, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    attack = partial(pgd, eps=0.1, step_size=0.1, num_steps=2, random_start=False, precision="full")
+    direction = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    result = scatter(model, direction, [1e-4, 2e-3], x, y, attack)
+    assert np.allclose(result.cosine, [1, -1])
+    # The gradient is -(1 - p) x'(1, -1); with p = 1/2 the jump of x' by 2 eps gives 0.5 * 0.2 * sqrt(2).
+    assert result.scattering[0] == 0
+    assert np.isclose(result.scattering[1], 0.1 * np.sqrt(2), rtol=1e-2)
+
+
+def test_scatter_at_distance_zero_is_zero():
+    model, x, y = network()
+    result = scatter(model, random_directions(model, 1)[0], [0.0], x, y, ATTACK)
+    assert (*result.gradient, *result.fixed, *result.scattering) == (0, 0, 0)
+    assert np.isclose(result.cosine[0], 1)
+
+
+def test_cosine_without_any_perturbation_is_nan():
+    model, x, y = network()
+    assert np.isnan(scatter(model, random_directions(model, 1)[0], [0.1], x, y, lambda m, x, y: x).cosine[0])
+
+
+@pytest.mark.parametrize("kind", ["bezier", "polygon"])
+@pytest.mark.parametrize("num_bends", [1, 3])
+def test_the_ends_of_a_trained_curve_are_the_given_models(kind, num_bends):
+    start, x, y = network(0, batchnorm=True)
+    end, _, _ = network(1, batchnorm=True)
+    curve = connect(start, end, x, y, kind=kind, num_bends=num_bends, epochs=2)
+    for t, given in ((0, start), (1, end), (0.0, start), (1.0, end)):
+        state = curve.model(t).state_dict()
+        assert all(torch.equal(v, state[k]) for k, v in given.state_dict().items())
+
+
+def test_points_of_the_curves():
+    (start, *_), (end, *_) = network(0), network(1)
+    a, b, c = flat(start), flat(network(2)[0]), flat(end)
+    for t in (0.1, 0.5, 0.8):
+        bezier = (1 - t) ** 2 * a + 2 * t * (1 - t) * b + t**2 * c
+        polygon = a + 2 * t * (b - a) if t <= 0.5 else b + (2 * t - 1) * (c - b)
+        assert torch.allclose(flat(Curve(start, end, [b], "bezier").model(t)), bezier, rtol=1e-12, atol=1e-15)
+        assert torch.allclose(flat(Curve(start, end, [b], "polygon").model(t)), polygon, rtol=1e-12, atol=1e-15)
+        assert torch.allclose(flat(Curve(start, end).model(t)), a + t * (c - a), rtol=1e-12, atol=1e-15)
+
+
+def test_training_follows_the_gradient_of_the_loss_on_the_curve():
+    """The first two Adam steps against autograd through the curve itself."""
+    start, x, y = network(0)
+    end, _, _ = network(1)
+    curve = connect(start, end, x, y, kind="bezier", num_bends=2, epochs=2, batch_size=len(x), lr=0.01, seed=5)
+    a, b = flat(start), flat(end)
+    bends = nn.Parameter(torch.stack([a + (b - a) / 3, a + (b - a) * 2 / 3]))
+    optimizer, generator = torch.optim.Adam([bends], 0.01), torch.Generator().manual_seed(5)
+    sizes = [p.numel() for p in start.parameters()]
+    for _ in range(2):
+        torch.randperm(len(x), generator=generator)
+        t = torch.rand((), generator=generator).item()
+        theta = (1 - t) ** 3 * a + 3 * t * (1 - t) ** 2 * bends[0] + 3 * t**2 * (1 - t) * bends[1] + t**3 * b
+        pieces = {k: v.view_as(p) for (k, p), v in zip(start.named_parameters(), theta.split(sizes), strict=True)}
+        optimizer.zero_grad()
+        F.cross_entropy(functional_call(start, pieces, (x,)), y).backward()
+        optimizer.step()
+    assert torch.allclose(curve.points[1:-1], bends.detach(), rtol=1e-6)
+
+
+def test_a_trained_curve_goes_round_a_barrier():
+    """Two copies of one trained network with permuted units: equal functions, a barrier between, a way round it."""
+    torch.manual_seed(0)
+    x = torch.rand(200, 2)
+    y = ((x[:, 0] > 0.5) ^ (x[:, 1] > 0.5)).long()
+    start = nn.Sequential(nn.Linear(2, 24), nn.ReLU(), nn.Linear(24, 2))
+    optimizer = torch.optim.Adam(start.parameters(), 0.02)
+    for _ in range(300):
+        optimizer.zero_grad()
+        F.cross_entropy(start(x), y).backward()
+        optimizer.step()
+    start.eval()
+    end, order = copy.deepcopy(start), torch.randperm(24)
+    for p, rows in ((end[0].weight, True), (end[0].bias, True), (end[2].weight, False)):
+        p.data = p.data[order] if rows else p.data[:, order]
+    steps = np.linspace(0, 1, 11)
+    line = along(Curve(start, end), steps, x, y).loss
+    curve = along(connect(start, end, x, y, epochs=150, lr=0.02, batch_size=200), steps, x, y).loss
+    assert np.isclose(line[0], line[-1])
+    assert barrier(steps, line) > 0.2
+    assert barrier(steps, curve) < 0.25 * barrier(steps, line)
+
+
+def test_batchnorm_inside_a_curve_is_measured_on_the_given_images():
+    (start, x, y), (end, *_) = network(0, batchnorm=True), network(1, batchnorm=True)
+    curve = Curve(start, end)
+    with pytest.raises(ValueError, match=r"at t = 0.5 the statistics .* give x_statistics"):
+        curve.model(0.5)
+    model = curve.model(0.5, x)
+    features = model[0](x)
+    assert torch.allclose(model[1].running_mean, features.mean((0, 2, 3)))
+    assert torch.allclose(model[1].running_var, features.var((0, 2, 3)))
+    assert not model.training
+    assert along(curve, [0, 0.5, 1], x, y, x_statistics=x).loss.shape == (3,)
+
+
+def test_along_attacks_each_point():
+    (start, x, y), (end, *_) = network(0), network(1)
+    curve = Curve(start, end)
+    ours = along(curve, [0, 0.3], x, y, attack=ATTACK)
+    for t, loss, error in zip([0, 0.3], *ours, strict=True):
+        model = curve.model(t)
+        assert np.allclose((loss, error), textbook(model, flat(model), ATTACK(model, x, y), y)[:2], rtol=1e-12)
+
+
+def test_barrier_in_closed_form():
+    steps = np.linspace(0, 1, 101)
+    assert np.isclose(barrier(steps, 2 + 3 * steps + 4 * steps * (1 - steps)), 1)
+    assert barrier(steps, 1 + steps - steps * (1 - steps)) == 0
+    with pytest.raises(ValueError, match="from 0 to 1, ends included"):
+        barrier(steps[1:], steps[1:])
+
+
+def test_bad_input_to_surface():
+    model, x, y = network()
+    directions = random_directions(model, 2)
+    cases = (
+        ({"adversary": "rerum"}, "unknown adversary 'rerum'"),
+        ({"adversary": "rerun"}, "'rerun' needs an attack"),
+        ({"attack": ATTACK}, "'none' takes no attack"),
+        ({"directions": directions[:, 1:]}, "directions must be"),
+        ({"directions": directions[0]}, "directions must be"),
+        ({"x": x[:0], "y": y[:0]}, "no data"),
+        ({"y": y[1:]}, "y must be int64 labels of shape"),
+    )
+    for change, message in cases:
+        with pytest.raises(ValueError, match=message):
+            surface(**({"model": model, "directions": directions, "steps": STEPS, "x": x, "y": y} | change))
+
+
+def test_a_model_in_training_mode():
+    model, x, y = network()
+    v = random_directions(model, 1)
+    model.train()
+    for call in (
+        lambda: surface(model, v, STEPS, x, y),
+        lambda: scatter(model, v[0], [1], x, y, ATTACK),
+        lambda: connect(model, model, x, y),
+    ):
+        with pytest.raises(ValueError, match="training mode"):
+            call()
+
+
+def test_bad_input_to_scatter_and_curves():
+    model, x, y = network()
+    other = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double().eval()
+    for call, message in (
+        (lambda: scatter(model, torch.zeros_like(flat(model)), [1], x, y, ATTACK), "positive, finite length"),
+        (lambda: scatter(model, flat(model) * float("nan"), [1], x, y, ATTACK), "positive, finite length"),
+        (lambda: Curve(model, other), "of one architecture"),
+        (lambda: Curve(model, model, kind="spline"), "unknown kind 'spline'"),
+        (lambda: Curve(model, model).weights(1.5), r"t must lie in \[0, 1\], got 1.5"),
+        (lambda: connect(model, model, x, y, num_bends=0), "num_bends must be at least 1"),
+        (lambda: connect(model, model, x[:0], y[:0]), "no data"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

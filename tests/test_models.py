@@ -1,0 +1,150 @@
+"""Architectures against hand-made layer lists and torchvision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from lib import models
+from lib.models import build, num_parameters
+
+
+def conv(c_in, c_out, k, bias=True):
+    return k * k * c_in * c_out + (c_out if bias else 0)
+
+
+def linear(n_in, n_out):
+    return n_in * n_out + n_out
+
+
+def by_hand_lenet(w):
+    return conv(1, 2 * w, 5) + conv(2 * w, 4 * w, 5) + linear(49 * 4 * w, 64 * w) + linear(64 * w, 10)
+
+
+def by_hand_vgg16(w):
+    channels = [f * w for f in (4, 4, 8, 8, 16, 16, 16, 32, 32, 32, 32, 32, 32)]
+    layers = zip([3, *channels], channels, strict=False)
+    return sum(conv(a, b, 3) + 2 * b for a, b in layers) + linear(32 * w, 10)
+
+
+def by_hand_resnet18(w):
+    total = conv(3, 4 * w, 3, bias=False) + 2 * 4 * w
+    c_in = 4 * w
+    for c in (4 * w, 8 * w, 16 * w, 32 * w):
+        for _block in range(2):
+            total += conv(c_in, c, 3, bias=False) + conv(c, c, 3, bias=False) + 2 * 2 * c
+            if c_in != c:
+                total += conv(c_in, c, 1, bias=False) + 2 * c
+            c_in = c
+    return total + linear(32 * w, 10)
+
+
+BY_HAND = {"lenet": by_hand_lenet, "vgg16": by_hand_vgg16, "resnet18": by_hand_resnet18}
+
+
+@pytest.mark.parametrize("name, width, count", [
+    ("lenet", 16, 3_274_634), ("vgg16", 8, 3_686_954), ("resnet18", 8, 2_797_610),
+    ("lenet", 1, None), ("vgg16", 2, None), ("resnet18", 3, None),
+])  # fmt: skip
+def test_parameter_count(name, width, count):
+    by_hand = BY_HAND[name](width)
+    assert count in (None, by_hand)
+    with torch.device("meta"):
+        assert num_parameters(build(name, seed=0, width=width)) == by_hand
+
+
+@pytest.mark.parametrize("name, shape, settings", [
+    ("lenet", (2, 1, 28, 28), {}),
+    ("lenet", (2, 3, 32, 32), {"in_channels": 3, "image_size": 32}),
+    ("vgg16", (2, 3, 32, 32), {}),
+    ("vgg16", (2, 1, 64, 64), {"in_channels": 1}),
+    ("resnet18", (2, 3, 32, 32), {}),
+    ("resnet18", (2, 1, 20, 24), {"in_channels": 1}),
+])  # fmt: skip
+@pytest.mark.parametrize("num_classes", [10, 3])
+def test_output_shape(name, shape, settings, num_classes):
+    model = build(name, seed=0, width=1, num_classes=num_classes, **settings)
+    assert model(torch.rand(shape)).shape == (2, num_classes)
+
+
+@pytest.mark.parametrize("name", models.ACTIVATIONS)
+@pytest.mark.parametrize("architecture", ["lenet", "vgg16"])
+def test_pooling_before_the_activation_is_pooling_after_it(architecture, name):
+    model = build(architecture, seed=0, width=1, activation=name).eval()
+    layers = list(model)
+    pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
+    assert len(pools) == {"lenet": 2, "vgg16": 5}[architecture]
+    for i in pools:
+        layers[i], layers[i + 1] = layers[i + 1], layers[i]
+    x = torch.rand(4, *((1, 28, 28) if architecture == "lenet" else (3, 32, 32)))
+    torch.testing.assert_close(model(x), nn.Sequential(*layers)(x), atol=1e-6, rtol=1e-5)
+
+
+def test_lenet_is_the_function_written_out():
+    model = build("lenet", seed=1, width=2)
+    a, b, c, d = (m for m in model if isinstance(m, (nn.Conv2d, nn.Linear)))
+    x = torch.rand(5, 1, 28, 28)
+    h = F.max_pool2d(F.relu(F.conv2d(x, a.weight, a.bias, padding=2)), 2)
+    h = F.max_pool2d(F.relu(F.conv2d(h, b.weight, b.bias, padding=2)), 2)
+    torch.testing.assert_close(model(x), d(F.relu(c(h.flatten(1)))))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_resnet_is_torchvisions(mode):
+    """Their ResNet at our widths: the stem replaced, the weights ours. Both list their layers in the same order."""
+
+    class Narrow(ResNet):
+        def __init__(self):
+            super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=10)
+            self.conv1, self.maxpool = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Identity()
+            self.bn1, self.inplanes = nn.BatchNorm2d(8), 8
+            stages = ((8, 1), (16, 2), (32, 2), (64, 2))
+            self.layer1, self.layer2, self.layer3, self.layer4 = (
+                self._make_layer(BasicBlock, c, 2, stride=s) for c, s in stages
+            )
+            self.fc = nn.Linear(64, 10)
+
+    ours, theirs = build("resnet18", seed=0, width=2), Narrow()
+    for module in ours.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight)
+            nn.init.uniform_(module.bias)
+    values = list(ours.state_dict().values())
+    assert len(values) == len(theirs.state_dict())
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), values, strict=True)))
+    x = torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(getattr(ours, mode)()(x), getattr(theirs, mode)()(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, module", [("relu", nn.ReLU), ("softplus", nn.Softplus), ("elu", nn.ELU)])
+@pytest.mark.parametrize("architecture", models.MODELS)
+def test_activation_by_name(architecture, name, module):
+    model = build(architecture, seed=0, width=1, activation=name)
+    used = [type(m) for m in model.modules() if type(m) in (nn.ReLU, nn.Softplus, nn.ELU)]
+    assert set(used) == {module} and len(used) == {"lenet": 3, "vgg16": 13, "resnet18": 17}[architecture]
+
+
+def test_the_seed_decides_and_the_global_generator_is_left_alone():
+    state = torch.get_rng_state()
+    a, b, c = (build("lenet", seed=s, width=1).state_dict() for s in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not any(torch.equal(a[k], c[k]) for k in a)
+    torch.manual_seed(0)
+    plain = models.lenet(1).state_dict()
+    assert all(torch.equal(a[k], plain[k]) for k in a)
+
+
+@pytest.mark.parametrize("name, settings, message", [
+    ("lenet5", {}, "unknown model 'lenet5': choose one of lenet, vgg16, resnet18"),
+    ("lenet", {"activation": "gelu"}, "unknown activation 'gelu': choose one of relu, softplus, elu"),
+    ("vgg16", {"width": 0}, "width must be a positive integer, got 0"),
+    ("resnet18", {"width": 1.5}, "width must be a positive integer, got 1.5"),
+    ("lenet", {"width": True}, "width must be a positive integer, got True"),
+])  # fmt: skip
+def test_bad_input(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, seed=0, **settings)

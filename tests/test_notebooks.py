@@ -1,0 +1,64 @@
+"""Every notebook runs at a tiny size, by the command that users type, and leaves its figures, records and claims."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import profiles  # noqa: E402
+from layout import Layout  # noqa: E402
+
+NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.py"))
+# What notebooks that train the same networks must agree on, or each trains its own.
+SHARED = ("dataset", "train_images", "model", "width", "epochs", "num_steps", "step_fraction", "optimizer", "lr",
+          "eval_every", "eval_images")  # fmt: skip
+TRAINING = ("03_early_training", "06_periodic_scheduling")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of figures and the runner's output, after one run of all notebooks."""
+    folder = tmp_path_factory.mktemp("tiny")
+    env = os.environ | {
+        "FIGURES_DIR": str(folder / "figures"),
+        "RUNS_DIR": str(folder / "runs"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(ROOT / "tools" / "run.py"), "--profile", "tiny", "-j", "1"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "figures", done.stdout
+
+
+def test_there_are_notebooks():
+    assert NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_leaves_figures_and_claims(tiny, name):
+    figures, output = tiny
+    claims = json.loads((figures / f"{name}.claims.json").read_text())
+    assert claims["claims"] and claims["profile"] == "tiny"
+    assert f"ok    {name}" in output
+    pictures = sorted(figures.glob(f"{name[:3]}*.png"))
+    assert pictures
+    for picture in pictures:
+        record = json.loads(picture.with_suffix(".json").read_text())
+        assert picture.with_suffix(".csv").exists()
+        assert record["notebook"] == name and record["parameters"]["profile"] == "tiny"
+
+
+@pytest.mark.parametrize("profile", ["quick", "gpu", "paper"])
+def test_notebooks_share_their_networks(profile):
+    changes = profiles.read_profile(Layout(), profile)
+    first, *others = (
+        profiles.parameters(ROOT / "notebooks" / f"{name}.py") | changes.get(name, {}) for name in TRAINING
+    )
+    for other in others:
+        assert {key: other[key] for key in SHARED} == {key: first[key] for key in SHARED}

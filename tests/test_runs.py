@@ -1,0 +1,135 @@
+"""The cache: what names a run, and that nothing is trained twice."""
+
+import json
+import multiprocessing
+import shutil
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lib import runs, training
+from lib.data import Data
+from lib.training import TrainConfig
+
+CONFIG = TrainConfig(width=1, eps=0.1, step_size=0.05, num_steps=1, epochs=2, batch_size=20, eval_images=10)
+
+
+def noise(seed=0):
+    x = torch.rand(60, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+    y = torch.arange(60) % 3
+    return Data(x[:50], y[:50], x[50:], y[50:], "noise")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The runs that are really trained, epoch by epoch."""
+    seen, whole = [], training._State.train_epoch
+    monkeypatch.setattr(training._State, "train_epoch", lambda s: (seen.append((s.config.seed, s.epoch)), whole(s)))
+    return seen
+
+
+def test_found_again_without_training(folder, trained):
+    first = runs.run(CONFIG, noise())
+    assert trained == [(0, 0), (0, 1)]
+    again = runs.run(replace(CONFIG), noise())
+    assert trained == [(0, 0), (0, 1)]
+    assert first.history.equals(again.history) and first.steps.equals(again.steps)
+    assert torch.equal(first.model()[0].weight, again.model()[0].weight)
+    assert [p.name for p in folder.iterdir()] == [f"lenet-constant-{runs.key(CONFIG, noise())}"]
+
+
+def test_grid_keeps_the_order_and_goes_on_after_an_interruption(trained, monkeypatch):
+    configs = [replace(CONFIG, seed=s) for s in (2, 0, 1)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        whole = training._State.train_epoch
+
+        def cut(state):
+            if (state.config.seed, state.epoch) == (0, 1):
+                raise KeyboardInterrupt
+            whole(state)
+
+        patch.setattr(training._State, "train_epoch", cut)
+        runs.grid(configs, noise())
+    assert trained == [(2, 0), (2, 1), (0, 0)]
+    found = runs.grid(iter(configs), noise())
+    assert trained == [(2, 0), (2, 1), (0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [r.config.seed for r in found] == [2, 0, 1]
+
+
+def test_the_key_is_of_all_that_decides(monkeypatch):
+    key = runs.key(CONFIG, noise())
+    assert key == runs.key(replace(CONFIG), noise())
+    others = [replace(CONFIG, seed=1), replace(CONFIG, lr=1e-3), replace(CONFIG, restarts=(1,))]
+    keys = {key, *(runs.key(c, noise()) for c in others), runs.key(CONFIG, noise(1))}
+    pixel, label = noise(), noise()
+    pixel.x_test[0, 0, 0, 0] += 1e-3
+    label.y_train[0] = 2
+    keys |= {runs.key(CONFIG, pixel), runs.key(CONFIG, label)}
+    monkeypatch.setattr(runs, "hardware", lambda: {"threads": 64})
+    keys.add(runs.key(CONFIG, noise()))
+    assert len(keys) == 8
+
+
+@pytest.mark.parametrize("file, old, new, same", [
+    ("training.py", "loss.backward()", "(2 * loss).backward()", False),
+    ("attacks.py", "    return best[0]", "    return best[0] + 0", False),
+    ("data.py", "manual_seed(0)", "manual_seed(1)", False),
+    ("training.py", "loss.backward()", "loss.backward()  # a comment", True),
+    ("attacks.py", "def project(", "\n\ndef project(", True),
+    ("attacks.py", '"""The point of the ball', '"""Another text: the point of the ball', True),
+    ("schedules.py", '"""Budgets over training', '"""Other budgets over training', True),
+    ("figures.py", "DPI = 110", "DPI = 300", True),
+])  # fmt: skip
+def test_code_counts_and_comments_do_not(tmp_path, monkeypatch, file, old, new, same):
+    copy = tmp_path / "lib"
+    shutil.copytree(runs.LIB, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(runs, "LIB", copy)
+    before = runs._code()
+    text = (copy / file).read_text()
+    assert old in text
+    (copy / file).write_text(text.replace(old, new))
+    assert (runs._code() == before) == same
+
+
+def train_and_log(folder, number, start):
+    """In a process of its own: want the same run as another process, and note the epochs trained here."""
+    import os
+
+    os.environ["RUNS_DIR"] = str(folder / "cache")
+    seen, whole = [], training._State.train_epoch
+
+    def slow(state):
+        seen.append(state.epoch)
+        time.sleep(0.3)
+        whole(state)
+
+    training._State.train_epoch = slow
+    start.wait()
+    run = runs.run(CONFIG, noise())
+    (folder / f"{number}.json").write_text(json.dumps([seen, run.steps["loss"].tolist()]))
+
+
+def test_two_processes_that_want_one_run_train_it_once(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lib.runs", "pytest"])
+    start = context.Barrier(2)
+    processes = [context.Process(target=train_and_log, args=(tmp_path, i, start)) for i in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    (a, losses), (b, same) = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+    assert sorted([a, b]) == [[], [0, 1]] and losses == same
+
+
+def test_the_default_place_is_beside_lib(monkeypatch):
+    monkeypatch.delenv("RUNS_DIR")
+    assert runs.runs_dir() == runs.LIB.parent / "runs"

@@ -1,0 +1,324 @@
+"""Training against loops written out, and against being killed."""
+
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lib import attacks, compute, models, training
+from lib.data import Data
+from lib.training import TrainConfig, augment, train
+
+BASE = TrainConfig(
+    width=1, eps=0.2, step_size=0.1, num_steps=2, epochs=4, batch_size=50, lr=1e-2, eval_images=40, schedule="linear"
+)
+RUNS = {
+    "adam": replace(BASE, epochs=5, batch_size=20, num_steps=5),
+    "sgd": replace(
+        BASE, epochs=7, batch_size=20, num_steps=5, optimizer="sgd", lr=0.05, weight_decay=1e-3, schedule="cosine",
+        schedule_stop=0.3, schedule_epochs=3, restarts=(3, 5), lr_scheduler="MultiStepLR",
+        lr_settings=(("milestones", [1, 2]), ("gamma", 0.1)), augment=True, eval_every=2,
+    ),
+}  # fmt: skip
+
+
+def stripes(n_train=200, n_test=40):
+    """Three classes that can be told apart: noise with a bright band at a place that depends on the class."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(n_train + n_test) % 3
+    x = 0.5 * torch.rand(len(y), 1, 28, 28, generator=g)
+    for k in range(3):
+        x[y == k, :, 8 * k + 2 : 8 * k + 6] += 0.4
+    return Data(x[:n_train], y[:n_train], x[n_train:], y[n_train:], "stripes")
+
+
+def train_both(folder):
+    compute.fix_threads()
+    for name, config in RUNS.items():
+        train(config, stripes(), folder=folder / name)
+
+
+def bits(folder):
+    """All that a finished run leaves, as bytes."""
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+
+
+def stop_after(monkeypatch, epochs):
+    """Interrupt training at the beginning of the next epoch."""
+    whole = training._State.train_epoch
+
+    def cut(state):
+        if state.epoch == epochs:
+            raise KeyboardInterrupt
+        whole(state)
+
+    monkeypatch.setattr(training._State, "train_epoch", cut)
+
+
+class TestKilled:
+    def test_three_kills_change_no_bit(self, tmp_path):
+        """SIGKILL while a checkpoint of either run is there; then on to the end."""
+        # One server imports PyTorch once; each process is a fork of it.
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(["lib.training", "pytest"])
+        for name, epoch in (("adam", 2), ("sgd", 1), ("sgd", 4)):
+            checkpoint = tmp_path / "killed" / name / "checkpoint.safetensors"
+            process = processes.Process(target=train_both, args=(tmp_path / "killed",))
+            process.start()
+            while process.is_alive() and not self.reached(checkpoint, epoch):
+                time.sleep(0.005)
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            assert not (checkpoint.parent / "run.json").exists()
+        process = processes.Process(target=train_both, args=(tmp_path / "killed",))
+        process.start()
+        train_both(tmp_path / "whole")
+        process.join()
+        for name in RUNS:
+            whole, killed = bits(tmp_path / "whole" / name), bits(tmp_path / "killed" / name)
+            # A kill in the middle of a write may leave the hidden file beside its place, never a wrong one in it.
+            assert {k: v for k, v in killed.items() if not k.startswith(".")} == whole
+
+    @staticmethod
+    def reached(checkpoint, epoch):
+        try:
+            return training._load(checkpoint)[1]["epoch"] >= epoch
+        except (ValueError, FileNotFoundError):
+            return False
+
+    @pytest.mark.parametrize("harm", ["cut short", "one byte of the weights", "empty", "noise", "one digit"])
+    def test_a_harmed_checkpoint_is_trained_again(self, tmp_path, monkeypatch, harm):
+        data = stripes(100)
+        train(BASE, data, folder=tmp_path / "whole")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(patch, 2)
+            train(BASE, data, folder=tmp_path / "harmed")
+        checkpoint = tmp_path / "harmed" / "checkpoint.safetensors"
+        content = checkpoint.read_bytes()
+        middle = len(content) * 3 // 4
+        harmed = {
+            "cut short": content[:middle],
+            "one byte of the weights": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+            "empty": b"",
+            "noise": os.urandom(len(content)),
+            "one digit": content.replace(b'\\"epoch\\": 2', b'\\"epoch\\": 3'),
+        }[harm]
+        assert harmed != content
+        checkpoint.write_bytes(harmed)
+        train(BASE, data, folder=tmp_path / "harmed")
+        assert bits(tmp_path / "harmed") == bits(tmp_path / "whole")
+
+    def test_going_on_starts_at_the_checkpoint(self, tmp_path, monkeypatch):
+        data = stripes(100)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(patch, 3)
+            train(BASE, data, folder=tmp_path)
+        trained, whole = [], training._State.train_epoch
+        monkeypatch.setattr(training._State, "train_epoch", lambda s: (trained.append(s.epoch), whole(s)))
+        train(BASE, data, folder=tmp_path)
+        assert trained == [3]
+        train(BASE, data, folder=tmp_path)  # finished: read, not trained
+        assert trained == [3]
+
+
+class TestAgainstLoops:
+    @pytest.fixture(autouse=True)
+    def float32(self, monkeypatch):
+        for module in (training, attacks):
+            monkeypatch.setattr(module, "fast_dtype", lambda _device: None)
+
+    def batches(self, config, data, epoch):
+        g = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
+        return torch.randperm(len(data.y_train), generator=g).split(config.batch_size), g
+
+    @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+    def test_no_budget_is_ordinary_training(self, tmp_path, optimizer):
+        config = replace(BASE, eps=0.0, optimizer=optimizer, weight_decay=1e-3, epochs=2, seed=3, lr=1e-3)
+        data = stripes()
+        run = train(config, data, folder=tmp_path)
+        model = models.build("lenet", seed=3, width=1, num_classes=3)
+        kind, extra = {"adam": (torch.optim.Adam, {}), "sgd": (torch.optim.SGD, {"momentum": 0.9})}[optimizer]
+        optimizer = kind(model.parameters(), lr=1e-3, weight_decay=1e-3, **extra)
+        losses = []
+        for epoch in range(2):
+            for batch in self.batches(config, data, epoch)[0]:
+                loss = F.cross_entropy(model(data.x_train[batch]), data.y_train[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+        assert run.steps["loss"].tolist() == pytest.approx(losses, abs=1e-5)
+        assert (run.steps["eps"] == 0).all()
+        for mine, plain in zip(run.model().parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(mine, plain, atol=1e-5, rtol=0)
+
+    def test_an_adversarial_step_is_the_textbooks(self, tmp_path):
+        config = replace(BASE, schedule="constant", optimizer="sgd", epochs=1, num_steps=3)
+        data = stripes(50)
+        run = train(config, data, folder=tmp_path)
+        (batch,), g = self.batches(config, data, 0)
+        x, y = data.x_train[batch], data.y_train[batch]
+        model = models.build("lenet", seed=0, width=1, num_classes=3)
+        x_adv = (x + torch.empty_like(x).uniform_(-0.1, 0.1, generator=g)).clamp(0, 1)
+        for _ in range(3):
+            x_adv = x_adv.detach().requires_grad_()
+            F.cross_entropy(model(x_adv), y).backward()
+            x_adv = x_adv + 0.1 * x_adv.grad.sign()
+            x_adv = torch.min(torch.max(x_adv, x - 0.2), x + 0.2).clamp(0, 1)
+        model.zero_grad()
+        logits = model(x_adv.detach())
+        loss = F.cross_entropy(logits, y)
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+        torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9).step()
+        wrong = sum((logits.argmax(1) != y).tolist()) / 50
+        assert run.steps.loc[0].tolist() == pytest.approx([0.2, loss.item(), wrong, norm], rel=1e-5)
+        for mine, theirs in zip(run.model().parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)
+
+
+class TestBudget:
+    def test_each_step_has_its_budget_and_the_attack_scales_with_it(self, tmp_path, monkeypatch):
+        seen = []
+
+        def spy(model, x, y, *, eps, step_size, num_steps, generator):
+            seen.append((eps, step_size, num_steps, model.training))
+            return x
+
+        monkeypatch.setattr(training, "pgd", spy)
+        run = train(replace(BASE, schedule_stop=0.4), stripes(100), folder=tmp_path)  # 2 steps an epoch
+        expected = [min(0.4 * i / 8, 0.2) for i in range(8)]
+        assert run.steps["eps"].tolist() == pytest.approx(expected)
+        assert [s[0] for s in seen] == pytest.approx(expected[1:])  # the first budget is 0: no attack
+        assert [s[1] for s in seen] == pytest.approx([0.5 * e for e in expected[1:]])
+        assert {s[2:] for s in seen} == {(2, True)}
+        assert run.history["eps"].tolist() == pytest.approx([0.1, 0.2, 0.2, 0.2])
+        assert run.history["epoch"].tolist() == [1, 2, 3, 4]
+
+    def test_a_restart_begins_everything_anew_in_the_same_step(self, tmp_path, monkeypatch):
+        seen, plain = [], training._State.step
+
+        def spy(state, x, y, eps, generator):
+            seen.append((eps, state.optimizer.param_groups[0]["lr"], len(state.optimizer.state)))
+            return plain(state, x, y, eps, generator)
+
+        monkeypatch.setattr(training._State, "step", spy)
+        config = replace(
+            BASE, epochs=5, batch_size=50, optimizer="sgd", restarts=(2, 3), schedule_epochs=2, lr_scheduler="StepLR",
+            lr_settings=(("step_size", 1), ("gamma", 0.5)),
+        )  # fmt: skip
+        run = train(config, stripes(100), folder=tmp_path / "run")
+        n = len(list(models.lenet(1).parameters()))
+        new, later = [(0.0, 0.01, 0), (0.05, 0.01, n)], [(0.1, 0.005, n), (0.15, 0.005, n)]
+        assert [tuple(map(pytest.approx, s)) for s in new + later + new + new + later] == seen
+        assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+            "model-0.safetensors", "model-2.safetensors", "model-3.safetensors", "model-5.safetensors", "run.json"
+        ]  # fmt: skip
+        # What is kept at a period's end is what a run that ends there gives.
+        short = train(replace(config, epochs=2, restarts=()), stripes(100), folder=tmp_path / "short")
+        for epoch, other in (
+            (2, short.model()),
+            (0, short.model(0)),
+            (0, models.build("lenet", seed=0, width=1, num_classes=3)),
+        ):
+            kept = run.model(epoch).state_dict()
+            assert all(torch.equal(kept[k], v) for k, v in other.state_dict().items())
+        assert not torch.equal(run.model(2)[0].weight, run.model(3)[0].weight)
+
+
+class TestFiles:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        train(replace(BASE, epochs=1), stripes(50), folder=tmp_path)
+        return tmp_path
+
+    @pytest.mark.parametrize("cut", [0, 5, 0.5, -1])
+    def test_a_truncated_model_is_named(self, folder, cut):
+        path = folder / "model-1.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[: int(cut * len(content)) if cut == 0.5 else cut])
+        with pytest.raises(ValueError, match=r"model-1\.safetensors is truncated or corrupted"):
+            training.read(folder, replace(BASE, epochs=1)).model()
+
+    def test_a_truncated_record_is_named(self, folder):
+        path = folder / "run.json"
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(ValueError, match=r"run\.json is truncated or corrupted"):
+            train(replace(BASE, epochs=1), stripes(50), folder=folder)
+
+    def test_a_folder_of_another_config(self, folder, tmp_path, monkeypatch):
+        with pytest.raises(ValueError, match="holds a run of another config: choose another folder"):
+            train(replace(BASE, epochs=1, seed=1), stripes(50), folder=folder)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(patch, 1)
+            train(BASE, stripes(50), folder=tmp_path / "unfinished")
+        with pytest.raises(ValueError, match="holds a run of another config: choose another folder"):
+            train(replace(BASE, seed=1), stripes(50), folder=tmp_path / "unfinished")
+
+    def test_an_epoch_that_was_not_kept(self, folder):
+        with pytest.raises(ValueError, match="kept no model after epoch 7: it has model-0, model-1"):
+            training.read(folder, replace(BASE, epochs=1)).model(7)
+
+
+@pytest.mark.parametrize(
+    "eps, reason", [(0.0, "it diverged: loss nan"), (0.2, "the model returned NaN or infinite logits")]
+)
+def test_divergence_is_an_error_that_names_the_run(tmp_path, eps, reason):
+    config = replace(BASE, optimizer="sgd", lr=1e30, eps=eps, schedule="constant")
+    with pytest.raises(ValueError, match=f"training failed in epoch 0, lenet w=1 .*: {reason}"):
+        train(config, stripes(100), folder=tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(40, 3, 6, 9), (40, 1, 5, 5)])
+def test_augment_is_crop_and_flip_image_by_image(shape):
+    x = torch.rand(shape)
+    out = augment(x, torch.Generator().manual_seed(7), border=2)
+    g = torch.Generator().manual_seed(7)
+    top, left = torch.randint(5, (2, 40, 1), generator=g).flatten(1).tolist()
+    flip = (torch.rand(40, 1, generator=g) < 0.5).flatten().tolist()
+    for i in range(40):
+        bordered = torch.zeros(shape[1], shape[2] + 4, shape[3] + 4)
+        bordered[:, 2:-2, 2:-2] = x[i]
+        crop = bordered[:, top[i] : top[i] + shape[2], left[i] : left[i] + shape[3]]
+        assert torch.equal(out[i], crop.flip(2) if flip[i] else crop)
+    assert 5 < sum(flip) < 35 and set(top) == set(left) == set(range(5))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"eps": 8}, "eps is a fraction of the pixel range, so at most 1: write 8/255, not 8"),
+    ({"eps": -0.1}, "eps must be finite and not negative"),
+    ({"step_size": 2}, "step_size is a fraction of the pixel range"),
+    ({"epochs": 0}, "epochs must be a positive integer, got 0"),
+    ({"epochs": 2.5}, "epochs must be a positive integer, got 2.5"),
+    ({"batch_size": 0}, "batch_size must be a positive integer"),
+    ({"num_steps": 0}, "num_steps must be a positive integer"),
+    ({"eval_every": 0}, "eval_every must be a positive integer"),
+    ({"eval_images": -1}, "eval_images must be a positive integer"),
+    ({"width": 0}, "width must be a positive integer"),
+    ({"lr": 0}, "lr must be positive, got 0"),
+    ({"lr": float("nan")}, "lr must be positive, got nan"),
+    ({"optimizer": "lion"}, "unknown optimizer 'lion': choose one of adam, sgd"),
+    ({"model": "alexnet"}, "unknown model 'alexnet'"),
+    ({"activation": "gelu"}, "unknown activation 'gelu'"),
+    ({"schedule": "step"}, "unknown schedule 'step'"),
+    ({"schedule_stop": 0.1}, "never reaches eps=0.2"),
+    ({"schedule_start": 0.5}, "runs backwards"),
+    ({"schedule_epochs": 0}, "epochs must be positive, got 0"),
+    ({"restarts": (4,)}, "the last restart, 4, is not before the end, 4"),
+    ({"restarts": (3, 2)}, "restarts must be positive epochs in increasing order"),
+    ({"restarts": (1.5,)}, r"restarts must be whole epochs, got \(1.5,\)"),
+    ({"lr_scheduler": "Magic"}, "unknown lr_scheduler 'Magic'"),
+    ({"lr_scheduler": "MultiStepLR"}, "lr_scheduler MultiStepLR with lr_settings .*factor.* does not work"),
+    ({"lr_scheduler": "ReduceLROnPlateau", "lr_settings": ()}, "lr_scheduler ReduceLROnPlateau .* does not work"),
+    ({"weight_decay": -1.0}, "Invalid weight_decay value"),
+])  # fmt: skip
+def test_bad_config_is_refused_at_once(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(BASE, **change)
