@@ -117,9 +117,10 @@ book.save(
 )  # fmt: skip
 
 # %% [markdown]
-# How small is the gradient at first? The median of the smoothed norm over the first 20 mini-batches: later the networks
-# of the smallest eps are through, and their gradients fall because they fit. How long is the plateau? Count the mini-batches until the running mean of the robust error first falls below 0.8.
-# A run that never gets there is counted as "stays".
+# How small is the gradient at first? Take the median of the smoothed norm over the first 20 mini-batches: later the
+# networks of the smallest eps are through, and their gradients fall because they fit. How long is the plateau? Count
+# the mini-batches until the running mean of the robust error first falls below 0.8. A run that never gets there is
+# counted as "stays".
 
 
 # %%

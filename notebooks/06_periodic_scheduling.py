@@ -42,8 +42,8 @@ optimizer = "adam"
 lr = 3e-3
 eval_every = 2
 eval_images = 500
-test_steps = 40  # the attack of the final evaluation
-test_step_size = 0.02
+test_steps = 20  # the attack of the final evaluation
+test_step_size = 0.04
 test_restarts = 2
 test_images = 500
 
