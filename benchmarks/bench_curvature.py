@@ -157,7 +157,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=4)
     parser.add_argument("--images", type=int, default=500, help="for the eigenpairs")
-    parser.add_argument("--plane-images", type=int, default=64)
+    parser.add_argument("--plane-images", type=int, default=200)
     parser.add_argument("--points", type=int, default=21)
     args = parser.parse_args()
     compute.fix_threads()
@@ -165,7 +165,7 @@ def main():
     digits, here = data.load("mnist5k"), compute.device()
     model = trained(digits, args.width, epochs=4, eps=0.1).to(here)
     x, y = (t.to(here) for t in (digits.x_train, digits.y_train))
-    settings = {"eps": 0.1, "step_size": 0.04, "num_steps": 5}
+    settings = {"eps": 0.1, "step_size": 0.02, "num_steps": 10}
     print(f"{compute.hardware()}\nLeNet w={args.width}, {models.num_parameters(model)} parameters, {digits.source}")
     x_adv = pgd(model, x[: args.images], y[: args.images], **settings, random_start=False, precision="full")
     eigen_ratio, residual = bench_eigenpairs(model, x_adv, y[: args.images], 20, 250)

@@ -190,9 +190,7 @@ sns.heatmap(
     grid, cmap="mako_r", vmin=0, vmax=1, ax=axes[0], xticklabels=names, cbar_kws={"label": "share of predictions"}
 )
 axes[0].set(xlabel=f"eps ({n} each)", ylabel="predicted class")
-sns.stripplot(
-    ends, x="eps", y="robust_loss", hue="eps", palette="viridis", legend=False, size=7, jitter=0.15, ax=axes[1]
-)
+sns.swarmplot(ends, x="eps", y="robust_loss", hue="eps", palette="viridis", legend=False, size=6, ax=axes[1])
 axes[1].axhline(math.log(10), color="grey", linestyle=":", label="log 10")
 axes[1].set(xlabel="eps", ylabel="adversarial loss on test digits", ylim=(0, None))
 axes[1].legend(loc="lower right")

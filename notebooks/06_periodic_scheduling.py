@@ -139,7 +139,7 @@ final = pd.DataFrame(rows)
 # %%
 long = final.melt(["schedule", "seed"], ["clean", "robust"], var_name="error on", value_name="error")
 fig, ax = plt.subplots(figsize=(6.5, 3.6))
-sns.stripplot(long, x="schedule", y="error", hue="error on", dodge=True, jitter=0.1, size=6, ax=ax)
+sns.swarmplot(long, x="schedule", y="error", hue="error on", dodge=True, size=6, ax=ax)
 sns.pointplot(long, x="schedule", y="error", hue="error on", dodge=0.4, errorbar=None, linestyle="none", marker="_",
               markersize=22, legend=False, ax=ax)  # fmt: skip
 ax.axhline(0.9, color="grey", linestyle=":")
