@@ -62,6 +62,13 @@ def eigen_directions(model, x, y, num, **settings):
     return vectors * random_directions(model, 1)[0].norm()
 
 
+def descent_direction(model, x, y, *, batch_size=500):
+    """Minus the gradient of the mean loss at (x, y), made as long as a filter-normalised direction. Returns (1, P)."""
+    check(model, x, y)
+    gradient = _gradient(_copy(model), x, y, batch_size)
+    return (-gradient / gradient.norm() * random_directions(model, 1)[0].norm())[None]
+
+
 class Surface(NamedTuple):
     """loss (nats) and error (share), arrays of one shape: a value for each point."""
 

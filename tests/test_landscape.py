@@ -17,6 +17,7 @@ from lib.landscape import (
     along,
     barrier,
     connect,
+    descent_direction,
     eigen_directions,
     flat,
     move,
@@ -79,6 +80,16 @@ def test_eigen_directions_are_eigenvectors_of_a_filter_normalised_length():
     for value, d in zip(values, directions, strict=True):
         assert torch.allclose(d.norm(), weights.norm(), rtol=1e-9)
         assert (operator(d) - value * d).norm() < 1e-3 * values[0] * d.norm()
+
+
+def test_descent_direction_is_minus_the_gradient():
+    model, x, y = network(batchnorm=True)
+    direction = descent_direction(model, x, y, batch_size=7)
+    gradient = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    gradient = torch.cat([g.flatten() for g in gradient])
+    assert torch.allclose(direction[0] / direction.norm(), -gradient / gradient.norm(), atol=1e-12)
+    assert torch.allclose(direction.norm(), random_directions(model, 1)[0].norm(), rtol=1e-12)
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("num", [1, 2])
