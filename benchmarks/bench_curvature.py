@@ -7,14 +7,17 @@
 
     OMP_NUM_THREADS=1 python benchmarks/bench_curvature.py
 
-CPU time of the process, so that other programs on the machine count little. Exit status 1 if a goal is missed.
+CPU time of the process, so that other programs on the machine count little. The numbers go to curvature.json. Exit
+status 1 if a goal is missed.
 """
 
 import argparse
 import copy
+import json
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import curvlinops
 import numpy as np
@@ -25,6 +28,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from lib import compute, data, models
 from lib.attacks import pgd
 from lib.curvature import Hessian, top_eigenpairs
+from lib.files import write_json
 from lib.landscape import flat, random_directions, surface
 
 
@@ -119,63 +123,64 @@ def relative_residual(hessian, values, vectors):
 
 
 def bench_eigenpairs(model, x, y, k, batch_size):
+    """A row for each method: seconds, products, residual and how many times ours is faster."""
     exact = Hessian(model, x, y, dtype=torch.float64, batch_size=batch_size, kept_batches=0)
     top_eigenpairs(model, x[:8], y[:8], 1)  # the first use imports PyTorch's tracer, once in a process
-    rows = {}
-    (values, vectors, _), rows["ours"] = timed(lambda: top_eigenpairs(model, x, y, k, batch_size=batch_size))
-    print(f"ours             {rows['ours']:7.1f} s  residual {relative_residual(exact, values, vectors):.1e}")
-    for name, method in (("power iteration", power_iteration), ("curvlinops+eigsh", by_curvlinops)):
-        (v, u, products), rows[name] = timed(lambda method=method: method(model, x, y, k, batch_size))
-        ratio = rows[name] / rows["ours"]
-        print(
-            f"{name:16s} {rows[name]:7.1f} s  residual {relative_residual(exact, v, u):.1e}  {products} products  "
-            f"largest relative error of a value {((v - values).abs() / values).max():.1e}  ratio {ratio:.1f}"
-        )
-    return rows["power iteration"] / rows["ours"], relative_residual(exact, values, vectors)
+    ours, seconds = timed(lambda: top_eigenpairs(model, x, y, k, batch_size=batch_size))
+    rows = [{"method": "ours", "seconds": seconds, "residual": relative_residual(exact, *ours[:2]), "ratio": 1.0}]
+    for name, method in (("power iteration", power_iteration), ("ARPACK on curvlinops", by_curvlinops)):
+        (values, vectors, products), seconds = timed(lambda method=method: method(model, x, y, k, batch_size))
+        residual, ratio = relative_residual(exact, values, vectors), seconds / rows[0]["seconds"]
+        rows.append({"method": name, "seconds": seconds, "residual": residual, "ratio": ratio, "products": products})
+    return rows
 
 
 def bench_plane(model, x, y, points, settings):
+    """A row for each precision of our attack: seconds, ratio to the textbook, largest relative difference from it."""
     directions, steps = random_directions(model, 2), np.linspace(-1, 1, points)
-    planes, seconds = {}, {}
+    textbook, seconds = timed(lambda: textbook_plane(model, directions, steps, x, y, **settings))
+    rows = [{"method": "textbook", "seconds": seconds, "ratio": 1.0, "difference": 0.0}]
     for precision in ("auto", "full"):
         attack = partial(pgd, **settings, random_start=False, precision=precision)
         call = partial(surface, model, directions, steps, x, y, attack=attack, adversary="rerun")
-        planes[precision], seconds[precision] = timed(call)
-    textbook, seconds["textbook"] = timed(lambda: textbook_plane(model, directions, steps, x, y, **settings))
-    for precision, plane in planes.items():
-        difference = abs(plane.loss - textbook) / textbook
-        print(
-            f"plane, {precision} precision {seconds[precision]:7.1f} s  ratio "
-            f"{seconds['textbook'] / seconds[precision]:.1f}  relative difference: median "
-            f"{np.median(difference):.1e}, largest {difference.max():.1e}"
-        )
-    print(f"plane, textbook       {seconds['textbook']:7.1f} s")
-    return seconds["textbook"] / seconds["auto"], (abs(planes["full"].loss - textbook) / textbook).max()
+        plane, seconds = timed(call)
+        difference = (abs(plane.loss - textbook) / textbook).max()
+        ratio = rows[0]["seconds"] / seconds
+        rows.append({"method": f"ours, {precision}", "seconds": seconds, "ratio": ratio, "difference": difference})
+    return rows
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=4)
     parser.add_argument("--images", type=int, default=500, help="for the eigenpairs")
-    parser.add_argument("--plane-images", type=int, default=200)
+    parser.add_argument("--plane-images", type=int, default=128)
     parser.add_argument("--points", type=int, default=21)
-    args = parser.parse_args()
+    given = parser.parse_args()
     compute.fix_threads()
     torch.manual_seed(0)
     digits, here = data.load("mnist5k"), compute.device()
-    model = trained(digits, args.width, epochs=4, eps=0.1).to(here)
+    model = trained(digits, given.width, epochs=4, eps=0.1).to(here)
     x, y = (t.to(here) for t in (digits.x_train, digits.y_train))
     settings = {"eps": 0.1, "step_size": 0.02, "num_steps": 10}
-    print(f"{compute.hardware()}\nLeNet w={args.width}, {models.num_parameters(model)} parameters, {digits.source}")
-    x_adv = pgd(model, x[: args.images], y[: args.images], **settings, random_start=False, precision="full")
-    eigen_ratio, residual = bench_eigenpairs(model, x_adv, y[: args.images], 20, 250)
-    plane_ratio, difference = bench_plane(model, x[: args.plane_images], y[: args.plane_images], args.points, settings)
+    x_adv = pgd(model, x[: given.images], y[: given.images], **settings, random_start=False, precision="full")
+    record = vars(given) | {
+        "attack": settings, "source": digits.source, "parameters": models.num_parameters(model),
+        "hardware": compute.hardware(), "versions": compute.versions(),
+        "eigenpairs": bench_eigenpairs(model, x_adv, y[: given.images], 20, 250),
+    }  # fmt: skip
+    print(json.dumps(record["eigenpairs"], indent=1), flush=True)
+    record["plane"] = bench_plane(model, x[: given.plane_images], y[: given.plane_images], given.points, settings)
+    print(json.dumps(record["plane"], indent=1))
+    write_json(Path(__file__).with_name("curvature.json"), record)
+    (ours, power, _), (_, auto, full) = record["eigenpairs"], record["plane"]
     goals = {
-        f"top 20 {eigen_ratio:.1f} times faster than power iteration (goal 10)": eigen_ratio >= 10,
-        f"largest relative residual {residual:.1e} (goal 1e-3)": residual < 1e-3,
-        f"plane {plane_ratio:.1f} times faster than the textbook (goal 3)": plane_ratio >= 3,
-        f"largest relative difference of the plane in float32 {difference:.1e} (goal 1e-3)": difference < 1e-3,
-    }
+        f"top 20 {power['ratio']:.1f} times faster than power iteration (goal 10)": power["ratio"] >= 10,
+        f"largest relative residual {ours['residual']:.1e} (goal 1e-3)": ours["residual"] < 1e-3,
+        f"plane {auto['ratio']:.1f} times faster than the textbook (goal 3)": auto["ratio"] >= 3,
+        f"largest relative difference of the float32 plane {full['difference']:.1e} (goal 1e-3)":
+            full["difference"] < 1e-3,
+    }  # fmt: skip
     for text, met in goals.items():
         print("met   " if met else "MISSED", text)
     return not all(goals.values())

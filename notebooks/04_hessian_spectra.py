@@ -79,8 +79,8 @@ print(digits.source)
 # %% [markdown]
 # ## The networks
 #
-# One network per eps and seed, the same runs as in notebook 3 wherever the budget is constant. At the largest eps a
-# constant budget ends in a constant classifier at this size (notebook 3), whose curvature says nothing about minima;
+# One network per eps and seed, smaller than those of notebook 3 but trained in the same way wherever the budget is
+# constant. At the largest eps a constant budget can end in a constant classifier, which tells nothing of minima;
 # there the budget rises linearly to eps over the first half of training. That is a difference in protocol between the
 # largest eps and the others, and the verdict below looks at the others alone as well.
 
