@@ -177,7 +177,7 @@ def _first_line(error):
 
 
 def image_folder(path, *, title=None):
-    """A folder {train,test}/<class>/*.png|jpg, all images of one size.
+    """A folder {train,test}/<class>/*.png|jpg, all images of one size, in the order of their numbers if they have any.
 
     Raises:
         DataNotFound: train/ or test/ is missing or holds no images.
@@ -195,8 +195,7 @@ def image_folder(path, *, title=None):
             raise DataNotFound(f"{path / part} should hold <class>/*.png or *.jpg: {_first_line(error)}") from error
         classes.append(folder.classes)
         suffixes |= {Path(file).suffix.lower() for file, _ in folder.samples}
-        # By a fixed permutation: the folder lists class after class, and `first` is to be a fair sample.
-        order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0))
+        order = _order(folder)
         parts += [_read_images(folder)[order], torch.tensor(folder.targets)[order]]
     if parts[0].shape[1:] != parts[2].shape[1:]:
         raise DataCorrupted(f"the images in {path}/train and test differ in size")
@@ -205,6 +204,20 @@ def image_folder(path, *, title=None):
     kind = "lossless copies" if suffixes == {".png"} else "JPEG copies"
     name = f"{title or path.name} ({kind}, {len(parts[1]):,} + {len(parts[3]):,})"
     return Data(*parts, name)
+
+
+def _order(folder):
+    """Of its numbers, where every file is named by a number of its own (a copy of CIFAR-10 in the official order).
+
+    Else a fixed permutation, as for numbers that go through class after class: `first` is to be a fair sample.
+    """
+    stems = [Path(file).stem for file, _ in folder.samples]
+    if all(stem.isdecimal() for stem in stems) and len({int(stem) for stem in stems}) == len(stems):
+        order = sorted(range(len(stems)), key=lambda i: int(stems[i]))
+        labels = [folder.targets[i] for i in order]
+        if labels != sorted(labels):
+            return torch.tensor(order)
+    return torch.randperm(len(folder), generator=torch.Generator().manual_seed(0))
 
 
 def _read_images(folder):

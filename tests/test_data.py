@@ -224,6 +224,37 @@ class TestImageFolder:
         assert load(tmp_path / "photos").fingerprint == found.fingerprint
 
     @pytest.mark.parametrize("suffix", ["png", "jpg"])
+    def test_numbers_of_their_own_are_the_order(self, tmp_path, suffix):
+        """As in a copy of CIFAR-10 with gaps: image 3 i of each part, whose red channel is 10 i, is the i-th."""
+        expected = {"train": [2, 0, 1, 1, 2, 0, 2, 1, 0, 0, 1, 2], "test": [1, 1, 0, 2]}
+        for part, labels in expected.items():
+            for i, label in enumerate(labels):
+                image = tmp_path / part / CLASSES[label] / f"{3 * i:02d}.{suffix}"
+                image.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (10 * i, 0, 0)).save(image)
+        found = load(tmp_path)
+        for x, y, labels in ((found.x_train, found.y_train, expected["train"]),
+                             (found.x_test, found.y_test, expected["test"])):  # fmt: skip
+            assert y.tolist() == labels
+            assert (x[:, 0].mean((1, 2)) * 25.5).round().tolist() == list(range(len(labels)))
+        assert found.first(5, 2).y_train.tolist() == expected["train"][:5]
+
+    @pytest.mark.parametrize("stem", [
+        lambda k, i: f"{3 * i + k}" if (k, i) != (1, 2) else "a",  # not a number
+        lambda k, i: f"{3 * i + k}" if (k, i) != (1, 2) else "00",  # the number of another
+        lambda k, i: f"{10 * k + i}",  # class after class
+    ])  # fmt: skip
+    def test_other_names_are_shuffled(self, tmp_path, stem):
+        path = make_images(tmp_path / "photos", n=10)
+        for k, name in enumerate(CLASSES):
+            for i in range(10):
+                (path / "train" / name / f"{i}.png").rename(path / "train" / name / f"new{i}.png")
+            for i in range(10):
+                (path / "train" / name / f"new{i}.png").rename(path / "train" / name / f"{stem(k, i)}.png")
+        order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+        assert load(path).y_train.tolist() == torch.arange(3).repeat_interleave(10)[order].tolist()
+
+    @pytest.mark.parametrize("suffix", ["png", "jpg"])
     def test_unreadable_images_are_counted_and_named(self, tmp_path, suffix):
         path = make_images(tmp_path / "photos", size=(32, 32), suffix=suffix)
         (path / "train" / "cat" / f"1.{suffix}").write_bytes(b"no image")
