@@ -1,14 +1,18 @@
-"""Attacks inside an L-inf or L2 ball: `project`, `fgsm`, `pgd`.
+"""Attacks inside an L-inf or L2 ball: `project`, `fgsm`, `pgd`; `simba` and `autoattack` for evaluation.
 
 All take `(model, x, y, *, eps, ...)` and return `x_adv`: detached, inside the ball of radius eps round x and inside
 [0, 1]. The model is run in evaluation mode on constants: its mode, `requires_grad` flags, `.grad` fields and
 batch-normalisation buffers are afterwards as they were before, whatever happens in between.
 """
 
+import logging
+import sys
+import warnings
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from pyautoattack import AutoAttack
 from torch.func import functional_call
 
 from .compute import fast_dtype
@@ -28,7 +32,7 @@ def project(delta, *, eps, norm="linf"):
     Raises:
         ValueError: unknown norm, eps negative or NaN.
     """
-    _check_norm(norm)
+    check_norm(norm)
     if not eps >= 0:
         raise ValueError(f"eps must not be negative or NaN, got {eps}")
     if norm == "linf":
@@ -59,8 +63,8 @@ def pgd(
         num_steps: steps from each start.
         num_restarts: starts; of the end points, each image keeps one that is misclassified if there is any, and
             among those the one of largest loss.
-        random_start: begin at a uniform point of the ball of radius min(step_size, eps) (the paper's start),
-            else at x.
+        random_start: True or "step" begins at a uniform point of the ball of radius min(step_size, eps) (the paper's
+            start), "ball" at one of the whole ball, False at x itself.
         loss: "ce" (cross entropy) or "margin" (largest other logit minus the true one).
         generator: torch.Generator on x's device for the starts; without one, the global generator.
         precision: "auto" runs the model in bfloat16 where this machine gains by it (perturbation and loss stay in
@@ -73,9 +77,9 @@ def pgd(
             infinities or the wrong shape.
     """
     _check(x, y, eps, step_size, norm)
-    for name, value, least in (("num_steps", num_steps, 0), ("num_restarts", num_restarts, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    _check_count("num_steps", num_steps, 0)
+    _check_count("num_restarts", num_restarts, 1)
+    check_start(random_start)
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}")
     best = None
@@ -99,7 +103,8 @@ def _ascend(logits_of, x, y, eps, step_size, num_steps, norm, random_start, loss
     x = channels_last(x.detach())
     x_adv = x.clone()
     if random_start:
-        x_adv = _into(x_adv + _start(x, min(step_size, eps), norm, generator), x, eps, norm)
+        radius = eps if random_start == "ball" else min(step_size, eps)
+        x_adv = _into(x_adv + _start(x, radius, norm, generator), x, eps, norm)
     for _ in range(num_steps):
         x_adv.requires_grad_(True)
         with torch.enable_grad():
@@ -112,6 +117,111 @@ def _ascend(logits_of, x, y, eps, step_size, num_steps, norm, random_start, loss
             g = g.sign_() if norm == "linf" else _unit(g)
             x_adv = _into(x_adv.detach().add_(g, alpha=step_size), x, eps, norm)
     return x_adv.contiguous()
+
+
+def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
+    """SimBA, a black-box attack that sees probabilities only (Guo et al. 2019, arXiv:1905.07121), image by image.
+
+    One value of the image after the other, in random order, is moved up or else down, and stays where the probability
+    of the label falls. A step goes from one face of the ball to the other ("linf": 2 eps) or is 0.2 long ("l2", as in
+    the paper); what leaves the ball or the box is put back. An image that is misclassified is left alone.
+
+    Args:
+        num_queries: model evaluations per image, the first one of x itself included; at least 1.
+        generator: torch.Generator on x's device for the order; without one, the global generator.
+    Returns:
+        x_adv as for `pgd`. More queries with the same generator state never give a larger probability of the label.
+    Raises:
+        ValueError: as for `pgd`; num_queries below 1.
+    """
+    _check(x, y, eps, 0.0, norm)
+    _check_count("num_queries", num_queries, 1)
+    x_adv, size = x.detach().clone(), x[0].numel()
+    order = torch.rand(len(x), size, generator=generator, device=x.device).argsort(1)
+    turn = torch.zeros_like(y)  # each image's own place in its order, two turns (up, down) for each value
+    with torch.no_grad(), frozen(model, x, "full") as logits_of:
+
+        def look(inputs, labels):
+            logits = logits_of(inputs)
+            _check_labels(logits, labels)
+            return logits.log_softmax(1).gather(1, labels[:, None]).squeeze(1), logits.argmax(1) == labels
+
+        best, standing = look(x_adv, y)
+        for _ in range(num_queries - 1):
+            i = standing.nonzero().squeeze(1)
+            if eps == 0 or len(i) == 0:
+                break
+            where = order[i, turn[i] // 2 % size][:, None]
+            step = (1 - 2 * (turn[i] % 2))[:, None] * (2 * eps if norm == "linf" else 0.2)
+            moved = x_adv[i].flatten(1).scatter_add(1, where, step.to(x.dtype)).view_as(x[i])
+            moved = _into(moved, x[i], eps, norm)
+            score, right = look(moved, y[i])
+            falls = score < best[i]
+            x_adv[i], best[i] = torch.where(_wide(falls, x), moved, x_adv[i]), torch.minimum(score, best[i])
+            standing[i] = right | ~falls
+            turn[i] += torch.where(falls & (turn[i] % 2 == 0), 2, 1)  # a step up that is kept needs no step down
+    return x_adv
+
+
+def autoattack(
+    model, x, y, *, eps, norm="linf", attacks=("apgd-ce", "apgd-dlr", "square"), num_steps=100, num_restarts=5,
+    num_queries=5000, seed=0, batch_size=256,
+):  # fmt: skip
+    """AutoAttack (Croce & Hein 2020, arXiv:2003.01690) through pyautoattack: each attack on what the others left.
+
+    Args:
+        attacks: of "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square", in this order. APGD has rho = 0.75.
+        num_steps, num_restarts: of APGD and FAB. The targeted ones have one restart for each of up to 9 classes.
+        num_queries: of Square; below 5,000 its schedule of square sizes is rescaled to them.
+        seed: of everything random. The global generators are afterwards as they were before.
+        batch_size: images attacked together. The result depends on it, since a batch shares its random numbers.
+    Returns:
+        x_adv as for `pgd`; images that withstand every attack come back unchanged.
+    Raises:
+        ValueError: as for `pgd`; an unknown attack, or too few classes for it ("apgd-dlr" needs 3, "apgd-t" 4).
+    """
+    _check(x, y, eps, 0.0, norm)
+    for name, value in (("num_steps", num_steps), ("num_restarts", num_restarts), ("num_queries", num_queries)):
+        _check_count(name, value, 1)
+    unknown = [a for a in attacks if a not in LEAST_CLASSES]
+    if unknown or not attacks:
+        raise ValueError(f"unknown attack {unknown}: choose some of {', '.join(LEAST_CLASSES)}")
+    with frozen(model, x, "full") as logits_of:
+        with torch.no_grad():
+            logits = logits_of(x[:1])
+        _check_labels(logits, y[:1])
+        classes = logits.shape[1]
+        for attack in attacks:
+            if classes < LEAST_CLASSES[attack]:
+                raise ValueError(f"{attack} needs at least {LEAST_CLASSES[attack]} classes, the model has {classes}")
+        if eps == 0:
+            return x.detach().clone()
+        with _left_alone(x.device):
+            runner = AutoAttack(logits_of, attacks=list(attacks), version="custom", eps=eps, seed=seed,
+                                norm={"linf": "Linf", "l2": "L2"}[norm], device=x.device)  # fmt: skip
+            for part in (runner.apgd, runner.apgd_targeted, runner.fab):
+                part.n_iter, part.n_target_classes = num_steps, min(9, classes - 1)
+            runner.apgd.n_restarts = runner.fab.n_restarts = num_restarts
+            runner.square.n_queries, runner.square.rescale_schedule = num_queries, num_queries < 5000
+            x_adv, _ = runner.run_standard_evaluation(x, y, batch_size=batch_size)
+    return _into(x_adv.detach(), x, eps, norm)
+
+
+LEAST_CLASSES = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "fab": 2, "fab-t": 2, "square": 2}
+
+
+@contextmanager
+def _left_alone(where):
+    """pyautoattack reseeds the global generators, ends any tracing (coverage, debuggers) and warns on stderr."""
+    trace, logger = sys.gettrace(), logging.getLogger("auto-attack")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = was_disabled
+        sys.settrace(trace)
 
 
 def _into(x_adv, x, eps, norm):
@@ -215,13 +325,25 @@ def check_eps(eps, *, name="eps", norm="linf"):
         raise ValueError(f"{name} is a fraction of the pixel range, so at most 1: write 8/255, not 8 (got {eps})")
 
 
-def _check_norm(norm):
+def check_norm(norm):
+    """Raise ValueError for an unknown norm."""
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose linf or l2")
 
 
+def _check_count(name, value, least):
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def check_start(start):
+    """Raise ValueError for an unknown random start."""
+    if start not in (False, True, "step", "ball"):
+        raise ValueError(f"unknown random_start {start!r}: choose True or 'step', 'ball', or False")
+
+
 def _check(x, y, eps, step_size, norm):
-    _check_norm(norm)
+    check_norm(norm)
     check_eps(eps, norm=norm)
     check_eps(step_size, name="step_size", norm=norm)
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or len(x) == 0:

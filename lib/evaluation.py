@@ -44,7 +44,7 @@ def attacked(model, x, y, attack, *, batch_size=500):
     return torch.cat([attack(model, a, b) for a, b in batches])
 
 
-def evaluate(model, x, y, *, eps, step_size, num_steps, seed=0, batch_size=500):
+def evaluate(model, x, y, *, eps, step_size, num_steps, norm="linf", seed=0, batch_size=500):
     """Clean error, robust error and mean adversarial loss under `pgd` from one seeded random start.
 
     Returns:
@@ -53,7 +53,8 @@ def evaluate(model, x, y, *, eps, step_size, num_steps, seed=0, batch_size=500):
     generator = torch.Generator(x.device).manual_seed(seed)
 
     def attack(model, x, y):
-        return pgd(model, x, y, eps=eps, step_size=step_size, num_steps=num_steps, generator=generator)
+        settings = {"eps": eps, "step_size": step_size, "num_steps": num_steps, "norm": norm}
+        return pgd(model, x, y, **settings, generator=generator)
 
     logits = predict(model, attacked(model, x, y, attack, batch_size=batch_size), batch_size=batch_size)
     return {

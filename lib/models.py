@@ -8,6 +8,8 @@ Pooling stands before the activation. Both orders give the same function, since 
 non-decreasing activation, and this one applies the activation to a quarter of the values.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -100,6 +102,33 @@ def resnet18(width=8, *, activation="relu", in_channels=3, num_classes=10):
         layers += [BasicBlock(c_in, c_out, stride, activation), BasicBlock(c_out, c_out, 1, activation)]
         c_in = c_out
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, num_classes))
+
+
+class Ensemble(nn.Module):
+    """The mean of the members' probabilities (the ensemble of Liu et al. 2020, Section 5), as a model like any other.
+
+    Its logits are the logarithms of the mean probabilities, so that their softmax is that mean; the ensemble of one
+    model has its probabilities. Attacks see the gradient of the whole.
+
+    Args:
+        members: modules x -> logits (B, classes), at least one.
+    Raises:
+        ValueError: no members; when called, members with unequal numbers of classes.
+    """
+
+    def __init__(self, members):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        if not len(self.members):
+            raise ValueError("an ensemble needs at least one member")
+
+    def forward(self, x):
+        logits = [member(x) for member in self.members]
+        if len({z.shape for z in logits}) > 1:
+            raise ValueError(f"the members have unequal numbers of classes: {[z.shape[-1] for z in logits]}")
+        stacked = torch.stack(logits)
+        stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))  # not in bfloat16
+        return stacked.log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
 
 MODELS = {"lenet": lenet, "vgg16": vgg16, "resnet18": resnet18}

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .compute import hardware
@@ -18,7 +18,6 @@ LIB = Path(__file__).resolve().parent
 DECIDING = (
     "attacks.py",
     "compute.py",
-    "data.py",
     "evaluation.py",
     "models.py",
     "schedules.py",
@@ -31,23 +30,35 @@ def runs_dir():
     return Path(os.environ.get("RUNS_DIR") or LIB.parent / "runs")
 
 
-def run(config, data):
+def run(config, data, *, wait=True):
     """The finished run of this config on this data: found, resumed or trained.
 
     Its folder is named by a hash of all that decides the result: config, pixels, PyTorch, processor, thread count
-    and the code (comments and docstrings apart). A second process that wants the same run waits for the first.
-    Arguments and errors as for `training.train`.
+    and the code (comments and docstrings apart). A second process that wants the same run waits for the first, or
+    gets None at once if not `wait`. Arguments and errors as for `training.train`.
     """
     folder = runs_dir() / f"{config.model}-{config.schedule}-{key(config, data)}"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        return train(config, data, folder=folder)
+    try:
+        with FileLock(folder / ".lock", timeout=-1 if wait else 0):
+            return train(config, data, folder=folder)
+    except Timeout:
+        return None
 
 
 def grid(configs, data):
-    """The finished runs of all configs, in their order. What was finished before a kill is found again."""
-    configs = list(configs)
-    return [run(config, data) for config in tqdm(configs, desc="runs", disable=len(configs) < 2)]
+    """The finished runs of all configs, in their order. What was finished before a kill is found again.
+
+    Two processes with one grid share the work: a run that the other is training is left for the end.
+    """
+    configs, done = list(configs), {}
+    with tqdm(total=len(configs), desc="runs", disable=len(configs) < 2) as bar:
+        for wait in (False, True):
+            for config in configs:
+                if config not in done and (found := run(config, data, wait=wait)):
+                    done[config] = found
+                    bar.update()
+    return [done[config] for config in configs]
 
 
 def key(config, data):

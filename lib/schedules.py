@@ -6,46 +6,49 @@ as good as any other: nothing is guessed from the size of a number.
 """
 
 import math
+from bisect import bisect_right
+from itertools import pairwise
 
 from .attacks import check_eps
 
 
-def constant(value):
-    """The same budget throughout. Raises ValueError for a value outside [0, 1]."""
-    check_eps(value, name="value")
+def constant(value, *, norm="linf"):
+    """The same budget throughout. Raises ValueError for a value outside [0, 1] (L2: negative)."""
+    check_eps(value, name="value", norm=norm)
     return lambda epoch: float(value)
 
 
-def linear(start, stop, epochs, *, clip=None):
+def linear(start, stop, epochs, *, clip=None, norm="linf"):
     """From start at epoch 0 to stop at `epochs`, never above clip; stop (or clip) from then on.
 
     Args:
         start, stop: budgets in [0, 1], start <= stop.
         epochs: length of the rise, > 0, may be fractional.
         clip: largest value given, None for no limit.
+        norm: of the ball; with "l2" budgets may be larger than 1.
     Returns:
         A function epoch -> eps, epoch a float >= 0.
     Raises:
         ValueError: a value outside [0, 1], a schedule that runs backwards (stop < start or epochs <= 0).
     """
-    return _rise(start, stop, epochs, clip, lambda t: t)
+    return _rise(start, stop, epochs, clip, norm, lambda t: t)
 
 
-def cosine(start, stop, epochs, *, clip=None):
+def cosine(start, stop, epochs, *, clip=None, norm="linf"):
     """As `linear`, but along half a cosine: slow at both ends."""
-    return _rise(start, stop, epochs, clip, lambda t: (1 - math.cos(math.pi * t)) / 2)
+    return _rise(start, stop, epochs, clip, norm, lambda t: (1 - math.cos(math.pi * t)) / 2)
 
 
-def _rise(start, stop, epochs, clip, shape):
-    check_eps(start, name="start")
-    check_eps(stop, name="stop")
+def _rise(start, stop, epochs, clip, norm, shape):
+    check_eps(start, name="start", norm=norm)
+    check_eps(stop, name="stop", norm=norm)
     if stop < start:
         raise ValueError(f"the schedule runs backwards: it starts at {start} and stops at {stop}")
     if not epochs > 0:
         raise ValueError(f"the schedule runs backwards: epochs must be positive, got {epochs}")
     if clip is None:
         clip = stop
-    check_eps(clip, name="clip")
+    check_eps(clip, name="clip", norm=norm)
 
     def eps(epoch):
         if not epoch >= 0:
@@ -56,27 +59,44 @@ def _rise(start, stop, epochs, clip, shape):
 
 
 def periodic(schedule, restarts):
-    """The schedule, begun anew at each of the epochs in restarts.
+    """A schedule begun anew at each of the epochs in restarts.
 
-    Raises ValueError for restarts that are not positive and increasing.
+    Args:
+        schedule: a function of the epoch, or a list of them, one for each of the len(restarts) + 1 periods.
+        restarts: epochs, positive and increasing.
+    Returns:
+        A function of the epoch; inside a period its schedule gets the epochs since the period began.
+    Raises:
+        ValueError: restarts out of order, or another number of schedules than of periods.
     """
-    restarts = list(restarts)
-    if any(b <= a for a, b in zip([0, *restarts], restarts, strict=False)):
-        raise ValueError(f"restarts must be positive epochs in increasing order, got {restarts}")
-    return lambda epoch: schedule(epoch - max((r for r in restarts if r <= epoch), default=0))
+    begins = check_restarts(restarts)
+    parts = list(schedule) if isinstance(schedule, (list, tuple)) else [schedule] * len(begins)
+    if len(parts) != len(begins):
+        raise ValueError(f"{len(begins)} periods need as many schedules, got {len(parts)}")
+
+    def value(epoch):
+        k = max(bisect_right(begins, epoch) - 1, 0)
+        return parts[k](epoch - begins[k])
+
+    return value
+
+
+def check_restarts(restarts):
+    """The epochs at which periods begin, 0 included. Raises ValueError for restarts out of order."""
+    begins = [0, *restarts]
+    if any(not a < b for a, b in pairwise(begins)):
+        raise ValueError(f"restarts must be positive epochs in increasing order, got {list(restarts)}")
+    return begins
 
 
 SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine}
 
 
-def by_name(name, eps, *, start=0.0, stop=None, epochs):
+def by_name(name, eps, *, start=0.0, stop=None, epochs, norm="linf"):
     """The schedule `name` of SCHEDULES for training against eps: constant at eps, or rising from start towards stop
-    (eps when None) over `epochs`, clipped at eps. Raises ValueError for an unknown name or a stop below eps."""
+    (eps when None) over `epochs`, clipped at eps. Raises ValueError for an unknown name."""
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
     if name == "constant":
-        return constant(eps)
-    stop = eps if stop is None else stop
-    if stop < eps:
-        raise ValueError(f"the schedule never reaches eps={eps}: it stops at {stop}")
-    return SCHEDULES[name](start, stop, epochs, clip=eps)
+        return constant(eps, norm=norm)
+    return SCHEDULES[name](start, eps if stop is None else stop, epochs, clip=eps, norm=norm)

@@ -9,7 +9,9 @@ off and resumed ends in the same bits as one that is not.
 import hashlib
 import json
 import math
+import warnings
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +22,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from . import models, schedules
-from .attacks import channels_last, check_eps, pgd
+from .attacks import channels_last, check_eps, check_norm, check_start, pgd
 from .compute import device, fast_dtype
 from .evaluation import evaluate
 from .files import read_json, write_bytes, write_json
@@ -33,13 +35,14 @@ class TrainConfig:
     """All that decides a run, apart from the data. Errors are raised at once, not after an hour.
 
     model, width, activation: see `models`.
-    eps, step_size, num_steps: the attack at the full budget; step_size scales with the current budget. eps=0 is
-        ordinary training.
-    schedule, schedule_start, schedule_stop, schedule_epochs: the budget over epochs (`schedules.by_name`); it rises
-        over schedule_epochs (all of `epochs` when None) and is clipped at eps.
-    restarts: epochs at which budget, optimiser and learning rate begin anew; each period's end is kept.
+    eps, norm, step_size, num_steps, start: the attack at the full budget (`attacks.pgd`, whose random_start is
+        `start`); step_size scales with the current budget. eps=0 is ordinary training; num_steps=1 with step_size
+        1.25 eps is fast adversarial training (Wong et al. 2020, arXiv:2001.03994).
+    schedule, schedule_start, schedule_stop: the budget over epochs (`schedules.by_name`); it rises over the whole
+        period towards schedule_stop and is clipped at eps.
+    restarts: epochs at which a new period begins: budget, optimiser and learning rate anew. Each period's end is kept.
     optimizer: "adam" or "sgd" (then with momentum); lr, weight_decay as in torch.optim.
-    lr_scheduler: name of a class in torch.optim.lr_scheduler, stepped each epoch, and lr_settings, its arguments.
+    lr_drops: the learning rate falls tenfold at these fractions of each period.
     augment: random crops from a border of 4 pixels, and flips.
     eval_every, eval_images: errors on the first test images, after each such number of epochs (and the last).
     """
@@ -48,12 +51,13 @@ class TrainConfig:
     width: int = 16
     activation: str = "relu"
     eps: float
+    norm: str = "linf"
     step_size: float
     num_steps: int
+    start: bool | str = True
     schedule: str = "constant"
     schedule_start: float = 0.0
     schedule_stop: float | None = None
-    schedule_epochs: float | None = None
     restarts: tuple = ()
     epochs: int
     batch_size: int = 128
@@ -61,16 +65,19 @@ class TrainConfig:
     lr: float = 1e-4
     momentum: float = 0.9
     weight_decay: float = 0.0
-    lr_scheduler: str = "ConstantLR"
-    lr_settings: tuple = (("factor", 1.0),)
+    lr_drops: tuple = ()
     augment: bool = False
     eval_every: int = 1
     eval_images: int = 1000
     seed: int = 0
 
     def __post_init__(self):
-        check_eps(self.eps)
-        check_eps(self.step_size, name="step_size")
+        for name in ("restarts", "lr_drops"):  # lists, as a notebook's parameters have them, would not be hashable
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_norm(self.norm)
+        check_eps(self.eps, norm=self.norm)
+        check_eps(self.step_size, name="step_size", norm=self.norm)
+        check_start(self.start)
         for name in ("epochs", "batch_size", "eval_every", "eval_images", "num_steps", "width"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
@@ -78,39 +85,39 @@ class TrainConfig:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
-        if self.lr_scheduler not in torch.optim.lr_scheduler.__all__:
-            raise ValueError(f"unknown lr_scheduler {self.lr_scheduler!r}: see torch.optim.lr_scheduler")
+        if any(not 0 < drop < 1 for drop in self.lr_drops):
+            raise ValueError(f"lr_drops must lie between 0 and 1, the ends of a period, got {self.lr_drops}")
         if not all(isinstance(r, int) for r in self.restarts):
             raise ValueError(f"restarts must be whole epochs, got {self.restarts}")
         if self.restarts and self.restarts[-1] >= self.epochs:
             raise ValueError(f"the last restart, {self.restarts[-1]}, is not before the end, {self.epochs}")
-        self.budget()
-        # Dry runs of the builders: their errors belong here too.
-        with torch.device("meta"):
-            model = models.build(self.model, seed=0, **self.model_settings())
-        try:
-            optimizer, scheduler = self._optimizer_and_scheduler(model)
-            optimizer.step()
-            scheduler.step()
-        except (TypeError, NotImplementedError) as error:
-            given = f"lr_scheduler {self.lr_scheduler} with lr_settings {self.lr_settings}"
-            raise ValueError(f"{given} does not work: {error}") from error
+        last = self.budget()(self.epochs)
+        if not math.isclose(last, self.eps):
+            warnings.warn(f"the budget ends at {last:.4g}, but the evaluation is at eps {self.eps:.4g}", stacklevel=3)
+        with torch.device("meta"):  # dry runs of the builders: their errors belong here too
+            OPTIMIZERS[self.optimizer](models.build(self.model, seed=0, **self.model_settings()).parameters(), self)
 
     def model_settings(self, **more):
         return {"width": self.width, "activation": self.activation, **more}
 
+    def period(self, epoch):
+        """Beginning and end, in epochs, of the period that an epoch, which may be fractional, lies in."""
+        edges = [*schedules.check_restarts(self.restarts), self.epochs]
+        return next((a, b) for a, b in pairwise(edges) if epoch < b or b == self.epochs)
+
     def budget(self):
         """The budget as a function of the epoch."""
-        rise = self.epochs if self.schedule_epochs is None else self.schedule_epochs
-        schedule = schedules.by_name(
-            self.schedule, self.eps, start=self.schedule_start, stop=self.schedule_stop, epochs=rise
-        )
-        return schedules.periodic(schedule, self.restarts)
+        parts = [
+            schedules.by_name(self.schedule, self.eps, start=self.schedule_start, stop=self.schedule_stop,
+                              epochs=self.period(begin)[1] - begin, norm=self.norm)
+            for begin in schedules.check_restarts(self.restarts)
+        ]  # fmt: skip
+        return schedules.periodic(parts, self.restarts)
 
-    def _optimizer_and_scheduler(self, model):
-        optimizer = OPTIMIZERS[self.optimizer](model.parameters(), self)
-        kind = getattr(torch.optim.lr_scheduler, self.lr_scheduler)
-        return optimizer, kind(optimizer, **dict(self.lr_settings))
+    def learning_rate(self, epoch):
+        """The learning rate at an epoch, which may be fractional."""
+        begin, end = self.period(epoch)
+        return self.lr * 0.1 ** sum(epoch - begin >= drop * (end - begin) for drop in self.lr_drops)
 
 
 OPTIMIZERS = {
@@ -131,7 +138,7 @@ class Run:
     def model(self, epoch=None):
         """The model after the given number of epochs (the end when None; else 0 or a restart), on the CPU.
 
-        Raises ValueError for an epoch that was not kept or a corrupted checkpoint.
+        Raises ValueError for an epoch that was not kept, a corrupted checkpoint or one of another architecture.
         """
         path = self.folder / f"model-{self.config.epochs if epoch is None else epoch}.safetensors"
         if not path.exists():
@@ -139,7 +146,10 @@ class Run:
             raise ValueError(f"the run kept no model after epoch {epoch}: it has {', '.join(kept)}")
         tensors, about = _load(path)
         model = models.build(self.config.model, seed=0, **about["model"])
-        model.load_state_dict(tensors)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{path} holds another architecture than {self.config.model} {about['model']}") from error
         return model.eval()
 
 
@@ -211,7 +221,7 @@ class _State:
         self.restart()
 
     def restart(self):
-        self.optimizer, self.scheduler = self.config._optimizer_and_scheduler(self.model)
+        self.optimizer = OPTIMIZERS[self.config.optimizer](self.model.parameters(), self.config)
 
     def train_epoch(self):
         config = self.config
@@ -223,9 +233,9 @@ class _State:
             x, y = self.x[batch], self.y[batch]
             if config.augment:
                 x = augment(x, generator)
-            self.steps.append(self.step(x, y, self.budget(self.epoch + i / len(batches)), generator))
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.scheduler.step()
+            now = self.epoch + i / len(batches)
+            lr = self.optimizer.param_groups[0]["lr"] = config.learning_rate(now)
+            self.steps.append(self.step(x, y, self.budget(now), generator))
         self.epoch += 1
         if self.epoch % config.eval_every == 0 or self.epoch == config.epochs:
             self.history.append({"epoch": self.epoch, "eps": self.budget(self.epoch), "lr": lr, **self.evaluate()})
@@ -234,8 +244,8 @@ class _State:
         """One mini-batch: attack, gradient, update. Returns eps, loss, robust error, gradient norm."""
         config = self.config
         if eps > 0:
-            x = pgd(self.model, x, y, eps=eps, step_size=config.step_size * eps / config.eps,
-                    num_steps=config.num_steps, generator=generator)  # fmt: skip
+            x = pgd(self.model, x, y, eps=eps, step_size=config.step_size * eps / config.eps, norm=config.norm,
+                    num_steps=config.num_steps, random_start=config.start, generator=generator)  # fmt: skip
         low = fast_dtype(self.device)
         with torch.autocast(self.device.type, dtype=low, enabled=low is not None):
             logits = self.model(channels_last(x))
@@ -251,7 +261,8 @@ class _State:
 
     def evaluate(self):
         c = self.config
-        return evaluate(self.model, *self.test, eps=c.eps, step_size=c.step_size, num_steps=c.num_steps, seed=c.seed)
+        return evaluate(self.model, *self.test, eps=c.eps, step_size=c.step_size, num_steps=c.num_steps, norm=c.norm,
+                        seed=c.seed)  # fmt: skip
 
     def keep(self, folder):
         """Keep the model of this moment for good."""
@@ -280,10 +291,6 @@ class _State:
             raise ValueError(f"{path.parent} holds a run of another config: choose another folder")
         self.epoch, self.history, self.steps = about["epoch"], about["history"], about["steps"]
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        # The learning rate's own state is made again by as many empty steps; then come the optimiser's tensors.
-        for _ in range(self.epoch - max((r for r in self.config.restarts if r < self.epoch), default=0)):
-            self.optimizer.step()
-            self.scheduler.step()
         state = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):

@@ -1,6 +1,8 @@
 """Attacks against closed forms, brute force, foolbox, and their promises about the model."""
 
+import copy
 import itertools
+import sys
 from functools import partial
 
 import foolbox
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lib import attacks, compute, models
-from lib.attacks import fgsm, pgd, project
+from lib.attacks import autoattack, fgsm, pgd, project, simba
 from lib.evaluation import predict, robust_error
 
 CLOSE = {"atol": 1e-6, "rtol": 0}
@@ -186,13 +188,13 @@ class TestPeer:
         return foolbox.PyTorchModel(trained, bounds=(0, 1), device="cpu")
 
     @pytest.mark.parametrize("eps, step_size", [(0.1, 0.02), (0.3, 0.05)])
-    def test_linf_pgd(self, trained, peer, batch, eps, step_size):
-        x, y = batch
+    def test_linf_pgd(self, trained, batch, eps, step_size):
+        # In double precision: in single, the order of sums decides the signs of gradients next to 0, and steps add up.
+        model, x, y = copy.deepcopy(trained).double(), batch[0].double(), batch[1]
         attack = foolbox.attacks.LinfPGD(abs_stepsize=step_size, steps=10, random_start=False)
-        theirs = attack.run(peer, x, y, epsilon=eps)
-        ours = pgd(trained, x, y, eps=eps, step_size=step_size, num_steps=10, random_start=False, precision="full")
-        # Layout changes the order of sums, so a gradient next to 0 may change its sign: less than 1 pixel in 1,000.
-        assert ((ours - theirs).abs() > 1e-5).double().mean() < 1e-3
+        theirs = attack.run(foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilon=eps)
+        ours = pgd(model, x, y, eps=eps, step_size=step_size, num_steps=10, random_start=False)
+        assert ((ours - theirs).abs() > 1e-5).double().mean() < 1e-4
 
     def test_fgsm(self, trained, peer, batch):
         x, y = batch
@@ -476,3 +478,130 @@ class TestBadInput:
     def test_labels_are_checked_without_steps_too(self):
         with pytest.raises(ValueError, match="labels run from"):
             pgd(self.model, self.x, self.y + 1, eps=0.1, step_size=0.1, num_steps=0, num_restarts=2)
+
+
+def test_the_ball_start_is_anywhere_in_the_ball():
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(784, 3)), torch.full((50, 1, 28, 28), 0.5)
+    settings = {"eps": 0.2, "step_size": 0.01, "num_steps": 0}
+    y, g = torch.zeros(50, dtype=torch.int64), generator()
+    near = (pgd(model, x, y, **settings, random_start="step", generator=g) - x).abs().max()
+    far = (pgd(model, x, y, **settings, random_start="ball", generator=g) - x).abs().max()
+    assert near <= 0.01 + 1e-6 and 0.19 < far <= 0.2 + 1e-6
+    with pytest.raises(ValueError, match="unknown random_start 'corner'"):
+        pgd(model, x, y, **settings, random_start="corner")
+
+
+def robust(model, x, y):
+    return (model(x).argmax(1) == y).double().mean().item()
+
+
+class TestSimba:
+    @pytest.mark.parametrize("norm, eps", [("linf", 0.2), ("l2", 1.5)])
+    def test_never_leaves_and_never_weakens(self, digits, trained, norm, eps):
+        x, y = digits.x_test[:40], digits.y_test[:40]
+        before = trained(x).log_softmax(1).gather(1, y[:, None])
+        for num_queries in (1, 2, 50, 400):
+            g = generator()
+            x_adv = simba(trained, x, y, eps=eps, num_queries=num_queries, norm=norm, generator=g)
+            delta = (x_adv - x).flatten(1)
+            size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+            assert size.max() <= eps + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
+            after = trained(x_adv).log_softmax(1).gather(1, y[:, None])
+            right = trained(x_adv).argmax(1) == y
+            assert (after <= before + 1e-6).all()
+            before = after
+        assert torch.equal(x_adv[trained(x).argmax(1) != y], x[trained(x).argmax(1) != y])
+        assert right.double().mean() < robust(trained, x, y)
+
+    def test_finds_the_worst_corner_of_a_linear_model(self):
+        """Two classes: the log probability falls along each coordinate on its own, so one pass finds the corner."""
+        model, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), torch.full((3, 1, 4, 4), 0.5)
+        with torch.no_grad():
+            model[1].bias += torch.tensor([2.0, -2.0])  # no image is ever misclassified, so none stops early
+        y = torch.zeros(3, dtype=torch.int64)
+        found = simba(model, x, y, eps=0.1, num_queries=33, generator=generator())
+        worst = 0.5 + 0.1 * (model[1].weight[1] - model[1].weight[0]).sign().view(1, 1, 4, 4)
+        torch.testing.assert_close(found, worst.expand(3, 1, 4, 4).detach())
+
+    def test_counts_its_queries(self, digits, trained):
+        seen, x, y = [], digits.x_test[:10], digits.y_test[:10]
+        handle = trained.register_forward_hook(lambda _m, inputs, _o: seen.append(len(inputs[0])))
+        simba(trained, x, y, eps=0.01, num_queries=20, generator=generator())
+        handle.remove()
+        assert len(seen) <= 20 and max(seen) <= 10
+
+    def test_bad_input(self, digits, trained):
+        x, y = digits.x_test[:4], digits.y_test[:4]
+        assert torch.equal(simba(trained, x, y, eps=0, num_queries=5), x)
+        with pytest.raises(ValueError, match="num_queries must be an integer >= 1, got 0"):
+            simba(trained, x, y, eps=0.1, num_queries=0)
+        with pytest.raises(ValueError, match="labels run from"):
+            simba(trained, x, y + 10, eps=0.1, num_queries=5)
+
+
+QUICK = {"eps": 0.1, "num_steps": 10, "num_restarts": 1, "num_queries": 50}
+
+
+class TestAutoattack:
+    @pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 1.5)])
+    @pytest.mark.parametrize("attack", ["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"])
+    def test_stays_inside_repeats_and_leaves_all_else_alone(self, digits, trained, attack, norm, eps):
+        x, y = digits.x_test[:16], digits.y_test[:16]
+        run = partial(autoattack, trained, x, y, **QUICK | {"eps": eps}, norm=norm, attacks=(attack,))
+        state, whole = torch.get_rng_state(), copy.deepcopy(trained)
+        for p, q in zip(trained.parameters(), whole.parameters(), strict=True):
+            p.grad, q.grad = torch.ones_like(p), torch.ones_like(p)
+        calls = []
+        before = sys.gettrace()
+        sys.settrace(lambda *_: calls.append(1))
+        try:
+            first = run()
+            assert sys.gettrace() is not None
+        finally:
+            sys.settrace(before)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not trained.training
+        for p, q in zip(trained.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(p, q) and torch.equal(p.grad, q.grad) and p.requires_grad
+        assert torch.equal(run(), first)
+        delta = (first - x).flatten(1)
+        size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+        assert size.max() <= eps + 1e-6 and first.min() >= 0 and first.max() <= 1
+        assert robust(trained, first, y) < robust(trained, x, y)
+
+    def test_no_weaker_than_pgd_with_the_same_steps(self, digits, trained):
+        x, y = digits.x_test[:100], digits.y_test[:100]
+        for eps in (0.05, 0.1):
+            ours = pgd(
+                trained, x, y, eps=eps, step_size=eps / 4, num_steps=10, generator=generator()
+            )
+            apgd = autoattack(trained, x, y, **QUICK | {"eps": eps}, attacks=("apgd-ce",))
+            assert robust(trained, apgd, y) <= robust(trained, ours, y)
+
+    def test_quiet(self, digits, trained, capfd):
+        autoattack(trained, digits.x_test[:8], digits.y_test[:8], **QUICK)
+        assert capfd.readouterr() == ("", "")
+
+    @pytest.mark.parametrize("change, message", [
+        ({"attacks": ("pgd",)}, r"unknown attack \['pgd'\]: choose some of apgd-ce, apgd-dlr"),
+        ({"attacks": ()}, "unknown attack"),
+        ({"num_queries": 0}, "num_queries must be an integer >= 1, got 0"),
+        ({"num_restarts": 0}, "num_restarts must be an integer >= 1, got 0"),
+        ({"eps": 8}, "eps is a fraction of the pixel range"),
+        ({"norm": "l1"}, "unknown norm 'l1'"),
+    ])  # fmt: skip
+    def test_bad_input(self, digits, trained, change, message):
+        with pytest.raises(ValueError, match=message):
+            autoattack(trained, digits.x_test[:4], digits.y_test[:4], **QUICK | change)
+
+    @pytest.mark.parametrize("attack, classes", [("apgd-dlr", 2), ("apgd-t", 3)])
+    def test_too_few_classes(self, attack, classes):
+        model, x = nn.Sequential(nn.Flatten(), nn.Linear(16, classes)), torch.rand(4, 1, 4, 4)
+        with pytest.raises(ValueError, match=f"{attack} needs at least {classes + 1} classes, the model has {classes}"):
+            autoattack(model, x, torch.zeros(4, dtype=torch.int64), eps=0.1, attacks=(attack,))
+
+    def test_eps_zero_and_two_classes(self):
+        model, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), torch.rand(4, 1, 4, 4)
+        y = torch.zeros(4, dtype=torch.int64)
+        assert torch.equal(autoattack(model, x, y, **QUICK | {"eps": 0.0}, attacks=("apgd-ce",)), x)
+        autoattack(model, x, y, **QUICK, attacks=("apgd-ce", "fab-t", "square"))

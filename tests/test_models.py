@@ -148,3 +148,42 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone():
 def test_bad_input(name, settings, message):
     with pytest.raises(ValueError, match=message):
         build(name, seed=0, **settings)
+
+
+class TestEnsemble:
+    members = tuple(models.build("lenet", seed=s, width=1).double().eval() for s in range(3))
+    x = torch.rand(5, 1, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def test_probabilities_are_the_mean(self):
+        mean = torch.stack([m(self.x).softmax(1) for m in self.members]).mean(0)
+        torch.testing.assert_close(models.Ensemble(self.members)(self.x).softmax(1), mean, atol=1e-14, rtol=1e-12)
+
+    def test_of_one_equals_its_member(self):
+        alone = models.Ensemble(self.members[:1])(self.x)
+        torch.testing.assert_close(alone, self.members[0](self.x).log_softmax(1), atol=1e-14, rtol=0)
+
+    def test_gradient_is_that_of_the_formula(self):
+        """-grad log mean_k p_k(y) = -sum_k p_k(y) grad log p_k(y) / sum_k p_k(y)."""
+        y, x = torch.arange(5), self.x.clone().requires_grad_()
+        (ours,) = torch.autograd.grad(nn.functional.cross_entropy(models.Ensemble(self.members)(x), y), x)
+        top, bottom = 0, 0
+        for member in self.members:
+            log_p = member(x).log_softmax(1).gather(1, y[:, None])
+            (g,) = torch.autograd.grad(log_p.sum(), x)
+            p = log_p.detach().exp()[:, :, None, None]
+            top, bottom = top + p * g, bottom + p
+        torch.testing.assert_close(ours, -top / bottom / 5, atol=1e-14, rtol=1e-10)
+
+    def test_sure_members_do_not_overflow(self):
+        class Sure(nn.Module):
+            def forward(self, x):
+                return torch.tensor([[1e4, -1e4, 0.0]]).expand(len(x), 3)
+
+        assert torch.isfinite(models.Ensemble([Sure(), Sure()])(self.x.float())).all()
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match="needs at least one member"):
+            models.Ensemble([])
+        other = models.build("lenet", seed=0, width=1, num_classes=7).double()
+        with pytest.raises(ValueError, match=r"unequal numbers of classes: \[10, 7\]"):
+            models.Ensemble([self.members[0], other])(self.x)

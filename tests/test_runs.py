@@ -3,11 +3,13 @@
 import json
 import multiprocessing
 import shutil
+import threading
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from filelock import FileLock
 
 from lib import runs, training
 from lib.data import Data
@@ -81,7 +83,7 @@ def test_the_key_is_of_all_that_decides(monkeypatch):
 @pytest.mark.parametrize("file, old, new, same", [
     ("training.py", "loss.backward()", "(2 * loss).backward()", False),
     ("attacks.py", "    return best[0]", "    return best[0] + 0", False),
-    ("data.py", "manual_seed(0)", "manual_seed(1)", False),
+    ("data.py", "manual_seed(0)", "manual_seed(1)", True),  # what it makes of the pixels is in their fingerprint
     ("training.py", "loss.backward()", "loss.backward()  # a comment", True),
     ("attacks.py", "def project(", "\n\ndef project(", True),
     ("attacks.py", '"""The point of the ball', '"""Another text: the point of the ball', True),
@@ -128,6 +130,25 @@ def test_two_processes_that_want_one_run_train_it_once(tmp_path):
         process.join()
     (a, losses), (b, same) = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
     assert sorted([a, b]) == [[], [0, 1]] and losses == same
+
+
+def test_a_grid_trains_what_nobody_else_is_training_first(trained):
+    configs = [replace(CONFIG, seed=s) for s in (0, 1)]
+    place = runs.runs_dir() / f"lenet-constant-{runs.key(configs[0], noise())}"
+    place.mkdir(parents=True)
+    held = threading.Event()
+
+    def hold():
+        with FileLock(place / ".lock"):
+            held.set()
+            time.sleep(3)
+
+    threading.Thread(target=hold).start()
+    held.wait()
+    assert runs.run(configs[0], noise(), wait=False) is None
+    found = runs.grid(configs, noise())
+    assert [r.config.seed for r in found] == [0, 1]
+    assert [seed for seed, _ in trained] == [1, 1, 0, 0]
 
 
 def test_the_default_place_is_beside_lib(monkeypatch):

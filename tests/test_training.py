@@ -1,5 +1,7 @@
 """Training against loops written out, and against being killed."""
 
+import json
+import math
 import multiprocessing
 import os
 import signal
@@ -22,8 +24,7 @@ RUNS = {
     "adam": replace(BASE, epochs=5, batch_size=20, num_steps=5),
     "sgd": replace(
         BASE, epochs=7, batch_size=20, num_steps=5, optimizer="sgd", lr=0.05, weight_decay=1e-3, schedule="cosine",
-        schedule_stop=0.3, schedule_epochs=3, restarts=(3, 5), lr_scheduler="MultiStepLR",
-        lr_settings=(("milestones", [1, 2]), ("gamma", 0.1)), augment=True, eval_every=2,
+        schedule_stop=0.3, restarts=(3, 5), lr_drops=(0.3, 0.6), augment=True, eval_every=2,
     ),
 }  # fmt: skip
 
@@ -188,7 +189,8 @@ class TestBudget:
     def test_each_step_has_its_budget_and_the_attack_scales_with_it(self, tmp_path, monkeypatch):
         seen = []
 
-        def spy(model, x, y, *, eps, step_size, num_steps, generator):
+        def spy(model, x, y, *, eps, step_size, num_steps, norm, random_start, generator):
+            assert (norm, random_start) == ("linf", True)
             seen.append((eps, step_size, num_steps, model.training))
             return x
 
@@ -202,6 +204,33 @@ class TestBudget:
         assert run.history["eps"].tolist() == pytest.approx([0.1, 0.2, 0.2, 0.2])
         assert run.history["epoch"].tolist() == [1, 2, 3, 4]
 
+    def test_a_budget_that_does_not_end_at_eps_is_named(self):
+        with pytest.warns(UserWarning, match="the budget ends at 0.15, but the evaluation is at eps 0.2"):
+            replace(BASE, schedule_stop=0.15)
+
+    def test_periods(self):
+        """The paper's periodic run on CIFAR-10 (200 epochs, restarts after 100 and 150), by hand."""
+        config = TrainConfig(
+            model="resnet18", eps=8 / 255, step_size=2 / 255, num_steps=10, epochs=200, restarts=[100, 150],
+            schedule="cosine", schedule_stop=16 / 255, lr=0.1, lr_drops=[0.5, 0.75],
+        )  # fmt: skip
+        budget = config.budget()
+        for begin, length in ((0, 100), (100, 50), (150, 50)):
+            assert budget(begin) == 0
+            assert budget(begin + length / 4) == pytest.approx(16 / 255 * (1 - math.sqrt(0.5)) / 2)
+            assert budget(begin + length / 2) == pytest.approx(8 / 255)
+            assert budget(begin + length - 1e-9) == 8 / 255  # clipped
+            rates = [config.learning_rate(begin + f * length) for f in (0, 0.49, 0.5, 0.74, 0.75, 0.999)]
+            assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+        assert budget(200) == 8 / 255 and config.learning_rate(200) == pytest.approx(0.001)
+        assert hash(config) == hash(replace(config, restarts=(100, 150)))
+
+    def test_l2_and_the_start_reach_the_attack(self, tmp_path, monkeypatch):
+        seen = []
+        monkeypatch.setattr(training, "pgd", lambda model, x, y, **settings: (seen.append(settings), x)[1])
+        train(replace(BASE, eps=2.0, norm="l2", start="ball", schedule="constant"), stripes(50), folder=tmp_path)
+        assert {(s["eps"], s["norm"], s["random_start"]) for s in seen} == {(2.0, "l2", "ball")}
+
     def test_a_restart_begins_everything_anew_in_the_same_step(self, tmp_path, monkeypatch):
         seen, plain = [], training._State.step
 
@@ -211,13 +240,14 @@ class TestBudget:
 
         monkeypatch.setattr(training._State, "step", spy)
         config = replace(
-            BASE, epochs=5, batch_size=50, optimizer="sgd", restarts=(2, 3), schedule_epochs=2, lr_scheduler="StepLR",
-            lr_settings=(("step_size", 1), ("gamma", 0.5)),
+            BASE, epochs=5, batch_size=50, optimizer="sgd", restarts=(2, 3), lr_drops=(0.5,),
         )  # fmt: skip
         run = train(config, stripes(100), folder=tmp_path / "run")
         n = len(list(models.lenet(1).parameters()))
-        new, later = [(0.0, 0.01, 0), (0.05, 0.01, n)], [(0.1, 0.005, n), (0.15, 0.005, n)]
-        assert [tuple(map(pytest.approx, s)) for s in new + later + new + new + later] == seen
+        # Two mini-batches an epoch. The budget rises over each period, and the rate falls in the middle of each.
+        two = [(0.0, 0.01, 0), (0.05, 0.01, n), (0.1, 0.001, n), (0.15, 0.001, n)]
+        one = [(0.0, 0.01, 0), (0.1, 0.001, n)]
+        assert [tuple(map(pytest.approx, s)) for s in two + one + two] == seen
         assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
             "model-0.safetensors", "model-2.safetensors", "model-3.safetensors", "model-5.safetensors", "run.json"
         ]  # fmt: skip
@@ -246,6 +276,17 @@ class TestFiles:
         path.write_bytes(content[: int(cut * len(content)) if cut == 0.5 else cut])
         with pytest.raises(ValueError, match=r"model-1\.safetensors is truncated or corrupted"):
             training.read(folder, replace(BASE, epochs=1)).model()
+
+    def test_a_model_of_another_architecture_is_named(self, folder):
+        record = json.loads((folder / "run.json").read_text())
+        record["config"]["model"] = "resnet18"
+        (folder / "run.json").write_text(json.dumps(record))
+        path = folder / "model-1.safetensors"
+        tensors, about = training._load(path)
+        del about["model"]["image_size"]
+        training._save(path, tensors, about)
+        with pytest.raises(ValueError, match=r"model-1\.safetensors holds another architecture than resnet18"):
+            training.read(folder, replace(BASE, epochs=1, model="resnet18")).model()
 
     def test_a_truncated_record_is_named(self, folder):
         path = folder / "run.json"
@@ -308,15 +349,13 @@ def test_augment_is_crop_and_flip_image_by_image(shape):
     ({"model": "alexnet"}, "unknown model 'alexnet'"),
     ({"activation": "gelu"}, "unknown activation 'gelu'"),
     ({"schedule": "step"}, "unknown schedule 'step'"),
-    ({"schedule_stop": 0.1}, "never reaches eps=0.2"),
     ({"schedule_start": 0.5}, "runs backwards"),
-    ({"schedule_epochs": 0}, "epochs must be positive, got 0"),
     ({"restarts": (4,)}, "the last restart, 4, is not before the end, 4"),
     ({"restarts": (3, 2)}, "restarts must be positive epochs in increasing order"),
     ({"restarts": (1.5,)}, r"restarts must be whole epochs, got \(1.5,\)"),
-    ({"lr_scheduler": "Magic"}, "unknown lr_scheduler 'Magic'"),
-    ({"lr_scheduler": "MultiStepLR"}, "lr_scheduler MultiStepLR with lr_settings .*factor.* does not work"),
-    ({"lr_scheduler": "ReduceLROnPlateau", "lr_settings": ()}, "lr_scheduler ReduceLROnPlateau .* does not work"),
+    ({"lr_drops": (0.5, 1.0)}, r"lr_drops must lie between 0 and 1, the ends of a period, got \(0.5, 1.0\)"),
+    ({"norm": "l1"}, "unknown norm 'l1'"),
+    ({"start": "corner"}, "unknown random_start 'corner'"),
     ({"weight_decay": -1.0}, "Invalid weight_decay value"),
 ])  # fmt: skip
 def test_bad_config_is_refused_at_once(change, message):
