@@ -4,7 +4,7 @@ import ast
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -12,11 +12,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .compute import hardware
-from .training import train
+from .training import TrainConfig, train
 
 LIB = Path(__file__).resolve().parent
 DECIDING = (
     "attacks.py",
+    "certify.py",
     "compute.py",
     "evaluation.py",
     "models.py",
@@ -28,6 +29,23 @@ DECIDING = (
 def runs_dir():
     """Where the runs are: RUNS_DIR, by default runs/ beside lib/."""
     return Path(os.environ.get("RUNS_DIR") or LIB.parent / "runs")
+
+
+def configure(settings, **changes):
+    """The TrainConfig of a notebook: its parameters, or a row of its table, with what differs in this run.
+
+    Args:
+        settings: a dict; what in it is no field of TrainConfig is passed over, and "step_fraction" is the step size of
+            the attack as a fraction of eps.
+        changes: fields of TrainConfig; they go before settings.
+    Returns:
+        TrainConfig; errors as for it.
+    """
+    names = {field.name for field in fields(TrainConfig)}
+    chosen = {name: value for name, value in settings.items() if name in names} | changes
+    if "step_fraction" in settings and "step_size" not in changes:
+        chosen["step_size"] = settings["step_fraction"] * chosen["eps"]
+    return TrainConfig(**chosen)
 
 
 def run(config, data, *, wait=True):

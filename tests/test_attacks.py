@@ -188,13 +188,17 @@ class TestPeer:
         return foolbox.PyTorchModel(trained, bounds=(0, 1), device="cpu")
 
     @pytest.mark.parametrize("eps, step_size", [(0.1, 0.02), (0.3, 0.05)])
-    def test_linf_pgd(self, trained, batch, eps, step_size):
-        # In double precision: in single, the order of sums decides the signs of gradients next to 0, and steps add up.
-        model, x, y = copy.deepcopy(trained).double(), batch[0].double(), batch[1]
+    def test_linf_pgd(self, batch, eps, step_size):
+        """To the last digit, in double precision on a net without max-pooling: among equal values, as in a digit's black
+        border, the memory layout decides which one max-pooling gives the gradient to, and the steps add that up."""
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(1, 4, 5, stride=2), nn.Softplus(), nn.Conv2d(4, 8, 5, stride=2), nn.Softplus()]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 10)).double().eval()
+        x, y = batch[0].double(), batch[1]
         attack = foolbox.attacks.LinfPGD(abs_stepsize=step_size, steps=10, random_start=False)
         theirs = attack.run(foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilon=eps)
         ours = pgd(model, x, y, eps=eps, step_size=step_size, num_steps=10, random_start=False)
-        assert ((ours - theirs).abs() > 1e-5).double().mean() < 1e-4
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
     def test_fgsm(self, trained, peer, batch):
         x, y = batch

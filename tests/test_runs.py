@@ -132,6 +132,15 @@ def test_two_processes_that_want_one_run_train_it_once(tmp_path):
     assert sorted([a, b]) == [[], [0, 1]] and losses == same
 
 
+def test_configure_takes_a_notebooks_parameters():
+    settings = {"profile": "quick", "width": 1, "eps": 0.4, "step_fraction": 0.5, "num_steps": 1, "epochs": 2}
+    expected = replace(CONFIG, eps=0.2, step_size=0.1, batch_size=128, eval_images=1000, seed=3)
+    assert runs.configure(settings, eps=0.2, seed=3) == expected
+    assert runs.configure(settings, eps=0.2, step_size=0.01, seed=3) == replace(expected, step_size=0.01)
+    with pytest.raises(TypeError, match="epoch"):
+        runs.configure(settings, epoch=3)
+
+
 def test_a_grid_trains_what_nobody_else_is_training_first(trained):
     configs = [replace(CONFIG, seed=s) for s in (0, 1)]
     place = runs.runs_dir() / f"lenet-constant-{runs.key(configs[0], noise())}"
