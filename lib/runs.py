@@ -1,4 +1,4 @@
-"""The cache of training runs: the same config on the same data is trained once, by whichever notebook comes first."""
+"""The cache of training runs and of what is measured on them: each is made once, by whichever notebook comes first."""
 
 import ast
 import hashlib
@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .compute import hardware
+from .files import read_json, write_json
 from .training import TrainConfig, train
 
 LIB = Path(__file__).resolve().parent
@@ -79,21 +80,41 @@ def grid(configs, data):
     return [done[config] for config in configs]
 
 
+def remember(kind, facts, compute, *, code=()):
+    """What compute() returns, a JSON value: computed once for the same facts, and read again from then on.
+
+    Args:
+        kind: the folder, inside that of the runs; a plain name, such as "attacks".
+        facts: a JSON dict of all that decides the value, apart from PyTorch, processor, thread count and the code that
+            decides runs. A run is named by `run.folder.name`.
+        compute: a function without arguments. It should be repeatable.
+        code: names of more files of lib that decide the value, such as "curvature.py".
+    Returns:
+        The value as JSON gives it back (tuples are lists), whether computed or read.
+    Raises:
+        ValueError: a corrupted file, or NaN in the value.
+    """
+    path = runs_dir() / kind / f"{_hash(facts, (*DECIDING, *code))}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            write_json(path, {"facts": facts, "value": compute()})
+    return read_json(path)["value"]
+
+
 def key(config, data):
     """Hash of all that decides a run's result, 16 hexadecimal digits."""
-    deciding = {
-        "config": asdict(config),
-        "data": data.fingerprint,
-        "torch": torch.__version__,
-        "hardware": hardware(),
-        "code": _code(),
-    }
+    return _hash({"config": asdict(config), "data": data.fingerprint}, DECIDING)
+
+
+def _hash(facts, code):
+    deciding = {"facts": facts, "torch": torch.__version__, "hardware": hardware(), "code": _code(code)}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _code():
+def _code(names=DECIDING):
     h = hashlib.sha256()
-    for name in DECIDING:
+    for name in names:
         tree = ast.parse((LIB / name).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:

@@ -189,8 +189,8 @@ class TestPeer:
 
     @pytest.mark.parametrize("eps, step_size", [(0.1, 0.02), (0.3, 0.05)])
     def test_linf_pgd(self, batch, eps, step_size):
-        """To the last digit, in double precision on a net without max-pooling: among equal values, as in a digit's black
-        border, the memory layout decides which one max-pooling gives the gradient to, and the steps add that up."""
+        """To the last digit, in double precision on a net without max-pooling: among equal values, as in a digit's
+        black border, the memory layout decides which one max-pooling gives the gradient to, and the steps add up."""
         torch.manual_seed(0)
         layers = [nn.Conv2d(1, 4, 5, stride=2), nn.Softplus(), nn.Conv2d(4, 8, 5, stride=2), nn.Softplus()]
         model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 10)).double().eval()

@@ -141,6 +141,23 @@ def test_configure_takes_a_notebooks_parameters():
         runs.configure(settings, epoch=3)
 
 
+def test_remember(folder):
+    calls = []
+
+    def look(**more):
+        facts = {"run": "a", "attack": {"eps": 0.1}} | more.pop("facts", {})
+        return runs.remember("looks", facts, lambda: (calls.append(1), (1.5, "x"))[1], **more)
+
+    assert look() == look() == [1.5, "x"] and len(calls) == 1
+    look(facts={"attack": {"eps": 0.2}})
+    look(code=("curvature.py",))
+    assert len(calls) == 3
+    one = next((folder / "looks").glob("*.json"))
+    one.write_text(one.read_text()[:-10])
+    with pytest.raises(ValueError, match="is truncated or corrupted"):
+        [look(), look(facts={"attack": {"eps": 0.2}}), look(code=("curvature.py",))]
+
+
 def test_a_grid_trains_what_nobody_else_is_training_first(trained):
     configs = [replace(CONFIG, seed=s) for s in (0, 1)]
     place = runs.runs_dir() / f"lenet-constant-{runs.key(configs[0], noise())}"
