@@ -18,6 +18,7 @@ sys.path.insert(0, str(TOOLS))
 import build_site  # noqa: E402
 import check_pairs  # noqa: E402
 import gallery  # noqa: E402
+import jobs  # noqa: E402
 import nbclean  # noqa: E402
 import profiles  # noqa: E402
 import run as runner  # noqa: E402
@@ -316,6 +317,26 @@ def test_the_runner_refuses_before_it_runs(toy, capsys):
 
 
 # ---------------------------------------------------------------- the runner
+
+
+def test_the_longest_notebook_comes_first(toy, tmp_path):
+    for name in ("01_a", "02_b", "03_c", "04_d"):
+        add(toy, name)
+    records = toy.figures / "quick"
+    records.mkdir(parents=True)
+    for name, seconds in (("01_a", 5), ("02_b", 50), ("02_b", 60), ("03_c", 20)):
+        (records / f"{name}{seconds}.json").write_text(json.dumps({"notebook": name, "wall_time_s": seconds}))
+    (records / "02_b.claims.json").write_text(json.dumps({"notebook": "02_b"}))
+    (records / "03_half.json").write_text("{")
+
+    def order():
+        sections = {name: {} for name in toy.names()}
+        return [job.name for job in jobs.make_jobs(toy, "quick", sections, 60, tmp_path)]
+
+    assert order() == ["04_d", "02_b", "03_c", "01_a"]  # what nobody knows goes first
+    (toy.build / "quick").mkdir(parents=True)
+    (toy.build / "quick" / "times.json").write_text(json.dumps({"01_a": 70, "04_d": 1}))
+    assert order() == ["01_a", "02_b", "03_c", "04_d"]
 
 
 def test_a_failing_notebook_does_not_stop_the_others(toy):

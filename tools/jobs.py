@@ -114,9 +114,9 @@ def environment(layout: Layout, profile: str) -> dict:
 
 
 def make_jobs(layout: Layout, profile: str, sections: dict, timeout: int, scratch: Path) -> list[Job]:
-    """A job per notebook, the longest of the last run first."""
+    """A job per notebook, the longest of the last run first, so that none is left to run alone at the end."""
     build = layout.build / profile
-    times = read_times(layout, profile)
+    times = recorded_times(layout, profile) | read_times(layout, profile)
     jobs = []
     for name in sorted(sections, key=lambda name: (-times.get(name, float("inf")), name)):
         source, part = layout.notebooks / f"{name}.py", build / f"{name}.part.ipynb"
@@ -136,3 +136,13 @@ def read_times(layout: Layout, profile: str) -> dict[str, float]:
         return json.loads((layout.build / profile / "times.json").read_text())
     except (OSError, ValueError):
         return {}
+
+
+def recorded_times(layout: Layout, profile: str) -> dict[str, float]:
+    """Seconds that each notebook took where its figures were made: a guess for a checkout where nothing ran yet."""
+    times: dict[str, float] = {}
+    for path in (layout.figures / profile).glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            times[record["notebook"]] = max(times.get(record["notebook"], 0.0), record["wall_time_s"])
+    return times
