@@ -76,7 +76,8 @@ def pgd(
             (B, C, H, W); labels that do not match; unknown norm, loss or precision; a model that returns NaN,
             infinities or the wrong shape.
     """
-    _check(x, y, eps, step_size, norm)
+    check_inputs(x, y, eps, norm)
+    check_eps(step_size, name="step_size", norm=norm)
     _check_count("num_steps", num_steps, 0)
     _check_count("num_restarts", num_restarts, 1)
     check_start(random_start)
@@ -93,7 +94,7 @@ def pgd(
             # The choice among the end points is made in full precision, as the evaluation will be.
             with torch.no_grad(), frozen(model, x, "full") as exact_logits_of:
                 logits = exact_logits_of(x_adv)
-            _check_labels(logits, y)
+            check_labels(logits, y)
             new = (x_adv, logits.argmax(1) != y, LOSSES[loss](logits, y))
             best = new if best is None else _stronger(best, new)
     return best[0]
@@ -109,7 +110,7 @@ def _ascend(logits_of, x, y, eps, step_size, num_steps, norm, random_start, loss
         x_adv.requires_grad_(True)
         with torch.enable_grad():
             logits = logits_of(x_adv)
-            _check_labels(logits, y)
+            check_labels(logits, y)
             (g,) = torch.autograd.grad(loss(logits, y).sum(), x_adv)
         if not torch.isfinite(g).all():  # asked here, because the sign of NaN is 0
             raise ValueError("the gradient of the model's loss is NaN or infinite at some input")
@@ -134,7 +135,7 @@ def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
     Raises:
         ValueError: as for `pgd`; num_queries below 1.
     """
-    _check(x, y, eps, 0.0, norm)
+    check_inputs(x, y, eps, norm)
     _check_count("num_queries", num_queries, 1)
     x_adv, size = x.detach().clone(), x[0].numel()
     order = torch.rand(len(x), size, generator=generator, device=x.device).argsort(1)
@@ -143,7 +144,7 @@ def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
 
         def look(inputs, labels):
             logits = logits_of(inputs)
-            _check_labels(logits, labels)
+            check_labels(logits, labels)
             return logits.log_softmax(1).gather(1, labels[:, None]).squeeze(1), logits.argmax(1) == labels
 
         best, standing = look(x_adv, y)
@@ -180,7 +181,7 @@ def autoattack(
     Raises:
         ValueError: as for `pgd`; an unknown attack, or too few classes for it ("apgd-dlr" needs 3, "apgd-t" 4).
     """
-    _check(x, y, eps, 0.0, norm)
+    check_inputs(x, y, eps, norm)
     for name, value in (("num_steps", num_steps), ("num_restarts", num_restarts), ("num_queries", num_queries)):
         _check_count(name, value, 1)
     unknown = [a for a in attacks if a not in LEAST_CLASSES]
@@ -189,7 +190,7 @@ def autoattack(
     with frozen(model, x, "full") as logits_of:
         with torch.no_grad():
             logits = logits_of(x[:1])
-        _check_labels(logits, y[:1])
+        check_labels(logits, y[:1])
         classes = logits.shape[1]
         for attack in attacks:
             if classes < LEAST_CLASSES[attack]:
@@ -342,10 +343,10 @@ def check_start(start):
         raise ValueError(f"unknown random_start {start!r}: choose True or 'step', 'ball', or False")
 
 
-def _check(x, y, eps, step_size, norm):
+def check_inputs(x, y, eps, norm="linf"):
+    """Raise ValueError unless x is a batch of images in [0, 1], y its labels (int64) and eps a radius of the norm."""
     check_norm(norm)
     check_eps(eps, norm=norm)
-    check_eps(step_size, name="step_size", norm=norm)
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or len(x) == 0:
         raise ValueError(f"x must be a tensor (B, C, H, W) with B >= 1, got {getattr(x, 'shape', type(x).__name__)}")
     if not x.is_floating_point():
@@ -360,7 +361,8 @@ def _check(x, y, eps, step_size, norm):
         )
 
 
-def _check_labels(logits, y):
+def check_labels(logits, y):
+    """Raise ValueError unless the logits are finite and belong to these labels."""
     if logits.dim() != 2 or len(logits) != len(y):
         raise ValueError(f"the model must return logits ({len(y)}, classes), got {tuple(logits.shape)}")
     low, high = y.aminmax()

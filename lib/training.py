@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from . import models, schedules
 from .attacks import channels_last, check_eps, check_norm, check_start, pgd
+from .certify import worst_margins
 from .compute import device, fast_dtype
 from .evaluation import evaluate
 from .files import read_json, write_bytes, write_json
@@ -35,6 +36,9 @@ class TrainConfig:
     """All that decides a run, apart from the data. Errors are raised at once, not after an hour.
 
     model, width, activation: see `models`.
+    objective: what the loss is taken of. "attack": attacked inputs. "interval": clean inputs, with weight kappa, and
+        the worst margins of `certify`, with weight 1 - kappa; kappa falls from 1 to 1/2 as the budget rises from 0 to
+        eps (Gowal et al. 2018, arXiv:1810.12715), and the attack serves the evaluation only.
     eps, norm, step_size, num_steps, start: the attack at the full budget (`attacks.pgd`, whose random_start is
         `start`); step_size scales with the current budget. eps=0 is ordinary training; num_steps=1 with step_size
         1.25 eps is fast adversarial training (Wong et al. 2020, arXiv:2001.03994).
@@ -50,6 +54,7 @@ class TrainConfig:
     model: str = "lenet"
     width: int = 16
     activation: str = "relu"
+    objective: str = "attack"
     eps: float
     norm: str = "linf"
     step_size: float
@@ -78,6 +83,10 @@ class TrainConfig:
         check_eps(self.eps, norm=self.norm)
         check_eps(self.step_size, name="step_size", norm=self.norm)
         check_start(self.start)
+        if self.objective not in ("attack", "interval"):
+            raise ValueError(f"unknown objective {self.objective!r}: choose attack or interval")
+        if self.objective == "interval" and (self.norm != "linf" or self.eps == 0):
+            raise ValueError(f"interval training is for a linf ball of eps > 0, got {self.norm} and eps {self.eps}")
         for name in ("epochs", "batch_size", "eval_every", "eval_images", "num_steps", "width"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
@@ -241,15 +250,11 @@ class _State:
             self.history.append({"epoch": self.epoch, "eps": self.budget(self.epoch), "lr": lr, **self.evaluate()})
 
     def step(self, x, y, eps, generator):
-        """One mini-batch: attack, gradient, update. Returns eps, loss, robust error, gradient norm."""
-        config = self.config
-        if eps > 0:
-            x = pgd(self.model, x, y, eps=eps, step_size=config.step_size * eps / config.eps, norm=config.norm,
-                    num_steps=config.num_steps, random_start=config.start, generator=generator)  # fmt: skip
-        low = fast_dtype(self.device)
-        with torch.autocast(self.device.type, dtype=low, enabled=low is not None):
-            logits = self.model(channels_last(x))
-        loss = F.cross_entropy(logits.float(), y)
+        """One mini-batch: worst case, gradient, update. Returns eps, loss, robust error, gradient norm.
+
+        Under interval training the robust error is the share of inputs that are not proved robust.
+        """
+        loss, logits = (self.interval if self.config.objective == "interval" else self.attack)(x, y, eps, generator)
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
@@ -258,6 +263,26 @@ class _State:
         self.optimizer.step()
         wrong = (logits.argmax(1) != y).double().mean().item()
         return [eps, loss.item(), wrong, norm.item()]
+
+    def attack(self, x, y, eps, generator):
+        """The loss at attacked inputs, and the logits there."""
+        config = self.config
+        if eps > 0:
+            x = pgd(self.model, x, y, eps=eps, step_size=config.step_size * eps / config.eps, norm=config.norm,
+                    num_steps=config.num_steps, random_start=config.start, generator=generator)  # fmt: skip
+        logits = self.logits(x)
+        return F.cross_entropy(logits, y), logits
+
+    def interval(self, x, y, eps, _generator):
+        """The loss at clean inputs mixed with that of the worst margins, and these margins."""
+        kappa = 1 - eps / (2 * self.config.eps)
+        worst = worst_margins(self.model, channels_last(x), y, eps=eps)
+        return kappa * F.cross_entropy(self.logits(x), y) + (1 - kappa) * F.cross_entropy(worst, y), worst
+
+    def logits(self, x):
+        low = fast_dtype(self.device)
+        with torch.autocast(self.device.type, dtype=low, enabled=low is not None):
+            return self.model(channels_last(x)).float()
 
     def evaluate(self):
         c = self.config

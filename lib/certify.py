@@ -1,0 +1,220 @@
+"""Interval bounds: what no point of an L-inf ball can do to a network's logits, their margins and their gradients.
+
+The ball of radius eps round x, cut to the pixels' range [0, 1], is a box, and interval arithmetic carries it through
+the layers (interval bound propagation, Gowal et al. 2018, arXiv:1810.12715): an affine map takes centre c and radius r
+to W c + b and |W| r, a non-decreasing one is applied to both ends. Backwards through the layers, the same arithmetic
+bounds the derivatives at all points of the box (as Fast-Lip of Weng et al. 2018, arXiv:1804.09699, does). Nothing is
+missed, but each layer forgets how its units depend on one another, so the bounds are loose, more so with depth.
+
+Bounds are computed in float64, rounded to nearest. They are proofs for the network as a function of real numbers, up
+to the rounding of float64; the logits that the same weights give in float32 can differ from it in the seventh digit.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, vjp
+
+from .attacks import check_inputs, check_labels
+from .models import ACTIVATIONS, BasicBlock
+
+
+def bounds(model, x, *, eps, batch_size=500):
+    """Lower and upper bounds of the logits over {x' in [0, 1]: ||x' - x||_inf <= eps}.
+
+    Args:
+        model: an nn.Module of the layers in RULES, evaluated in evaluation mode; it is left as it was.
+        x: inputs (N, C, H, W), floating, in [0, 1].
+        eps: radius, as a fraction of the pixel range.
+    Returns:
+        (lower, upper), each (N, classes), float64.
+    Raises:
+        ValueError: a layer without a rule (named); eps negative, NaN or above 1; x outside [0, 1].
+    """
+    check_inputs(x, torch.zeros(len(x), dtype=torch.int64), eps)
+    exact = _exact(model)
+    with torch.no_grad():
+        parts = [_carry(exact, *_box(part.double(), eps))[:2] for part in x.split(batch_size)]
+    return tuple(torch.cat(ends) for ends in zip(*parts, strict=True))
+
+
+def margin_bounds(model, x, y, *, eps, batch_size=500):
+    """Upper bounds (N, classes), float64, of logit minus logit of the label y; 0 in the label's own column.
+
+    The last layer is merged into the differences of logits, which is tighter than the difference of their `bounds`.
+    Where all other columns are negative, every point of the ball is proved to be given its label. Arguments and errors
+    as for `bounds`; labels that do not match, and a model that is not an nn.Sequential with a linear layer at its end.
+    """
+    return _in_batches(worst_margins, model, x, y, eps, batch_size)
+
+
+def certified_error(model, x, y, *, eps, batch_size=500):
+    """Share of the inputs that are not proved robust by `margin_bounds`: an upper bound of the true robust error.
+
+    At eps 0 it is the error, a tie for the largest logit counted as wrong. Arguments and errors as for `margin_bounds`.
+    """
+    margins = margin_bounds(model, x, y, eps=eps, batch_size=batch_size)
+    return (margins.scatter(1, y[:, None], -torch.inf).amax(1) >= 0).double().mean().item()
+
+
+def local_lipschitz(model, x, y, *, eps, batch_size=50):
+    """Upper bounds L (N, classes), float64, of the local Lipschitz constants of the margins m_j = logit_j - logit_y.
+
+    |m_j(a) - m_j(b)| <= L_j ||a - b||_inf for all a, b in [0, 1] within eps of x. L_j is the sum over the pixels of a
+    bound of the partial derivative's absolute value. Arguments and errors as for `margin_bounds`; memory grows with
+    batch_size times the number of classes.
+    """
+    return _in_batches(_gradient_norms, model, x, y, eps, batch_size)
+
+
+def worst_margins(model, x, y, *, eps):
+    """As `margin_bounds`, in the model's own type and mode, at once, differentiable in the parameters: for training."""
+    body, last = _split(model)
+    low, high, _ = _carry(body, *_box(x, eps))
+    logits = last((low + high) / 2)
+    spread = _differences(last, y).abs() @ ((high - low) / 2)[:, :, None]
+    return logits - logits.gather(1, y[:, None]) + spread.squeeze(2)
+
+
+def _gradient_norms(model, x, y, *, eps):
+    body, last = _split(model)
+    *_, back = _carry(body, *_box(x, eps))
+    rows = _differences(last, y).transpose(0, 1)
+    return torch.maximum(*(g.abs() for g in back(rows, rows))).flatten(2).sum(2).T
+
+
+def _in_batches(bound, model, x, y, eps, batch_size):
+    check_inputs(x, y, eps)
+    exact = _exact(model)
+    with torch.no_grad():
+        check_labels(exact(x[:1].double()).expand(len(y), -1), y)
+        batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
+        return torch.cat([bound(exact, a.double(), b, eps=eps) for a, b in batches])
+
+
+def _exact(model):
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
+    return copy.deepcopy(model).double().eval()
+
+
+def _split(model):
+    if type(model) is not nn.Sequential or len(model) == 0 or type(model[-1]) is not nn.Linear:
+        raise ValueError(f"the model must be an nn.Sequential that ends in nn.Linear, got {type(model).__name__}")
+    return model[:-1], model[-1]
+
+
+def _box(x, eps):
+    return (x - eps).clamp_min(0), (x + eps).clamp_max(1)
+
+
+def _differences(last, y):
+    """(N, classes, features): the weights of logit_j - logit_y."""
+    return last.weight - last.weight[y][:, None]
+
+
+def _carry(layer, low, high):
+    """Carry the box [low, high] through a layer.
+
+    Returns the box's image, low and high, and `back`: it takes bounds (K, N, ...) of K gradients with respect to the
+    layer's output, at every point of the box, to bounds of those with respect to its input.
+    """
+    if type(layer) not in RULES:  # a subclass may compute something else
+        raise ValueError(f"no interval bounds for layer {layer}: known are {', '.join(k.__name__ for k in RULES)}")
+    return RULES[type(layer)](layer, low, high)
+
+
+def _sequential(layers, low, high):
+    backs = []
+    for layer in layers:
+        low, high, back = _carry(layer, low, high)
+        backs.insert(0, back)
+
+    def back(g_low, g_high):
+        for back in backs:
+            g_low, g_high = back(g_low, g_high)
+        return g_low, g_high
+
+    return low, high, back
+
+
+def _block(block, low, high):
+    r_low, r_high, residual = _carry(block.residual, low, high)
+    s_low, s_high, shortcut = _carry(block.shortcut, low, high)
+    low, high, activation = _carry(block.activation, r_low + s_low, r_high + s_high)
+
+    def back(g_low, g_high):
+        g = activation(g_low, g_high)
+        return tuple(a + b for a, b in zip(residual(*g), shortcut(*g), strict=True))
+
+    return low, high, back
+
+
+def _affine(layer, low, high):
+    if isinstance(layer, nn.BatchNorm2d) and (layer.training or layer.running_mean is None):
+        raise ValueError(f"no interval bounds for {layer} by the statistics of a batch: it mixes the inputs")
+    change = {"weight": torch.abs, "bias": torch.zeros_like, "running_mean": torch.zeros_like}
+    tensors = {k: change[k](t) for k, t in [*layer.named_parameters(), *layer.named_buffers()] if k in change}
+
+    def absolute(radius):
+        return functional_call(layer, tensors, (radius,))
+
+    def back(g_low, g_high):
+        (middle,) = torch.vmap(vjp(layer, low)[1])((g_low + g_high) / 2)
+        (spread,) = torch.vmap(vjp(absolute, low)[1])((g_high - g_low) / 2)
+        return middle - spread, middle + spread
+
+    middle, spread = layer((low + high) / 2), absolute((high - low) / 2)
+    return middle - spread, middle + spread, back
+
+
+def _convex(layer, low, high):
+    """Non-decreasing and convex: so is the activation's derivative non-decreasing, and its ends are at the ends."""
+    if isinstance(layer, nn.ELU) and not 0 <= layer.alpha <= 1:
+        raise ValueError(f"no interval bounds for layer {layer}: it is convex for alpha from 0 to 1 only")
+
+    def value(t):
+        return layer(t.clone())  # it may work in place
+
+    def back(g_low, g_high):
+        d_low, d_high = (vjp(value, t)[1](torch.ones_like(t))[0] for t in (low, high))
+        return g_low * torch.where(g_low > 0, d_low, d_high), g_high * torch.where(g_high > 0, d_high, d_low)
+
+    return value(low), value(high), back
+
+
+def _max_pool(layer, low, high):
+    if layer.ceil_mode or layer.return_indices:
+        raise ValueError(f"no interval bounds for layer {layer}: neither ceil_mode nor return_indices are known")
+    size = {k: getattr(layer, k) for k in ("kernel_size", "stride", "dilation")}
+    rows, columns = layer.padding if isinstance(layer.padding, tuple) else (layer.padding, layer.padding)
+
+    def windows(t):
+        """(N, channels, size of a window, windows)."""
+        t = F.pad(t, (columns, columns, rows, rows), value=-torch.inf)
+        return F.unfold(t, **size).unflatten(1, (t.shape[1], -1))
+
+    def back(g_low, g_high):
+        lows, highs = windows(low), windows(high)
+        may = highs >= lows.amax(2, keepdim=True)  # which places can hold the largest value of their window
+        must = may & (may.sum(2, keepdim=True) == 1)
+        g_low, g_high = (g.flatten(3).unsqueeze(3) for g in (g_low, g_high))
+        pull = torch.vmap(vjp(windows, low)[1])
+        (g_low,) = pull(g_low * torch.where(g_low > 0, must, may))
+        (g_high,) = pull(g_high * torch.where(g_high > 0, may, must))
+        return g_low, g_high
+
+    return layer(low), layer(high), back
+
+
+RULES = {
+    nn.Sequential: _sequential,
+    BasicBlock: _block,
+    **dict.fromkeys(
+        (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity), _affine
+    ),
+    **dict.fromkeys(ACTIVATIONS.values(), _convex),
+    nn.MaxPool2d: _max_pool,
+}
