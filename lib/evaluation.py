@@ -33,15 +33,24 @@ def robust_error(model, x, y, attack, *, batch_size=500):
     Args:
         attack: a function (model, x, y) -> x_adv, such as `functools.partial(pgd, eps=..., ...)`.
     """
-    return _share_wrong(predict(model, attacked(model, x, y, attack, batch_size=batch_size), batch_size=batch_size), y)
+    return _share_wrong(_attacked_logits(model, x, y, attack, batch_size), y)
 
 
 def attacked(model, x, y, attack, *, batch_size=500):
     """The attacked inputs (N, C, H, W), made batch by batch."""
+    return torch.cat(list(_attacked_batches(model, x, y, attack, batch_size)))
+
+
+def _attacked_batches(model, x, y, attack, batch_size):
     if len(x) == 0:
         raise ValueError("no inputs to attack")
-    batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
-    return torch.cat([attack(model, a, b) for a, b in batches])
+    return (attack(model, a, b) for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True))
+
+
+def _attacked_logits(model, x, y, attack, batch_size):
+    """Logits (N, classes) at the attacked inputs, of which only one batch is held at a time."""
+    batches = _attacked_batches(model, x, y, attack, batch_size)
+    return torch.cat([predict(model, part, batch_size=batch_size) for part in batches])
 
 
 def evaluate(model, x, y, *, eps, step_size, num_steps, norm="linf", seed=0, batch_size=500):
@@ -56,7 +65,7 @@ def evaluate(model, x, y, *, eps, step_size, num_steps, norm="linf", seed=0, bat
         settings = {"eps": eps, "step_size": step_size, "num_steps": num_steps, "norm": norm}
         return pgd(model, x, y, **settings, generator=generator)
 
-    logits = predict(model, attacked(model, x, y, attack, batch_size=batch_size), batch_size=batch_size)
+    logits = _attacked_logits(model, x, y, attack, batch_size)
     return {
         "clean_error": error(model, x, y, batch_size=batch_size),
         "robust_error": _share_wrong(logits, y),

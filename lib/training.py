@@ -287,7 +287,7 @@ class _State:
     def evaluate(self):
         c = self.config
         return evaluate(self.model, *self.test, eps=c.eps, step_size=c.step_size, num_steps=c.num_steps, norm=c.norm,
-                        seed=c.seed)  # fmt: skip
+                        seed=c.seed, batch_size=c.batch_size)  # fmt: skip
 
     def keep(self, folder):
         """Keep the model of this moment for good."""

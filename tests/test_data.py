@@ -1,8 +1,10 @@
 """Data sets: what is in them, where they are looked for, and what is said when they are damaged or missing."""
 
+import gc
 import hashlib
 import pickle
 import socket
+import weakref
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from lib import data
-from lib.data import DataCorrupted, DataNotFound, load
+from lib import data, evaluation
+from lib.attacks import fgsm
+from lib.data import DataCorrupted, DataNotFound, image_folder, load
+from lib.training import TrainConfig, train
 
 CLASSES = ("cat", "dog", "frog")
 
@@ -146,6 +150,42 @@ class TestMnist:
             load("mnist")
 
 
+def test_rgb_repeats_the_channel_inside_a_border(digits):
+    few = digits.first(20, 10)
+    colour = few.rgb()
+    assert colour.x_train.shape == (20, 3, 32, 32) and colour.x_test.shape == (10, 3, 32, 32)
+    for x, plain in ((colour.x_train, few.x_train), (colour.x_test, few.x_test)):
+        assert all(torch.equal(x[:, k, 2:30, 2:30], plain[:, 0]) for k in range(3))
+        assert x.sum().item() == pytest.approx(3 * plain.sum().item(), rel=1e-6)  # the border is black
+    assert torch.equal(colour.y_test, few.y_test) and colour.source == f"{few.source}, in three channels"
+    assert colour.rgb() is colour
+    large = data.Data(torch.rand(2, 1, 40, 31), few.y_train[:2], torch.rand(1, 1, 40, 31), few.y_test[:1], "large")
+    assert large.rgb().x_train.shape == (2, 3, 40, 32)
+
+
+class TestFashionMnist:
+    @pytest.fixture
+    def raw(self, folder, monkeypatch):
+        raw = make_mnist(folder, monkeypatch)
+        return raw.parent.rename(folder / "FashionMNIST") / "raw"
+
+    def test_official_files(self, raw):
+        found = load("fashionmnist")
+        assert found.x_train.shape == (6, 1, 28, 28) and found.y_test.tolist() == [0, 1, 2]
+        assert found.source.startswith("Fashion-MNIST")
+        pixels = np.frombuffer((raw / "train-images-idx3-ubyte").read_bytes()[16:], np.uint8).reshape(6, 1, 28, 28)
+        assert np.allclose(found.x_train.numpy() * 255, pixels, atol=1e-4)
+
+    @pytest.mark.parametrize("name", sorted(data.MNIST_SHA256))
+    @pytest.mark.parametrize("harm", ["cut short", "header", "empty", "one label less"])
+    def test_damage_is_named(self, raw, name, harm):
+        path, content = raw / name, (raw / name).read_bytes()
+        less = content[:7] + bytes([content[7] - 1]) + content[8 : -1 if "labels" in name else -784]
+        path.write_bytes({"cut short": content[:-1], "header": b"abcdefgh", "empty": b"", "one label less": less}[harm])
+        with pytest.raises(DataCorrupted, match=r"FashionMNIST.* delete it"):
+            load("fashionmnist")
+
+
 class TestCifar10:
     def test_official_files(self, folder, monkeypatch):
         make_cifar10(folder, monkeypatch)
@@ -178,9 +218,13 @@ class TestCifar10:
 
 
 class TestNothingFound:
-    @pytest.mark.parametrize("name, what", [("mnist", r"MNIST/raw/\*-ubyte"), ("cifar10", r"cifar-10-batches-py/\*")])
+    @pytest.mark.parametrize("name, what", [
+        ("mnist", r"MNIST/raw/\*-ubyte"),
+        ("fashionmnist", r"FashionMNIST/raw/\*-ubyte"),
+        ("cifar10", r"cifar-10-batches-py/\*"),
+    ])  # fmt: skip
     def test_says_what_to_put_where(self, folder, name, what):
-        with pytest.raises(DataNotFound, match=f"{name.upper()} is not in {folder} and cannot be downloaded .*"
+        with pytest.raises(DataNotFound, match=f"(?i){name} is not in {folder} and cannot be downloaded .*"
                            f"Put {what}.* there, or set DATA_DIR"):  # fmt: skip
             load(name)
         assert socket.getdefaulttimeout() is None
@@ -204,7 +248,7 @@ class TestNothingFound:
     @pytest.mark.parametrize("name", ["mnist6k", "CIFAR10"])
     def test_unknown_name(self, name):
         with pytest.raises(
-            ValueError, match=f"unknown data set '{name}': choose one of mnist5k, mnist, cifar10, mnistm"
+            ValueError, match=f"unknown data set '{name}': choose one of mnist5k, mnist, cifar10, mnistm, "
         ):
             load(name)
 
@@ -278,7 +322,7 @@ class TestImageFolder:
     def test_differing_sizes(self, tmp_path):
         path = make_images(tmp_path / "photos")
         Image.new("RGB", (9, 8)).save(path / "train" / "dog" / "7.png")
-        with pytest.raises(DataCorrupted, match=r"train differ in size: \[\(3, 8, 8\), \(3, 8, 9\)\]"):
+        with pytest.raises(DataCorrupted, match=r"train differ in size: \[\(8, 8\), \(9, 8\)\].*size=224"):
             load(path)
 
     def test_test_images_of_another_size(self, tmp_path):
@@ -310,6 +354,160 @@ class TestImageFolder:
         (path / "train" / "wolf").mkdir()
         with pytest.raises(DataNotFound, match=r"photos/train should hold .*wolf"):
             load(path)
+
+
+class TestStreamed:
+    """Images that stay on disk are used as the same images in memory are."""
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        return make_images(tmp_path / "photos", n=12, size=(32, 32))
+
+    @pytest.fixture
+    def both(self, path):
+        return image_folder(path), image_folder(path, held_bytes=0)
+
+    def test_stands_for_the_tensor(self, both):
+        held, streamed = both
+        x, lazy = held.x_train, streamed.x_train
+        assert isinstance(lazy, data.Images) and isinstance(x, torch.Tensor)
+        assert (lazy.shape, lazy.dtype, lazy.device, len(lazy)) == (x.shape, x.dtype, x.device, len(x))
+        mask = torch.arange(36) % 5 == 0
+        for which in (torch.tensor([3, 0, 35, 3]), torch.tensor([-1]), mask, 7, -2, [1, 2]):
+            assert torch.equal(lazy[which], x[which]) and lazy[which].dtype == torch.float32
+        for which in (slice(5), slice(3, None, 7), slice(-4, None)):
+            few, n = lazy[which], len(x[which])
+            assert isinstance(few, data.Images) and len(few) == n and torch.equal(few[torch.arange(n)], x[which])
+        for mine, theirs in zip(lazy.split(10), x.split(10), strict=True):
+            assert torch.equal(mine, theirs)
+        for wrong in (36, torch.tensor([36])):
+            with pytest.raises(IndexError):
+                lazy[wrong]
+        for part in ("y_train", "y_test", "source", "num_classes"):
+            mine, theirs = getattr(streamed, part), getattr(held, part)
+            assert torch.equal(mine, theirs) if "y_" in part else mine == theirs
+        assert torch.equal(streamed.first(5, 2).x_train[torch.arange(5)], held.first(5, 2).x_train)
+        assert streamed.rgb() is streamed
+        assert lazy.to("meta")[torch.arange(2)].device.type == "meta"  # decoded, then moved
+
+    def test_the_limit_is_the_size_as_float32(self, path):
+        size = 4 * 3 * 32 * 32 * (36 + 6)
+        assert isinstance(image_folder(path, held_bytes=size).x_test, torch.Tensor)
+        assert isinstance(image_folder(path, held_bytes=size - 1).x_test, data.Images)
+        assert isinstance(load(path).x_train, torch.Tensor)
+
+    def test_trains_and_is_evaluated_to_the_same_bits(self, both, tmp_path):
+        config = TrainConfig(
+            model="lenet", width=1, eps=0.1, step_size=0.05, num_steps=2, epochs=2, batch_size=8, lr=1e-2,
+            eval_images=5, augment=True, schedule="linear",
+        )  # fmt: skip
+        held, streamed = (train(config, d, folder=tmp_path / str(i)) for i, d in enumerate(both))
+        assert held.steps.equals(streamed.steps) and held.history.equals(streamed.history)
+        states = [run.model().state_dict() for run in (held, streamed)]
+        assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+        def attack(*args):
+            return fgsm(*args, eps=0.1)
+
+        model = held.model()
+        for measure in (evaluation.error, lambda *args, **more: evaluation.robust_error(*args, attack, **more)):
+            a, b = (measure(model, d.x_train, d.y_train, batch_size=10) for d in both)
+            assert a == b
+
+    def test_never_more_than_a_batch_is_held(self, both, tmp_path, monkeypatch):
+        """Counted in decoded images that are alive; two batches, because the next is made before the last is let go."""
+        streamed, sizes, alive, most = both[1], [], [0], [0]
+        plain = data._decode
+
+        def gone(n):
+            alive[0] -= n
+
+        def spy(files, size=None):
+            images = plain(files, size)
+            sizes.append(len(files))
+            alive[0] += len(files)
+            most[0] = max(most[0], alive[0])
+            weakref.finalize(images, gone, len(files))
+            return images
+
+        monkeypatch.setattr(data, "_decode", spy)
+        config = TrainConfig(model="lenet", width=1, eps=0.1, step_size=0.05, num_steps=1, epochs=1, batch_size=5)
+        model = train(config, streamed, folder=tmp_path / "run").model()
+        evaluation.robust_error(model, streamed.x_train, streamed.y_train, lambda m, x, y: x, batch_size=5)
+        gc.collect()
+        assert max(sizes) == 5 and sum(sizes) >= 36 + 6 + 36 and most[0] <= 10 and alive[0] == 0
+
+    def test_the_fingerprint_is_of_the_files(self, path):
+        first = image_folder(path, held_bytes=0)
+        again = image_folder(path, held_bytes=0)
+        assert first.fingerprint == again.fingerprint != first.first(35).fingerprint
+        cut = {image_folder(path, held_bytes=0, size=size).fingerprint for size in (None, 32, 16)}
+        assert len(cut) == 3
+        image = next((path / "test" / "dog").iterdir())
+        pixels = np.array(Image.open(image))
+        pixels[3, 4, 0] ^= 1
+        Image.fromarray(pixels).save(image)
+        assert image_folder(path, held_bytes=0).fingerprint != first.fingerprint
+
+    def test_unreadable_headers_are_counted_and_named_at_once(self, path):
+        for name in ("cat/1.png", "frog/3.png"):
+            (path / "train" / name).write_bytes(b"no image")
+        with pytest.raises(DataCorrupted, match=r"2 of 36 images cannot be read, the first is .*(cat/1|frog/3)\.png"):
+            image_folder(path, held_bytes=0)
+
+    def test_damage_behind_the_header_is_named_when_it_is_decoded(self, path, tmp_path):
+        image = path / "train" / "cat" / "1.png"
+        image.write_bytes(image.read_bytes()[:900])
+        streamed = image_folder(path, held_bytes=0)
+        config = TrainConfig(model="lenet", width=1, eps=0.1, step_size=0.05, num_steps=1, epochs=1, batch_size=9)
+        with pytest.raises(ValueError, match=r"1 of 9 images cannot be read, the first is .*cat/1\.png"):
+            train(config, streamed, folder=tmp_path / "run")
+
+    def test_no_image_can_be_opened(self, path):
+        for image in path.rglob("*.png"):
+            image.write_bytes(b"")
+        with pytest.raises(DataCorrupted, match="36 of 36 images cannot be read"):
+            image_folder(path, held_bytes=0)
+
+    def test_differing_sizes_are_named_at_once(self, path):
+        Image.new("RGB", (40, 32)).save(path / "train" / "dog" / "7.png")
+        with pytest.raises(DataCorrupted, match=r"differ in size: \[\(32, 32\), \(40, 32\)\].*size=224"):
+            image_folder(path, held_bytes=0)
+
+    def test_one_class(self, tmp_path):
+        path = make_images(tmp_path / "photos", classes=["cat"])
+        with pytest.raises(ValueError, match="needs the same two or more classes"):
+            image_folder(path, held_bytes=0)
+
+
+class TestCut:
+    """The usual evaluation crop: shorter side to 8/7 of the size, then the centre."""
+
+    @pytest.mark.parametrize("held_bytes", [0, data.HELD_BYTES])
+    def test_images_of_many_sizes_become_one(self, tmp_path, held_bytes):
+        path = make_images(tmp_path / "photos", size=(30, 40))
+        Image.new("RGB", (64, 35)).save(path / "train" / "dog" / "7.png")
+        Image.new("RGB", (9, 200)).save(path / "test" / "dog" / "7.png")
+        found = image_folder(path, size=14, held_bytes=held_bytes)
+        assert found.x_train.shape == (13, 3, 14, 14) and found.x_test.shape == (7, 3, 14, 14)
+        assert found.source == "photos (lossless copies, 13 + 7, cut to 14 x 14)"
+
+    def test_an_image_of_the_shorter_side_is_only_cut(self, tmp_path):
+        path = make_images(tmp_path / "photos", size=(16, 24))
+        whole, cut = image_folder(path), image_folder(path, size=14)  # 14 * 8 / 7 = 16: nothing to resize
+        assert torch.equal(cut.x_train, whole.x_train[:, :, 1:15, 5:19])
+
+    def test_resized_as_pillow_does(self, tmp_path):
+        path = make_images(tmp_path / "photos", size=(32, 32), n=1)
+        cut = image_folder(path, size=14)
+        image = Image.open(path / "test" / "cat" / "0.png").resize((16, 16), Image.Resampling.BILINEAR)
+        expected = torch.tensor(np.array(image)).permute(2, 0, 1)[:, 1:15, 1:15] / 255
+        assert any(torch.equal(x, expected) for x in cut.x_test)
+
+    @pytest.mark.parametrize("size", [0, -3])
+    def test_a_bad_size(self, tmp_path, size):
+        with pytest.raises(ValueError, match=f"size must be at least 1, got {size}"):
+            image_folder(make_images(tmp_path / "photos"), size=size)
 
 
 def test_the_default_folder_is_beside_lib(monkeypatch):
