@@ -79,11 +79,15 @@ class BasicBlock(nn.Module):
         )
         self.shortcut = nn.Identity()
         if stride != 1 or c_in != c_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
+        self.stride = stride
         self.activation = _activation(activation)
 
     def forward(self, x):
-        return self.activation(self.residual(x) + self.shortcut(x))
+        # A 1 x 1 convolution of stride 2 is one of stride 1 on every second pixel. The latter, because oneDNN's
+        # gradient of the former writes past its memory where channels are fewer than a vector (its issue 6035).
+        every_second = x[..., :: self.stride, :: self.stride]
+        return self.activation(self.residual(x) + self.shortcut(every_second))
 
 
 def resnet18(width=8, *, activation="relu", in_channels=3, num_classes=10):

@@ -1,5 +1,9 @@
 """Architectures against hand-made layer lists and torchvision."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +12,8 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from lib import models
 from lib.models import build, num_parameters
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def conv(c_in, c_out, k, bias=True):
@@ -117,6 +123,28 @@ def test_resnet_is_torchvisions(mode):
     theirs.load_state_dict(dict(zip(theirs.state_dict(), values, strict=True)))
     x = torch.rand(4, 3, 32, 32)
     torch.testing.assert_close(getattr(ours, mode)()(x), getattr(theirs, mode)()(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [4, 8])
+def test_a_narrow_block_has_its_gradient(channels):
+    """A gradient that oneDNN gets wrong here does not only fail: it overwrites memory and ends the process."""
+    code = f"""
+import copy, torch
+from lib.models import BasicBlock
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+block = BasicBlock({channels}, {2 * channels}, 2, "softplus").to(memory_format=torch.channels_last)
+exact = copy.deepcopy(block).double()
+x = torch.rand(32, {channels}, 32, 32).contiguous(memory_format=torch.channels_last)
+direction = torch.randn(32, {2 * channels}, 16, 16)
+(block(x) * direction).sum().backward()
+(exact(x.double()) * direction).sum().backward()
+for a, b in zip(block.parameters(), exact.parameters()):
+    torch.testing.assert_close(a.grad.double(), b.grad, rtol=0, atol=1e-4 * b.grad.abs().max().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name, module", [("relu", nn.ReLU), ("softplus", nn.Softplus), ("elu", nn.ELU)])
