@@ -7,9 +7,8 @@ Hessian of the adversarial training loss at fixed adversarial inputs, the one st
 """
 
 import math
-import warnings
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student
-from torch.func import functional_call, grad, jvp, linearize
+from torch.func import functional_call
+
+from .attacks import channels_last
 
 MAX_STEPS = 500  # of Lanczos, which keeps a vector (P,) for each
 
@@ -25,15 +26,15 @@ MAX_STEPS = 500  # of Lanczos, which keeps a vector (P,) for each
 class Hessian:
     """The map v -> H v, H the Hessian of the mean cross-entropy of `model` at (x, y).
 
-    The gradient is linearised once for each of the first `kept_batches` batches and their intermediate results are
-    kept, so that a product costs about a third of one that starts again (Pearlmutter 1994); the other batches are
-    differentiated forward over reverse at each product. Memory is that of `kept_batches` batches and one more.
+    A product is the derivative of the gradient's scalar product with v (Pearlmutter 1994). The gradients of the first
+    `kept_batches` batches are kept with their graphs, so that only this derivative is taken at each product; those of
+    the other batches are made again. Memory is that of `kept_batches` batches and one more.
 
     Args:
         model: an nn.Module in evaluation mode, x -> logits (N, classes). It is not changed.
         x: inputs (N, ...), constants. y: labels (N,), int64.
         batch_size: images that are differentiated together.
-        kept_batches: batches whose linearisation is kept.
+        kept_batches: batches whose gradient is kept.
         dtype: torch.float32 or torch.float64, the precision of everything.
     Attributes:
         size: P, the number of parameters. dtype, device: those of the vectors.
@@ -46,55 +47,39 @@ class Hessian:
         check(model, x, y)
         self.dtype, self.device = dtype, x.device
         self._model, self._count = model, len(x)
-        self._parameters = {k: _cast(p, dtype) for k, p in model.named_parameters()}
+        self._parameters = {k: _cast(p, dtype).clone().requires_grad_() for k, p in model.named_parameters()}
         self._buffers = {k: _cast(b, dtype) for k, b in model.named_buffers()}
         self.size = sum(p.numel() for p in self._parameters.values())
         batches = list(zip(_cast(x, dtype).split(batch_size), y.split(batch_size), strict=True))
         self._check_repeatable(*batches[0])
-        self._products = [self._linearised(*batch) for batch in batches[:kept_batches]]
-        self._products += [self._recomputed(*batch) for batch in batches[kept_batches:]]
+        self._kept = [self._gradient(*batch) for batch in batches[:kept_batches]]
+        self._others = batches[kept_batches:]
 
     def __call__(self, v):
         """H v, a tensor (P,), for v (P,)."""
-        tangent, total = (
-            self._split(v.to(self.device, self.dtype)),
-            torch.zeros(self.size, dtype=self.dtype, device=self.device),
-        )
-        for product in self._products:
-            total += _flat(product(tangent))
-        return total.div_(self._count)
+        v, total = v.to(self.device, self.dtype), torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        for gradient in chain(self._kept, (self._gradient(*batch) for batch in self._others)):
+            total += self._product(gradient, v)
+        return _finite(total).div_(self._count)
 
     def _gradient(self, x, y):
-        def loss(parameters):
-            logits = functional_call(self._model, (parameters, self._buffers), (x,))
-            return F.cross_entropy(logits, y, reduction="sum")
+        """Gradient (P,) of the summed loss, with the graph to differentiate it again."""
+        with torch.enable_grad():
+            logits = functional_call(self._model, (self._parameters, self._buffers), (channels_last(x),))
+            loss = F.cross_entropy(logits, y, reduction="sum")
+            pieces = torch.autograd.grad(loss, [*self._parameters.values()], create_graph=True, materialize_grads=True)
+            return _finite(_flat(pieces))
 
-        return grad(loss)
-
-    def _linearised(self, x, y):
-        with warnings.catch_warnings():  # torch warns about its own tracing
-            warnings.filterwarnings("ignore", module="torch")
-            gradient, product = linearize(self._gradient(x, y), self._parameters)
-        _check_finite(gradient)
-        return product
-
-    def _recomputed(self, x, y):
-        def product(tangent):
-            gradient, derivative = jvp(self._gradient(x, y), (self._parameters,), (tangent,))
-            _check_finite(gradient)
-            _check_finite(derivative)
-            return derivative
-
-        return product
-
-    def _split(self, v):
-        pieces = v.split([p.numel() for p in self._parameters.values()])
-        return {k: v.view_as(p) for (k, p), v in zip(self._parameters.items(), pieces, strict=True)}
+    def _product(self, gradient, v):
+        pieces = torch.autograd.grad(
+            gradient, [*self._parameters.values()], v, retain_graph=True, materialize_grads=True
+        )
+        return _flat(pieces)
 
     def _check_repeatable(self, x, y):
-        # A linearisation freezes any noise, so this compares two products made afresh.
-        tangent = self._split(torch.ones(self.size, dtype=self.dtype, device=self.device))
-        first, second = (_flat(self._recomputed(x, y)(tangent)) for _ in range(2))
+        # A graph that is kept freezes any noise, so this compares two products made afresh.
+        v = torch.ones(self.size, dtype=self.dtype, device=self.device)
+        first, second = (self._product(self._gradient(x, y), v) for _ in range(2))
         difference = ((first - second).norm() / first.norm().clamp_min(torch.finfo(self.dtype).tiny)).item()
         if difference > 1e3 * torch.finfo(self.dtype).eps:
             raise ValueError(
@@ -309,15 +294,16 @@ def check(model, x, y):
         raise ValueError(f"the model is in training mode (module {training[0]!r}): call model.eval() first")
 
 
-def _check_finite(gradient):
-    if not all(torch.isfinite(g).all() for g in gradient.values()):
+def _finite(v):
+    if not torch.isfinite(v).all():
         raise ValueError("the loss or its gradient is NaN or infinite: check the model's parameters and inputs")
+    return v
 
 
 def _cast(t, dtype):
     t = t.detach()
-    return t.to(dtype) if t.is_floating_point() else t
+    return channels_last(t.to(dtype)) if t.is_floating_point() else t
 
 
-def _flat(tensors):
-    return torch.cat([t.reshape(-1) for t in tensors.values()])
+def _flat(pieces):
+    return torch.cat([t.reshape(-1) for t in pieces])
