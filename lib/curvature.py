@@ -110,6 +110,10 @@ class Eigenpairs(NamedTuple):
 def top_eigenpairs(model, x, y, k=20, *, tolerance=5e-4, seed=0, **operator):
     """The k algebraically largest eigenvalues of the Hessian and their eigenvectors, by Lanczos.
 
+    Not by scipy's `eigsh`: that made as many products (64, here 61, for the top 20 of a LeNet of 207,000 parameters)
+    in twice the time, and measures each residual against its own eigenvalue, so that it does not end where some of the
+    k vanish beside the largest.
+
     Args:
         model, x, y, operator: as for `Hessian`.
         tolerance: largest residual ||H v - value v||, as a fraction of the largest |value|.

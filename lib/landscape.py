@@ -11,6 +11,7 @@ are measured again at each point (Garipov et al. 2018).
 """
 
 import copy
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -91,7 +92,7 @@ def surface(model, directions, steps, x, y, *, attack=None, adversary="none", ba
         Surface, of shape (S,) or (S, S); the first index goes with the first direction.
     Raises:
         ValueError: unknown adversary, an attack missing or superfluous, directions that do not fit, a model in
-            training mode, no data.
+            training mode, no data, a loss that is not finite.
     """
     check(model, x, y)
     if adversary not in ADVERSARIES:
@@ -116,7 +117,14 @@ def _loss_and_error(model, x, y, attack, batch_size):
     if attack is not None:
         x = attacked(model, x, y, attack, batch_size=batch_size)
     logits = predict(model, x, batch_size=batch_size)
-    return F.cross_entropy(logits.double(), y).item(), (logits.argmax(1) != y).double().mean().item()
+    loss = F.cross_entropy(logits.double(), y).item()
+    _check_finite(loss)
+    return loss, (logits.argmax(1) != y).double().mean().item()
+
+
+def _check_finite(loss):
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} at some point: check the parameters there, the data and the steps")
 
 
 def flat(model):
@@ -254,7 +262,7 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
     Returns:
         Curve, whose ends are the given models.
     Raises:
-        ValueError: as for `Curve`, no data, num_bends below 1.
+        ValueError: as for `Curve`, no data, num_bends below 1, a loss that is not finite.
     """
     check(start, x, y)
     check(end, x, y)
@@ -274,6 +282,7 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
             if attack is not None:
                 inputs = attack(moved, inputs, labels)
             loss = F.cross_entropy(moved(inputs), labels)
+            _check_finite(loss.item())
             gradient = parameters_to_vector(torch.autograd.grad(loss, list(moved.parameters())))
             bends.grad = torch.outer(weights[1:-1], gradient)
             optimizer.step()

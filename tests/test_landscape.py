@@ -302,6 +302,21 @@ def test_bad_input_to_surface():
             surface(**({"model": model, "directions": directions, "steps": STEPS, "x": x, "y": y} | change))
 
 
+def test_a_loss_that_is_not_finite():
+    (model, x, y), (other, *_) = network(), network(1)
+    with torch.no_grad():
+        other[0].weight[0, 0] = float("inf")
+    v = random_directions(model, 1)
+    for call in (
+        lambda: surface(model, v, [0, float("inf")], x, y),
+        lambda: surface(other, v * 0, [0], x, y),
+        lambda: connect(model, other, x, y),
+        lambda: along(Curve(model, other), [0, 0.5, 1], x, y),
+    ):
+        with pytest.raises(ValueError, match=r"the loss is (nan|inf) at some point"):
+            call()
+
+
 def test_a_model_in_training_mode():
     model, x, y = network()
     v = random_directions(model, 1)
