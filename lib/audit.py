@@ -1,0 +1,215 @@
+"""Is a measured robust error real? Attacks on the images still standing, and the usual signs of gradient masking.
+
+A result is a mask: one boolean per image, True where the image or its attacked version is misclassified, so that masks
+of several attacks on the same images can be put together and compared image by image. Robust error is a mask's mean.
+
+A model whose gradients are useless looks robust to every attack that follows them. The signs of it are listed by
+Athalye et al. (2018, arXiv:1802.00420) and Carlini et al. (2019, arXiv:1902.06705); `signs` tests for them.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import nn
+
+from . import runs
+from .attacks import LEAST_CLASSES, autoattack, check_inputs, check_labels, fgsm, frozen, pgd, simba
+from .evaluation import predict
+
+ALPHA = 0.01  # a sign counts as seen if noise alone would show as much in fewer than this share of cases
+FLAT_SHARE = 0.05  # of the images; so many may have a gradient of zero, since a few are classified beyond all doubt
+
+
+def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
+    """Which restart of an attack is the first to break each image. Images that fell are not attacked again.
+
+    Args:
+        model, x, y: as for `attacks.pgd`.
+        attack: a function (model, x, y) -> x_adv that draws new random numbers at each call, such as
+            `functools.partial(pgd, eps=..., generator=...)`.
+        num_restarts: at most so many attacks on each image.
+        batch_size: images attacked together; when few still stand, several restarts of them are.
+    Returns:
+        A list of N integers: 0 for an image that is misclassified as it is, r for one that fell to restart r,
+        num_restarts + 1 for one that stands.
+    Raises:
+        ValueError: num_restarts or batch_size below 1, no images, and whatever the attack raises.
+    """
+    for name, value in (("num_restarts", num_restarts), ("batch_size", batch_size)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    check_inputs(x, y, 0)
+    falls = torch.where(predict(model, x, batch_size=batch_size).argmax(1) == y, num_restarts + 1, 0)
+    done = 0
+    while done < num_restarts and len(left := (falls > done).nonzero().squeeze(1)):
+        copies = min(max(1, batch_size // len(left)), num_restarts - done)
+        for part in left.repeat(copies).view(copies, -1).split(max(1, batch_size // copies), dim=1):
+            i = part.flatten()
+            wrong = predict(model, attack(model, x[i], y[i]), batch_size=batch_size).argmax(1) != y[i]
+            restart = torch.arange(done + 1, done + copies + 1, device=x.device)[:, None]
+            first = torch.where(wrong.view(copies, -1), restart, num_restarts + 1).amin(0)
+            falls[part[0]] = first
+        done += copies
+    return falls.tolist()
+
+
+def broken(model, x, y, attack, *, batch_size=500):
+    """The mask of one attack: True where the image or its attacked version is misclassified. See `first_falls`."""
+    return [fall <= 1 for fall in first_falls(model, x, y, attack, batch_size=batch_size)]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network on trial, and the images it is tried on; its results are remembered (`runs.remember`).
+
+    facts: a JSON dict of all that decides network and images, such as the name of the run's folder.
+    """
+
+    network: nn.Module
+    x: torch.Tensor
+    y: torch.Tensor
+    facts: dict
+
+    def falls(self, attack, *, restarts=1, seed=0, source=None, **settings):
+        """`first_falls` under an attack (`attack_by_name`), run `restarts` times; source: another Subject, on whose
+        network the attacks are made."""
+        facts = self.facts | {"attack": attack, "restarts": restarts, "seed": seed, "settings": settings}
+
+        def compute():
+            function = attack_by_name(attack, seed=seed, device=self.x.device, **settings)
+            if source is not None:
+                made, function = function, lambda _model, x, y: made(source.network, x, y)
+            return first_falls(self.network, self.x, self.y, function, num_restarts=restarts)
+
+        return runs.remember("attacks", facts | {"source": source and source.facts}, compute, code=("audit.py",))
+
+    def mask(self, attack, **settings):
+        """The mask of an attack, arguments as for `falls`: an array of N booleans."""
+        return np.array(self.falls(attack, **settings)) <= settings.get("restarts", 1)
+
+
+def attack_by_name(name, *, seed=0, device="cpu", **settings):
+    """A function (model, x, y) -> x_adv, with a generator of its own.
+
+    name: "pgd", "fgsm", "simba", "noise" (a uniform point of the ball), or one of `autoattack`'s, such as "apgd-ce".
+    settings: those of the attack. Raises ValueError for an unknown name.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    if name == "noise":
+        still = {"step_size": settings["eps"], "num_steps": 0, "random_start": "ball"}
+        return partial(pgd, **settings | still, generator=generator)
+    if name in LEAST_CLASSES:
+        return partial(autoattack, attacks=(name,), seed=seed, **settings)
+    if name == "fgsm":
+        return partial(fgsm, **settings)
+    if name not in ("pgd", "simba"):
+        raise ValueError(f"unknown attack {name!r}: choose pgd, fgsm, simba, noise, {', '.join(LEAST_CLASSES)}")
+    return partial({"pgd": pgd, "simba": simba}[name], **settings, generator=generator)
+
+
+def flat(model, x, y, *, batch_size=500):
+    """The mask of images whose loss has a gradient of exactly zero, so that no attack can follow it."""
+    check_inputs(x, y, 0)
+    parts = []
+    for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        with frozen(model, a, "full") as logits_of, torch.enable_grad():
+            a = a.detach().requires_grad_(True)
+            logits = logits_of(a)
+            check_labels(logits, b)
+            (g,) = torch.autograd.grad(F.cross_entropy(logits, b, reduction="sum"), a)
+        parts += (g.flatten(1) == 0).all(1).tolist()
+    return parts
+
+
+def worst_case(masks):
+    """Image by image the worst of several masks (a dict or a DataFrame of them): an array of N booleans.
+
+    Raises ValueError for no masks at all, or masks of unequal length.
+    """
+    return np.logical_or.reduce(list(_checked(masks).values()))
+
+
+def _checked(masks):
+    if not len(masks):
+        raise ValueError("no attacks: a worst case needs at least one mask")
+    masks = {name: np.asarray(mask) for name, mask in masks.items()}
+    lengths = {name: len(mask) for name, mask in masks.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"masks of unequal length: {', '.join(f'{k} {v}' for k, v in lengths.items())}")
+    for name, mask in masks.items():
+        if mask.dtype != bool or mask.ndim != 1 or not len(mask):
+            raise ValueError(f"the mask of {name} must be booleans, one per image")
+    return masks
+
+
+def signs(reported, rivals, by_eps, flat):
+    """The usual signs of gradient masking, each as a test.
+
+    A rival that should be weaker than the reported attack is stronger, one-sidedly, by the exact sign test on the
+    images that only one of the two breaks (McNemar). The same test asks whether the robust error falls from one eps to
+    the next. At the largest eps every image must break. Flat images are tested against the share FLAT_SHARE, by the
+    binomial distribution. The level of each test is ALPHA.
+
+    Args:
+        reported: the mask of the attack whose robust error is reported, an iterated gradient attack.
+        rivals: masks by name on the same images: attacks without gradients, of a single step, from another model.
+        by_eps: masks of the gradient attack by eps; at the largest eps the ball holds the whole box.
+        flat: the mask of `flat`.
+    Returns:
+        A DataFrame of one row for each sign: "sign", "for" and "against" (numbers of images), "n" (images that could
+        be either), "p" (None for the exact one) and "passed", which is False where the sign is seen.
+    Raises:
+        ValueError: masks of unequal length, no rivals, or fewer than two eps.
+    """
+    if not len(rivals) or len(by_eps) < 2:
+        raise ValueError(f"needs at least one rival and two eps, got {len(rivals)} and {len(by_eps)}")
+    grid = sorted(by_eps)
+    flat, reported, *others = _checked({"flat": flat, "reported": reported, **rivals}).values()
+    curve = list(_checked({eps: by_eps[eps] for eps in grid}).values())
+    rows = [compare(f"{name} breaks more", rival, reported) for name, rival in zip(rivals, others, strict=True)]
+    falls = [compare(f"robust error falls from eps {grid[i]:g} to {grid[i + 1]:g}", curve[i], curve[i + 1])
+             for i in range(len(grid) - 1)]  # fmt: skip
+    rows.append(min(falls, key=lambda row: row["p"]))  # the worst of them
+    standing = int((~curve[-1]).sum())
+    rows.append({"sign": f"some images stand at eps {grid[-1]:g}", "for": standing, "against": int(curve[-1].sum()),
+                 "n": len(curve[-1]), "p": None, "passed": standing == 0})  # fmt: skip
+    p = stats.binomtest(int(flat.sum()), len(flat), FLAT_SHARE, alternative="greater").pvalue
+    rows.append({"sign": "the loss is flat at the image", "for": int(flat.sum()), "against": int((~flat).sum()),
+                 "n": len(flat), "p": p, "passed": p >= ALPHA})  # fmt: skip
+    return pd.DataFrame(rows).astype({"passed": bool})
+
+
+def compare(sign, stronger, weaker):
+    """Does `stronger` break more images than `weaker`? The exact one-sided sign test on the images that differ.
+
+    Returns a row of `signs`; "passed" is False where it does, beyond what noise alone shows at level ALPHA.
+    """
+    stronger, weaker = _checked({"stronger": stronger, "weaker": weaker}).values()
+    more, less = int((stronger & ~weaker).sum()), int((weaker & ~stronger).sum())
+    p = stats.binomtest(more, more + less, alternative="greater").pvalue if more + less else 1.0
+    return {"sign": sign, "for": more, "against": less, "n": more + less, "p": p, "passed": p >= ALPHA}
+
+
+class Masked(nn.Module):
+    """A model with useless gradients but the predictions it had, nearly: for trying the audit on.
+
+    Args:
+        model: an nn.Module (B, C, H, W) -> logits.
+        levels: the pixels are rounded to so many levels, a step function of slope zero; None leaves them.
+        scale: the logits are multiplied by it; a large one saturates the softmax, whose gradient then is zero in
+            floating point.
+    """
+
+    def __init__(self, model, *, levels=None, scale=1.0):
+        super().__init__()
+        self.model, self.levels, self.scale = model, levels, scale
+
+    def forward(self, x):
+        if self.levels is not None:
+            x = (x * (self.levels - 1)).round() / (self.levels - 1)
+        return self.scale * self.model(x)
