@@ -60,21 +60,29 @@ def paired(a, b, *, level=0.95):
     """Student's t interval for the mean of a - b, where a and b were measured on the same seeds, in the same order.
 
     Returns:
-        {"mean", "low", "high", "n"}; with n = 1 the interval is the whole line.
+        {"mean", "low", "high", "n"}. Where no spread was measured, because there is one pair or because all differences
+        are equal (few seeds and few images make that likely), the interval is the whole line.
     Raises:
         ValueError: unequal lengths, no values, or NaN.
     """
     a, b = np.asarray(list(a), float), np.asarray(list(b), float)
     if a.shape != b.shape or not len(a) or np.isnan(a - b).any():
         raise ValueError(f"pairs need equally many values, at least one, and no NaN: got {a} and {b}")
-    d = a - b
-    half = stats.t.ppf((1 + level) / 2, len(d) - 1) * stats.sem(d) if len(d) > 1 else np.inf
+    d = np.round(a - b, 12) + 0.0  # shares of images: what floats add would count as a spread
+    spread = len(d) > 1 and np.ptp(d) > 0
+    half = stats.t.ppf((1 + level) / 2, len(d) - 1) * stats.sem(d) if spread else np.inf
     return {"mean": d.mean(), "low": d.mean() - half, "high": d.mean() + half, "n": len(d)}
 
 
 def conclude(interval):
     """What a paired interval says of "a is smaller than b": True, False, or None where it holds zero."""
     return True if interval["high"] < 0 else False if interval["low"] > 0 else None
+
+
+def conclude_all(intervals):
+    """Of several: what they all say; "partly" if only some say True; else False if some say that; else None."""
+    found = [conclude(interval) for interval in intervals]
+    return found[0] if len(set(found)) == 1 else "partly" if True in found else False if False in found else None
 
 
 def assemble(cells, keys, expected):
