@@ -73,7 +73,7 @@ from lib import data, runs
 from lib.attacks import pgd
 from lib.figures import Book
 from lib.models import Ensemble
-from lib.tables import attack_errors, conclude, paired
+from lib.tables import attack_errors, conclude, conclude_all, paired
 
 book = Book("06_periodic_scheduling", globals())
 digits = data.load(dataset).first(train_images)
@@ -225,12 +225,6 @@ def say(d):
     return f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
 
 
-def verdict(differences):
-    """All intervals below zero: True; all above: False; all hold zero: None; else partly."""
-    found = [conclude(d) for d in differences]
-    return found[0] if len(set(found)) == 1 else "partly" if True in found else False if False in found else None
-
-
 paired_n = f"{n}, paired, {len(x):,} test digits, {attack_name}"
 single = final[final.network == "single run"]
 stuck = single[(single.clean == single.robust) & (single.clean >= 0.8)].groupby("schedule").size()
@@ -241,7 +235,7 @@ book.claim(
     section="5",
     measured=f"of {len(seeds)} single runs each, {', '.join(f'{v} ({k})' for k, v in stuck.items())} are constant "
     f"classifiers; robust error minus constant's: {', '.join(f'{say(d)} ({s})' for s, d in gains.items())}",
-    holds=None if stuck["constant"] == 0 else verdict(gains.values()) if not stuck[warm].any() else "partly",
+    holds=None if stuck["constant"] == 0 else conclude_all(gains.values()) if not stuck[warm].any() else "partly",
     n=paired_n,
     source=digits.source,
 )
@@ -261,7 +255,7 @@ book.claim(
     "Periodic scheduling with the ensemble is better than a constant budget",
     section="5, Table 1",
     measured=f"robust error minus constant's: {', '.join(f'{say(d)} ({s})' for s, d in remedy.items())}",
-    holds=verdict(remedy.values()),
+    holds=conclude_all(remedy.values()),
     n=paired_n,
     source=digits.source,
 )
@@ -270,7 +264,7 @@ book.claim(
     "The periodic ensemble is better than a single run of equally many epochs",
     section="5, Table 1",
     measured=f"ensemble minus single run: {', '.join(f'{say(d)} ({s})' for s, d in against_single.items())}",
-    holds=verdict(against_single.values()),
+    holds=conclude_all(against_single.values()),
     n=paired_n,
     source=digits.source,
 )
@@ -290,7 +284,7 @@ book.claim(
     section="5, a reviewer's question",
     measured=f"robust error minus constant's: single run {', '.join(f'{say(d)} ({s})' for s, d in gains.items())}; "
     f"last checkpoint of the periods {', '.join(f'{say(d)} ({s})' for s, d in alone.items())}",
-    holds=verdict([*gains.values(), *alone.values()]),
+    holds=conclude_all([*gains.values(), *alone.values()]),
     n=paired_n,
     source=digits.source,
 )
@@ -298,7 +292,7 @@ book.claim(
     "The ensemble is better than the last of its members",
     section="5, a reviewer's question",
     measured=f"ensemble minus last checkpoint: {', '.join(f'{say(d)} ({s})' for s, d in members.items())}",
-    holds=verdict(members.values()),
+    holds=conclude_all(members.values()),
     n=paired_n,
     source=digits.source,
 )
@@ -341,7 +335,7 @@ book.claim(
     "A network is better at the end of the next period than before the restart",
     section="5",
     measured="; ".join(f"{name}: {say(gain)} in robust error" for name, (_, gain) in steps.items()),
-    holds=verdict([gain for _, gain in steps.values()]),
+    holds=conclude_all([gain for _, gain in steps.values()]),
     n=f"{len(wide)} runs ({n}, {' and '.join(warm)}), {eval_images:,} test digits",
     source=digits.source,
 )
@@ -350,10 +344,10 @@ book.claim(
 # ## How much depends on the learning rate?
 #
 # A schedule that only shifts the best learning rate would be no remedy. So a constant budget and the cosine are trained
-# at rates spanning two orders of magnitude, with smaller networks, and at a smaller eps: at the one above a constant
-# budget would hardly train at all. A network *trains* if its clean error ends below one half; a rate trains if it does
-# for every seed. The width of the range of those rates, in decades, is the measure. A run that diverges has not
-# trained.
+# at rates spanning two orders of magnitude, in runs whose size and eps the figure's caption names. (In small profiles
+# this eps is smaller than the one above: where a constant budget trains at no rate, there is no range to compare.) A
+# network *trains* if its clean error ends below one half; a rate trains if it does for every seed. The number of those
+# rates is compared, and the range they span, in decades. A run that diverges has not trained.
 
 
 # %%
@@ -374,6 +368,8 @@ sweep = pd.DataFrame(
     {"schedule": s, "learning rate": rate, "seed": seed} | final_errors(s, rate, seed)
     for rate, s, seed in tqdm(list(product(rate_grid, pair, seeds)), desc="rates")
 )
+
+# %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
 for ax, column in zip(axes, ("clean", "robust")):
     for s, marker, color in zip(pair, "os", ("C0", "C2")):
