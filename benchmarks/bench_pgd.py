@@ -12,19 +12,18 @@ import tempfile
 import time
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import foolbox
 import torch
 import torch.nn.functional as F
+from readme import HERE, write_part
 
 from lib import compute, data
 from lib.attacks import pgd
 from lib.evaluation import error, robust_error
-from lib.files import write_bytes, write_json
+from lib.files import write_json
 from lib.training import TrainConfig, train
 
-HERE = Path(__file__).resolve().parent
 BATCH, STEPS = 128, 10
 SETTINGS = {  # the data, the attack, the number of attacked test images, and a short training against a weaker attack
     "lenet": {"data": "mnist5k", "eps": 0.2, "n": 1000, "width": 16, "epochs": 2, "lr": 1e-3},
@@ -139,11 +138,7 @@ def tables(record):
 
 def write(record):
     write_json(HERE / "pgd.json", record)
-    readme = HERE / "README.md"
-    begin, end = "<!-- pgd: written by bench_pgd.py -->\n", "\n<!-- end of pgd -->"
-    before, rest = readme.read_text(encoding="utf-8").split(begin)
-    after = rest.split(end)[1]
-    write_bytes(readme, f"{before}{begin}{tables(record)}{end}{after}".encode())
+    write_part("pgd", tables(record))
 
 
 def main():

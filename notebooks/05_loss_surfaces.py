@@ -20,11 +20,11 @@
 # What should be seen if they hold:
 #
 # 1. round the *initial point* (Section 4.1) there is a plateau near log 10 = 2.303, the loss of a classifier that knows
-#    nothing: with larger eps, the adversarial loss has less relief, and falls less far below log 10 even along its
-#    steepest descent;
+#    nothing of ten classes: with larger eps, the adversarial loss has less relief, and falls less far below log 10
+#    even along its steepest descent;
 # 2. round the *minimum* (Section 4.2) the adversarial loss rises faster the larger eps is.
 #
-# Three losses are drawn, and told apart by name. *Vanilla*: clean digits. *Frozen*: the adversarial digits of the
+# Three losses are drawn, and told apart by name. *Vanilla*: clean images. *Frozen*: the adversarial images of the
 # network in the centre, kept everywhere; its second derivative is the Hessian of notebook 4. *Adversarial*: the attack
 # is made anew at each point; this is the loss that adversarial training descends. (LeNet has no batch normalisation; in
 # networks that have it, the statistics stay those of the centre.)
@@ -34,26 +34,30 @@ profile = "quick"
 dataset = "mnist5k"
 train_images = None  # all
 model = "lenet"
-width = 2
+width = 4
 eps_grid = [0.0, 0.1, 0.2, 0.3]
 linear_from = 0.3  # budgets from here on rise linearly over the first half of training; smaller ones are constant
 seeds = [0, 1, 2]
-epochs = 12
-num_steps = 5
-step_fraction = 0.375  # the attack's step size, as a fraction of eps
+epochs = 4
+batch_size = 64
+num_steps = 3
+step_fraction = 0.5  # the attack's step size, as a fraction of eps
 optimizer = "adam"
 lr = 3e-3
-eval_every = 3
+lr_drops = []  # fractions of training at which the learning rate falls tenfold
+weight_decay = 0.0
+augment = False
+eval_every = 2
 eval_images = 500
-surface_images = 100  # training digits
+surface_images = 50
 attack_steps = 5
-line_points = 13  # odd, so that the centre is one of them
+line_points = 9  # odd, so that the centre is one of them
 radii = {"random": 1.0, "steepest descent": 0.3, "top eigenvector": 0.05}  # of the lines
-plane_points = 13
+plane_points = 11
 plane_radius = 0.8
 plane_grid = [0.0, 0.1, 0.3]
 ceiling = 4.0  # losses above it are cut in the pictures of planes
-eigen_images = 400
+eigen_images = 100
 
 # %%
 from functools import partial
@@ -68,13 +72,13 @@ from lib import data, landscape, runs
 from lib.attacks import pgd
 from lib.compute import device
 from lib.figures import Book
-from lib.training import TrainConfig
 
 book = Book("05_loss_surfaces", globals())
-digits = data.load(dataset).first(train_images)
+images = data.load(dataset).first(train_images)
 where = device()
-x, y = digits.x_train[:surface_images].to(where), digits.y_train[:surface_images].to(where)
-print(digits.source)
+x, y = images.x_train[:surface_images].to(where), images.y_train[:surface_images].to(where)
+chance = np.log(images.num_classes)  # the loss of even probabilities
+print(images.source)
 
 # %% [markdown]
 # ## The networks
@@ -85,10 +89,7 @@ print(digits.source)
 # %%
 def config(eps, seed):
     rising = {"schedule": "linear", "schedule_stop": 2 * eps} if eps >= linear_from else {}
-    return TrainConfig(
-        model=model, width=width, eps=eps, step_size=step_fraction * eps, num_steps=num_steps, epochs=epochs,
-        optimizer=optimizer, lr=lr, eval_every=eval_every, eval_images=eval_images, seed=seed, **rising,
-    )  # fmt: skip
+    return runs.configure(book.parameters, eps=eps, seed=seed, **rising)
 
 
 def attack_of(eps):
@@ -104,7 +105,7 @@ def surface(network, directions, steps, loss, eps):
 
 
 keys = list(product(eps_grid, seeds))
-trained = dict(zip(keys, runs.grid([config(*k) for k in keys], digits)))
+trained = dict(zip(keys, runs.grid([config(*k) for k in keys], images)))
 minima = {key: run.model().to(where) for key, run in trained.items()}
 starts = {key: run.model(0).to(where) for key, run in trained.items()}
 n = f"{len(seeds)} seeds"
@@ -117,7 +118,7 @@ n = f"{len(seeds)} seeds"
 # equally long, but looked at on different scales: along an eigenvector the loss explodes.
 
 # %%
-many = digits.x_train[:eigen_images].to(where), digits.y_train[:eigen_images].to(where)
+many = images.x_train[:eigen_images].to(where), images.y_train[:eigen_images].to(where)
 rows = []
 
 
@@ -147,16 +148,16 @@ for row, (place, direction) in zip(axes, cases):
     for ax, (eps, group) in zip(row, chosen.groupby("eps")):
         sns.lineplot(group, x="step", y="value", hue="loss", style="loss", errorbar=("pi", 100), ax=ax,
                      hue_order=["vanilla", "frozen", "adversarial"], legend=ax is axes[0, -1])  # fmt: skip
-        ax.axhline(np.log(10), color="grey", linestyle=":", linewidth=1)
+        ax.axhline(chance, color="grey", linestyle=":", linewidth=1)
         ax.set(xlabel="step", ylabel="loss")
         ax.set_title(f"eps {eps:g}, {place},\n{direction}", fontsize=9)
     if place == "initial point":
-        row[0].set_ylim(2.2, 2.6)  # round log 10; uphill, the loss goes on rising
+        row[0].set_ylim(chance - 0.1, chance + 0.3)  # uphill, the loss goes on rising
 sns.move_legend(axes[0, -1], "upper left", bbox_to_anchor=(1, 1))
 book.save(
-    fig, "05_lines", lines, source=digits.source, seeds=seeds,
-    caption=f"Loss along lines through the initial point (cut above 2.6) and the minimum, by the eps of training and "
-    f"of the attack; mean and range over {n}, {surface_images} training digits, one scale per row. Dotted: log 10.",
+    fig, "05_lines", lines, source=images.source, seeds=seeds,
+    caption=f"Loss along lines through the initial point (cut) and the minimum, by the eps of training and "
+    f"of the attack; mean and range over {n}, {surface_images} training images, one scale per row. Dotted: log 10.",
 )  # fmt: skip
 
 # %% [markdown]
@@ -194,7 +195,7 @@ claims = {
     "Round the initial point the adversarial loss has less relief at larger eps, along random directions":
         ("4.1, our reading", -1, table("initial point", "random", np.std)),
     "Steepest descent from the initial point leads less far below log 10 at larger eps":
-        ("4.1, our reading", -1, table("initial point", "steepest descent", lambda v: np.log(10) - v.min())),
+        ("4.1, our reading", -1, table("initial point", "steepest descent", lambda v: chance - v.min())),
     "Round the minimum the adversarial loss rises faster at larger eps, along random directions":
         ("4.2, a reviewer's question", 1, table("minimum", "random", rise)),
     "Round the minimum the adversarial loss rises faster at larger eps, along the top eigenvector":
@@ -205,7 +206,7 @@ for claim, (section, sign, numbers) in claims.items():
                          zip(numbers, numbers.mean(), numbers.min(), numbers.max()))  # fmt: skip
     book.claim(
         claim, section=section, measured=measured, holds=ordered(numbers, sign),
-        n=f"{n} x {surface_images} digits, mean (range)", source=digits.source,
+        n=f"{n} x {surface_images} images, mean (range)", source=images.source,
     )  # fmt: skip
 pd.concat({claim: numbers for claim, (_, _, numbers) in claims.items()}).round(3)
 
@@ -235,16 +236,16 @@ fig, axes = plt.subplots(len(places), len(plane_grid), figsize=(9, 8.2), sharex=
 for (title, row), (column, eps) in product(zip(places, axes), enumerate(plane_grid)):
     ax, values = row[column], planes[title, eps].T
     filled = ax.contourf(ticks, ticks, values, levels=levels, cmap="viridis", extend="max")
-    ax.contour(ticks, ticks, values, levels=[np.log(10)], colors="white", linestyles=":", linewidths=1)
+    ax.contour(ticks, ticks, values, levels=[chance], colors="white", linestyles=":", linewidths=1)
     ax.plot(0, 0, "+", color="white")
     ax.set_title(f"{title}, eps {eps:g}", fontsize=9)
 fig.supxlabel("step along direction 1")
 fig.supylabel("step along direction 2")
 fig.colorbar(filled, ax=axes, label="loss", shrink=0.6, ticks=levels[::5])
 book.save(
-    fig, "05_contours", plane_table, source=digits.source, seeds=[seed],
+    fig, "05_contours", plane_table, source=images.source, seeds=[seed],
     caption=f"Loss over the plane of two filter-normalised random directions, one seed, {surface_images} training "
-    f"digits, one scale for all (values above the colour bar are cut). White dots: log 10; +: the centre.",
+    f"images, one scale for all (values above the colour bar are cut). White dots: log 10; +: the centre.",
 )  # fmt: skip
 
 # %%
@@ -258,7 +259,7 @@ for i, (title, eps) in enumerate(product(list(places)[:2], plane_grid)):
     ax.tick_params(labelsize=7, pad=-2)
     ax.view_init(28, -60)
 book.save(
-    fig, "05_surfaces", plane_table[plane_table.panel.isin(list(places)[:2])], source=digits.source, seeds=[seed],
+    fig, "05_surfaces", plane_table[plane_table.panel.isin(list(places)[:2])], source=images.source, seeds=[seed],
     caption=f"The adversarial loss of the contour figure as a surface, cut at {ceiling:g}: round the initial point "
     "(top) and round the minimum (below), one scale for all.",
 )  # fmt: skip

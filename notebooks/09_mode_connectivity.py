@@ -30,23 +30,27 @@ profile = "quick"
 dataset = "mnist5k"
 train_images = None  # all
 model = "lenet"
-width = 2
+width = 4
 curve_grid = [0.0, 0.3]
 linear_from = 0.3  # budgets from here on rise linearly over the first half of training; smaller ones are constant
 pairs = [[0, 1], [1, 2]]  # seeds of the two networks
-epochs = 12
-num_steps = 5
-step_fraction = 0.375  # the attack's step size, as a fraction of eps
+epochs = 4
+batch_size = 64
+num_steps = 3
+step_fraction = 0.5  # the attack's step size, as a fraction of eps
 optimizer = "adam"
 lr = 3e-3
-eval_every = 3
+lr_drops = []  # fractions of training at which the learning rate falls tenfold
+weight_decay = 0.0
+augment = False
+eval_every = 2
 eval_images = 500
 curve_kind = "bezier"
-curve_epochs = 6
+curve_epochs = 4
 curve_lr = 3e-3
 test_steps = 10
-test_images = 300
-points = 13
+test_images = 100
+points = 11
 
 # %%
 from functools import partial
@@ -61,12 +65,11 @@ from lib import data, landscape, runs
 from lib.attacks import pgd
 from lib.compute import device
 from lib.figures import Book
-from lib.training import TrainConfig
 
 book = Book("09_mode_connectivity", globals())
-digits = data.load(dataset).first(train_images)
+images = data.load(dataset).first(train_images)
 where = device()
-print(digits.source)
+print(images.source)
 
 # %% [markdown]
 # ## The networks
@@ -77,28 +80,25 @@ print(digits.source)
 # %%
 def config(eps, seed):
     rising = {"schedule": "linear", "schedule_stop": 2 * eps} if eps >= linear_from else {}
-    return TrainConfig(
-        model=model, width=width, eps=eps, step_size=step_fraction * eps, num_steps=num_steps, epochs=epochs,
-        optimizer=optimizer, lr=lr, eval_every=eval_every, eval_images=eval_images, seed=seed, **rising,
-    )  # fmt: skip
+    return runs.configure(book.parameters, eps=eps, seed=seed, **rising)
 
 
 seeds = sorted({seed for pair in pairs for seed in pair})
 keys = list(product(curve_grid, seeds))
-networks = {k: r.model().to(where) for k, r in zip(keys, runs.grid([config(*k) for k in keys], digits))}
+networks = {k: r.model().to(where) for k, r in zip(keys, runs.grid([config(*k) for k in keys], images))}
 
 # %% [markdown]
 # ## Line and curve
 #
-# The curve is trained at the eps of its ends, from training digits. Then loss and error are measured along both ways on
-# the first training digits and on the first test digits, under an attack made anew at each point. (Batch normalisation,
-# for networks that have it, takes its statistics from the training digits again at each point inside.)
+# The curve is trained at the eps of its ends, from training images. Then loss and error are measured along both ways on
+# the first training images and on the first test images, under an attack made anew at each point. (Batch normalisation,
+# for networks that have it, takes its statistics from the training images again at each point inside.)
 
 # %%
-x, y = digits.x_train.to(where), digits.y_train.to(where)
+x, y = images.x_train.to(where), images.y_train.to(where)
 parts = {
     "training": (x[:test_images], y[:test_images]),
-    "test": (digits.x_test[:test_images].to(where), digits.y_test[:test_images].to(where)),
+    "test": (images.x_test[:test_images].to(where), images.y_test[:test_images].to(where)),
 }
 ticks = np.linspace(0, 1, points)
 
@@ -113,11 +113,12 @@ rows = []
 for eps, (a, b) in product(curve_grid, pairs):
     ends = networks[eps, a], networks[eps, b]
     curve = landscape.connect(
-        *ends, x, y, attack=attack_of(eps, num_steps, step_fraction), kind=curve_kind, epochs=curve_epochs, lr=curve_lr
-    )
-    for (way, path), (part, images) in product({"line": landscape.Curve(*ends), "curve": curve}.items(), parts.items()):
+        *ends, x, y, attack=attack_of(eps, num_steps, step_fraction), kind=curve_kind, epochs=curve_epochs,
+        lr=curve_lr, batch_size=batch_size,
+    )  # fmt: skip
+    for (way, path), (part, batch) in product({"line": landscape.Curve(*ends), "curve": curve}.items(), parts.items()):
         attack = attack_of(eps, test_steps, 2.5 / test_steps)
-        values = landscape.along(path, ticks, *images, attack=attack, x_statistics=x[:1000])
+        values = landscape.along(path, ticks, *batch, attack=attack, x_statistics=x[:1000])
         about = {"eps": eps, "pair": f"{a}, {b}", "way": way, "part": part}
         rows += [about | {"t": t, "loss": v, "error": e} for t, v, e in zip(ticks, values.loss, values.error)]
 ways = pd.DataFrame(rows)
@@ -132,16 +133,16 @@ for row, column in zip(axes, ("loss", "error")):
         kind = "robust" if eps else "vanilla"
         ax.set(title=f"eps {eps:g}, {kind} {column}", xlabel="t (0 and 1: the two networks)", ylabel=column)
 book.save(
-    fig, "09_curves", ways, source=digits.source, seeds=seeds,
+    fig, "09_curves", ways, source=images.source, seeds=seeds,
     caption=f"Loss and error along the straight line and along a trained {curve_kind} curve between two networks from "
-    f"different seeds, at the eps of training; {n}, each drawn, {test_images} digits, PGD-{test_steps}.",
+    f"different seeds, at the eps of training; {n}, each drawn, {test_images} images, PGD-{test_steps}.",
 )  # fmt: skip
 
 # %% [markdown]
 # ## Barriers
 #
 # The *barrier* is how far the values rise above the line that joins those at the two ends. Reproduced if, on the
-# training digits, the curve leaves at most a tenth of the straight line's barrier in the loss, for every pair; partly
+# training images, the curve leaves at most a tenth of the straight line's barrier in the loss, for every pair; partly
 # if at most half. Where the straight line itself has next to no barrier, below 0.1, there is nothing to go round.
 
 # %%
@@ -161,8 +162,8 @@ for eps in curve_grid:
         f"the line; in the error {mean['error', 'curve']:.3f} and {mean['error', 'line']:.3f}",
         holds=None if (line < 0.1).any() else True if (curve <= 0.1 * line).all()
         else "partly" if (curve <= 0.5 * line).all() else False,
-        n=f"{n}, {test_images} training digits, means",
-        source=digits.source,
+        n=f"{n}, {test_images} training images, means",
+        source=images.source,
     )  # fmt: skip
 wide.round(3)
 

@@ -1,0 +1,16 @@
+"""The tables in README.md: each script rewrites the part between its own two markers."""
+
+from pathlib import Path
+
+from lib.files import write_bytes
+
+HERE = Path(__file__).resolve().parent
+
+
+def write_part(name, text):
+    """Put text (Markdown) in the place of what stands between the markers of bench_<name>.py."""
+    readme = HERE / "README.md"
+    begin, end = f"<!-- {name}: written by bench_{name}.py -->\n", f"\n<!-- end of {name} -->"
+    before, rest = readme.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    write_bytes(readme, f"{before}{begin}{text}{end}{after}".encode())
