@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -115,9 +116,14 @@ def _hash(facts, code):
 def _code(names=DECIDING):
     h = hashlib.sha256()
     for name in names:
-        tree = ast.parse((LIB / name).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        h.update(ast.dump(tree).encode())
+        h.update(_without_words((LIB / name).read_text(encoding="utf-8")))
     return h.hexdigest()
+
+
+@cache  # a notebook asks for hundreds of values, and parsing the code takes longer than reading one
+def _without_words(source):
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree).encode()
