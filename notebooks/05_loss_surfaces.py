@@ -152,7 +152,7 @@ for row, (place, direction) in zip(axes, cases):
         ax.set(xlabel="step", ylabel="loss")
         ax.set_title(f"eps {eps:g}, {place},\n{direction}", fontsize=9)
     if place == "initial point":
-        row[0].set_ylim(chance - 0.1, chance + 0.3)  # uphill, the loss goes on rising
+        row[0].set_ylim(chance - 0.2, chance + 0.3)  # uphill, the loss goes on rising
 sns.move_legend(axes[0, -1], "upper left", bbox_to_anchor=(1, 1))
 book.save(
     fig, "05_lines", lines, source=images.source, seeds=seeds,
