@@ -107,7 +107,7 @@ class Eigenpairs(NamedTuple):
     residuals: torch.Tensor
 
 
-def top_eigenpairs(model, x, y, k=20, *, tolerance=1e-3, seed=0, **operator):
+def top_eigenpairs(model, x, y, k=20, *, tolerance=5e-4, seed=0, **operator):
     """The k algebraically largest eigenvalues of the Hessian and their eigenvectors, by Lanczos.
 
     Not by scipy's `eigsh`: that made as many products (64, here 61, for the top 20 of a LeNet of 207,000 parameters)
