@@ -76,6 +76,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from scipy.stats import binomtest
 
 from lib import audit, data, runs
 from lib.compute import device
@@ -165,18 +166,32 @@ book.save(
     f"{spread(0.5, test_images):.2f}.",
 )  # fmt: skip
 
+# %% [markdown]
+# That no difference is seen does not show that there is none. So the claim is that of a bound: reproduced if at most
+# one digit in twenty more is broken, at 95 % confidence (Clopper and Pearson) and for each network; not reproduced if
+# more are, at the same confidence; and where the digits are too few to say either, not testable.
+
 # %%
+MARGIN = 0.05
+
+
+def no_more(broken, n):
+    """Whether an attack breaks at most MARGIN more, by how many of n digits it broke in addition; None: cannot tell."""
+    ends = [binomtest(k, n).proportion_ci(0.9) for k in broken]  # its two ends, each at 95 %
+    return True if all(e.high <= MARGIN for e in ends) else False if any(e.low > MARGIN for e in ends) else None
+
+
 base = {name: subject.mask(**pgd()) for name, subject in subjects.items()}
 tuned = {}
 for name in table1:
     top = grid[grid.network == name].sort_values("robust error", kind="stable").iloc[-1]
     tuned[name] = audit.compare(name, masks[name, top.steps, top["step size / eps"]], base[name])
 book.claim(
-    "A reviewer's question: the reported attack is as strong as with its step size tuned by grid",
+    f"A reviewer's question: a step size tuned by grid breaks at most {MARGIN:.0%} of the digits more than ours",
     section="reviews",
     measured="digits that only the best of the grid, and only the reported attack breaks: "
     + ", ".join(f"{row['for']} and {row['against']} ({name})" for name, row in tuned.items()),
-    holds=all(row["passed"] for row in tuned.values()),
+    holds=no_more([row["for"] for row in tuned.values()], test_images),
     n=n,
     source=digits.source,
 )
@@ -215,12 +230,12 @@ book.save(
 ends = more[more.what == "restarts"].groupby("network", sort=False)["robust error"].agg(["first", "last"])
 gain = ends["last"] - ends["first"]
 book.claim(
-    f"A reviewer's question: {max_restarts} restarts break no more than one does, beyond noise",
+    f"A reviewer's question: {max_restarts} restarts break at most {MARGIN:.0%} of the digits more than one does",
     section="reviews",
     measured=", ".join(f"{row['first']:.2f} to {row['last']:.2f} ({name})" for name, row in ends.iterrows())
     + f"; PGD-{restart_attack['num_steps']}",
-    holds=(gain <= spread(ends["first"], restart_images)).all(),
-    n=f"{restart_images} test digits; noise: two standard errors of the first",
+    holds=no_more([round(g * restart_images) for g in gain], restart_images),
+    n=f"{restart_images} test digits",
     source=digits.source,
 )
 
@@ -270,11 +285,11 @@ book.save(
 # %%
 missed = {name: table.loc[name, "worst case"] - table.loc[name, "PGD"] for name in table1}
 book.claim(
-    "A reviewer's question: the worst case over all attacks is the reported robust error, within noise",
+    f"A reviewer's question: all attacks together break at most {MARGIN:.0%} of the digits more than the reported one",
     section="reviews",
     measured=", ".join(f"{table.loc[k, 'PGD']:.2f} to {table.loc[k, 'worst case']:.2f} ({k})" for k in table1),
-    holds=all(v <= spread(table.loc[k, "PGD"], test_images) for k, v in missed.items()),
-    n=f"{n}; noise: two standard errors",
+    holds=no_more([round(v * test_images) for v in missed.values()], test_images),
+    n=n,
     source=digits.source,
 )
 better = {k: audit.compare(k, found["constant"]["worst case"], found[k]["worst case"]) for k in ("cosine", "ensemble")}
@@ -458,6 +473,7 @@ for ax, (title, group) in zip(axes, table.groupby("data", sort=False)):
     sns.barplot(long, x="recipe", y="share", hue="error", ax=ax, errorbar=None, legend=title == "CIFAR-10")
     ax.axhline(0.9, color="grey", linestyle=":")
     ax.set(title=f"{title}, eps {group.eps.iloc[0]:.3g}, n = {group.n.iloc[0]}", xlabel="", ylabel="error", ylim=(0, 1))
+    ax.tick_params(axis="x", labelsize=9)
 sns.move_legend(axes[1], "upper left", bbox_to_anchor=(1, 1), title="")
 book.save(
     fig, "08_recipes", table, source=f"{digits.source}; {colour.source}", seeds=[seed],
