@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from IPython.display import Image as Shown
+from IPython.display import Markdown, display
 from PIL import Image
 
 from . import claims, compute
@@ -72,6 +73,20 @@ class Book:
         self._write_record(self.folder / f"{stem}.json", record)
         plt.close(fig)
         return Shown(content["png"], format="png", width=_width(content["png"]))
+
+    def show_other_sizes(self, stem):
+        """Show the figure `stem` as the other profiles drew it, each under its record's caption and data.
+
+        Only what stands in figures/ is shown, nothing is drawn. Returns the profiles shown, in the order of their
+        names.
+        """
+        records = sorted(ROOT.glob(f"figures/*/{stem}.json"))
+        found = {path.parent.name: path for path in records if path.parent.name != self.profile}
+        for profile, path in found.items():
+            record, picture = read_json(path), path.with_suffix(".png").read_bytes()
+            display(Markdown(f"**Profile `{profile}`.** {record['caption']} Data: {record['source']}."))
+            display(Shown(picture, format="png", width=_width(picture)))
+        return list(found)
 
     def claim(self, claim, *, section, measured, holds, n, source):
         """Add a row to the ledger (see `claims.row`); `holds` is computed, and `measured` holds the numbers.

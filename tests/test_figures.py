@@ -123,6 +123,21 @@ class TestSave:
 ROW = {"section": "5", "measured": "11 % against 90 %", "holds": True, "n": "3 seeds", "source": "noise"}
 
 
+class TestOtherSizes:
+    def test_shows_what_other_profiles_drew_and_says_which(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(figures, "ROOT", tmp_path)
+        shown = []
+        monkeypatch.setattr(figures, "display", lambda thing: shown.append(thing.data))
+        for profile in ("quick", "paper", "gpu"):
+            monkeypatch.setenv("FIGURES_DIR", str(tmp_path / "figures" / profile))
+            save(book(profile=profile), caption=f"A {profile} caption.")
+        assert book().show_other_sizes("03_error") == ["gpu", "paper"]
+        pictures = [(tmp_path / "figures" / profile / "03_error.png").read_bytes() for profile in ("gpu", "paper")]
+        assert shown[1::2] == pictures
+        assert shown[0] == "**Profile `gpu`.** A gpu caption. Data: noise."
+        assert book().show_other_sizes("03_missing") == [] and len(shown) == 4
+
+
 class TestLedger:
     def test_close_writes_the_rows(self, folder):
         b = book()
