@@ -4,14 +4,15 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Usage: ./run_all.sh [NOTEBOOK ...] [--profile quick|gpu|paper|tiny] [-j N] [--timeout S] [--list]
+Usage: ./run_all.sh [NOTEBOOK ...] [--profile NAME] [-j N] [--timeout S] [--list]
        ./run_all.sh --test [pytest arguments]
        ./run_all.sh --python ARGUMENTS       any other command, such as benchmarks/bench_curvature.py
        ./run_all.sh --setup                  only make the environment
 
   NOTEBOOK    name or beginning of a name, such as 03 (default: all)
-  --profile   size of the experiments (default: quick, which rewrites notebooks/*.ipynb and figures/quick/;
-              the others write build/PROFILE/*.ipynb and figures/PROFILE/, tiny only build/tiny/)
+  --profile   size of the experiments: quick, laptop, gpu, gpu-cifar, paper or tiny (default: quick, which rewrites
+              notebooks/*.ipynb and figures/quick/; the others write build/PROFILE/*.ipynb and figures/PROFILE/, tiny
+              only build/tiny/)
   -j N        notebooks side by side (default: 2)
   --timeout S seconds that a cell may take
   --list      name the notebooks and the profiles

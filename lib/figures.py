@@ -77,16 +77,13 @@ class Book:
     def show_other_sizes(self, stem):
         """Show the figure `stem` as the other profiles drew it, each under its record's caption and data.
 
-        Only what stands in figures/ is shown, nothing is drawn. Returns the profiles shown, in the order of their
-        names.
+        Only what stands in figures/ is shown, in the order of the profiles' names; nothing is drawn.
         """
-        records = sorted(ROOT.glob(f"figures/*/{stem}.json"))
-        found = {path.parent.name: path for path in records if path.parent.name != self.profile}
-        for profile, path in found.items():
-            record, picture = read_json(path), path.with_suffix(".png").read_bytes()
-            display(Markdown(f"**Profile `{profile}`.** {record['caption']} Data: {record['source']}."))
-            display(Shown(picture, format="png", width=_width(picture)))
-        return list(found)
+        for path in sorted(ROOT.glob(f"figures/*/{stem}.json")):
+            if (profile := path.parent.name) != self.profile:
+                record, picture = read_json(path), path.with_suffix(".png").read_bytes()
+                display(Markdown(f"**Profile `{profile}`.** {record['caption']} Data: {record['source']}."))
+                display(Shown(picture, format="png", width=_width(picture)))
 
     def claim(self, claim, *, section, measured, holds, n, source):
         """Add a row to the ledger (see `claims.row`); `holds` is computed, and `measured` holds the numbers.

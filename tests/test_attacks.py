@@ -576,9 +576,7 @@ class TestAutoattack:
     def test_no_weaker_than_pgd_with_the_same_steps(self, digits, trained):
         x, y = digits.x_test[:100], digits.y_test[:100]
         for eps in (0.05, 0.1):
-            ours = pgd(
-                trained, x, y, eps=eps, step_size=eps / 4, num_steps=10, generator=generator()
-            )
+            ours = pgd(trained, x, y, eps=eps, step_size=eps / 4, num_steps=10, generator=generator())
             apgd = autoattack(trained, x, y, **QUICK | {"eps": eps}, attacks=("apgd-ce",))
             assert robust(trained, apgd, y) <= robust(trained, ours, y)
 
