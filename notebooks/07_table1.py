@@ -165,7 +165,7 @@ shown
 
 # %%
 fig, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.6), sharey=True, squeeze=False)
-schedules = list(dict.fromkeys(s for c in networks for s in tasks[c["task"]]["stops"]))
+schedules = [s for s in ("constant", "linear", "cosine") if any(s in tasks[task]["stops"] for task in used)]
 combos = list(product(schedules, kinds))
 for ax, name in zip(axes[0], names):
     for i, (schedule, kind) in enumerate(combos):
@@ -217,7 +217,7 @@ view = differences.drop(columns="question").assign(**{c: 100 * differences[c] fo
 view.round(1)
 
 # %%
-fig, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.4), sharey=True, squeeze=False)
+fig, axes = plt.subplots(1, len(names), figsize=(2.6 + 3.4 * len(names), 3.4), sharey=True, squeeze=False)
 labels = list(differences.difference.unique())
 for ax, name in zip(axes[0], names):
     for _, row in differences[differences.network == name].iterrows():
@@ -225,7 +225,8 @@ for ax, name in zip(axes[0], names):
         ax.plot([max(100 * row.low, -200), min(100 * row.high, 200)], [i, i], color="C0" if row.holds else "grey")
         ax.plot(100 * row["mean"], i, "o", color="C0" if row.holds else "grey")
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set(title=name, xlabel="difference, percentage points", xlim=(-105, 105), yticks=range(len(labels)))
+    ax.set_title(name, fontsize=10)
+    ax.set(xlabel="difference, percentage points", xlim=(-105, 105), yticks=range(len(labels)))
 axes[0, 0].set(yticklabels=labels)
 axes[0, 0].invert_yaxis()
 book.save(
