@@ -30,35 +30,23 @@
 profile = "quick"
 dataset = "mnist5k"
 train_images = None  # all
-model = "lenet"
-width = 4
 eps = 0.2
 seed = 0
 epochs = 4
-batch_size = 64
-num_steps = 3
-step_fraction = 0.5  # the training attack's step size, as a fraction of eps
-optimizer = "adam"
-lr = 3e-3
-eval_every = 2
-eval_images = 500
+# step_fraction, here and below: the step size of an attack, as a fraction of eps
+training = {"batch_size": 64, "optimizer": "adam", "lr": 3e-3, "num_steps": 3, "step_fraction": 0.5,
+            "eval_every": 2, "eval_images": 500, "model": "lenet", "width": 4}  # fmt: skip
 cosine = {"schedule": "cosine", "schedule_stop": 0.3}  # rises beyond eps and is clipped there
 periodic = {"epochs": 8, "restarts": [4, 6]}  # the first period is as long as the other recipes' training
 test_images = 100
 reported = {"step_fraction": 0.2, "num_steps": 20}  # the PGD whose robust error is reported
-grid_steps = [5, 20]
-grid_fractions = [0.05, 0.1, 0.2, 0.4, 0.8]
+step_grid = {"steps": [5, 20], "fractions": [0.05, 0.1, 0.2, 0.4, 0.8]}
 step_counts = [1, 2, 5, 10, 20, 40]
-max_restarts = 100
-restart_images = 50
-restart_attack = {"step_fraction": 0.4, "num_steps": 5}
-apgd_steps = 20
-fab_steps = 10
-num_queries = 300  # of Square and SimBA
-recipe_queries = 100  # of Square, in the table of recipes
+restarted = {"restarts": 100, "images": 50, "attack": {"step_fraction": 0.4, "num_steps": 5}}
+attack_steps = {"apgd": 20, "fab": 10}
+queries = {"audit": 300, "recipes": 100}  # of Square and SimBA; of Square in the table of recipes
 eps_curve = [0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 1.0]
-l2_eps = 2.0  # of the network trained in this norm
-l2_curve = [0.0, 1.0, 2.0, 3.0]
+l2_curve = {"training": 2.0, "attacks": [0.0, 1.0, 2.0, 3.0]}  # radii
 challenge = {"eps": 0.3, "start": "ball", "num_steps": 5, "step_fraction": 0.25}  # 40 steps of 0.01 in the challenge
 challenge_cosine = {"eps": 0.3, "schedule": "cosine", "schedule_stop": 0.45}
 fast_grid = [[0.1, 1.25, "ball"], [0.2, 1.25, "ball"], [0.3, 1.25, "ball"], [0.3, 1.0, False]]
@@ -85,7 +73,7 @@ from lib.figures import Book
 from lib.models import Ensemble
 
 book = Book("08_attack_audit", globals())
-settings = book.parameters
+settings = book.parameters | training
 digits = data.load(dataset).first(train_images)
 print(digits.source)
 
@@ -147,8 +135,8 @@ def spread(p, n):
 # %%
 rows, masks = [], {}
 for name in table1:
-    for steps in grid_steps:
-        for fraction in grid_fractions:
+    for steps in step_grid["steps"]:
+        for fraction in step_grid["fractions"]:
             mask = masks[name, steps, fraction] = subjects[name].mask(**pgd(num_steps=steps, step_fraction=fraction))
             rows.append({"network": name, "steps": steps, "step size / eps": fraction, "robust error": mask.mean()})
 grid = pd.DataFrame(rows)
@@ -161,12 +149,12 @@ for ax, name in zip(axes, table1):
     top = best[best.network == name]
     ax.scatter(top["step size / eps"], top["robust error"], s=160, facecolors="none", edgecolors="black", zorder=3)
     ax.set(title=name, xscale="log", ylim=(0, 1))
-    ax.set_xticks(grid_fractions, [f"{fraction:g}" for fraction in grid_fractions])
+    ax.set_xticks(step_grid["fractions"], [f"{fraction:g}" for fraction in step_grid["fractions"]])
     ax.minorticks_off()
 book.save(
     fig, "08_step_size", grid, source=digits.source, seeds=[seed],
-    caption=f"Robust error at eps {eps:g} by the step size of PGD, at {' and '.join(map(str, grid_steps))} steps from "
-    f"one random start in the ball; ring: the best. n: {n}, two standard errors are at most "
+    caption=f"Robust error at eps {eps:g} by the step size of PGD, at {' and '.join(map(str, step_grid['steps']))} "
+    f"steps from one random start in the ball; ring: the best. n: {n}, two standard errors are at most "
     f"{spread(0.5, test_images):.2f}.",
 )  # fmt: skip
 
@@ -208,13 +196,13 @@ book.claim(
 # that still stand. So many restarts are run on fewer digits.
 
 # %%
-rows = []
+rows, max_restarts, restart_images = [], restarted["restarts"], restarted["images"]
 for name in table1:
     for steps in step_counts:
         mask = subjects[name].mask(**pgd(num_steps=steps, step_fraction=min(1.0, 2.5 / steps)))
         rows.append({"network": name, "what": "steps", "number": steps, "robust error": mask.mean()})
     few = on_trial(trained[name], digits, restart_images, kept=kept.get(name, (None,)))
-    falls = np.array(few.falls(**pgd(**restart_attack), restarts=max_restarts))
+    falls = np.array(few.falls(**pgd(**restarted["attack"]), restarts=max_restarts))
     rows += [{"network": name, "what": "restarts", "number": k, "robust error": (falls <= k).mean()}
              for k in range(1, max_restarts + 1)]  # fmt: skip
 more = pd.DataFrame(rows)
@@ -226,7 +214,7 @@ for ax, (what, group) in zip(axes, more.groupby("what", sort=False)):
 book.save(
     fig, "08_steps_and_restarts", more, source=digits.source, seeds=[seed],
     caption=f"Robust error at eps {eps:g} by the number of steps ({test_images} digits) and, cumulative, of restarts "
-    f"of PGD-{restart_attack['num_steps']} ({restart_images} digits); two standard errors are at most "
+    f"of PGD-{restarted['attack']['num_steps']} ({restart_images} digits); two standard errors are at most "
     f"{spread(0.5, test_images):.2f} and {spread(0.5, restart_images):.2f}.",
 )  # fmt: skip
 
@@ -237,7 +225,7 @@ book.claim(
     f"A reviewer's question: {max_restarts} restarts break at most {MARGIN:.0%} of the digits more than one does",
     section="reviews",
     measured=", ".join(f"{row['first']:.2f} to {row['last']:.2f} ({name})" for name, row in ends.iterrows())
-    + f"; PGD-{restart_attack['num_steps']}",
+    + f"; PGD-{restarted['attack']['num_steps']}",
     holds=no_more([round(g * restart_images) for g in gain], restart_images),
     n=f"{restart_images} test digits",
     source=digits.source,
@@ -251,14 +239,14 @@ book.claim(
 # draws as a PGD has steps. The last column is the worst case, digit by digit, over all of them.
 
 # %%
-apgd = {"eps": eps, "num_steps": apgd_steps, "num_restarts": 1}
+apgd = {"eps": eps, "num_steps": attack_steps["apgd"], "num_restarts": 1}
 attacks = {
     "FGSM": {"attack": "fgsm", "eps": eps}, "PGD": pgd(),
     "APGD-CE": {"attack": "apgd-ce"} | apgd, "APGD-DLR": {"attack": "apgd-dlr"} | apgd,
-    "APGD-T": {"attack": "apgd-t"} | apgd | {"num_steps": max(1, apgd_steps // 4)},
-    "FAB": {"attack": "fab"} | apgd | {"num_steps": fab_steps},
-    "Square": {"attack": "square", "eps": eps, "num_queries": num_queries},
-    "SimBA": {"attack": "simba", "eps": eps, "num_queries": num_queries},
+    "APGD-T": {"attack": "apgd-t"} | apgd | {"num_steps": max(1, attack_steps["apgd"] // 4)},
+    "FAB": {"attack": "fab"} | apgd | {"num_steps": attack_steps["fab"]},
+    "Square": {"attack": "square", "eps": eps, "num_queries": queries["audit"]},
+    "SimBA": {"attack": "simba", "eps": eps, "num_queries": queries["audit"]},
 }  # fmt: skip
 
 
@@ -279,7 +267,7 @@ ax.tick_params(axis="x", rotation=30)
 book.save(
     fig, "08_all_attacks", table.rename_axis("network").reset_index(), source=digits.source, seeds=[seed, seed + 1],
     caption=f"Robust error at eps {eps:g} by network and attack; the last two networks are masked on purpose. Square "
-    f"and SimBA: {num_queries} queries. n: {n}, two standard errors are at most {spread(0.5, test_images):.2f}.",
+    f"and SimBA: {queries['audit']} queries. n: {n}, two standard errors are at most {spread(0.5, test_images):.2f}.",
 )  # fmt: skip
 
 # %% [markdown]
@@ -404,16 +392,17 @@ book.claim(
 # The l_inf networks under l2 attacks, beside one that was trained for l2. PGD, APGD-CE and, digit by digit, the worse.
 
 # %%
+l2_eps, l2_radii = l2_curve["training"], l2_curve["attacks"]
 l2_run = runs.run(runs.configure(settings, eps=l2_eps, norm="l2"), digits)
 against = {k: subjects[k] for k in ("undefended", *table1)} | {"l2-trained": on_trial(l2_run, digits, test_images)}
 
 
 def l2_mask(subject, eps):
-    apgd = subject.mask("apgd-ce", eps=eps, norm="l2", num_steps=apgd_steps, num_restarts=1)
+    apgd = subject.mask("apgd-ce", eps=eps, norm="l2", num_steps=attack_steps["apgd"], num_restarts=1)
     return audit.worst_case({"PGD": subject.mask(**pgd(eps=eps, norm="l2")), "APGD-CE": apgd})
 
 
-l2_masks = {name: {e: l2_mask(subject, e) for e in l2_curve} for name, subject in against.items()}
+l2_masks = {name: {e: l2_mask(subject, e) for e in l2_radii} for name, subject in against.items()}
 l2 = pd.DataFrame({name: {e: m.mean() for e, m in masks_of.items()} for name, masks_of in l2_masks.items()}).T
 crossed = audit.worst_case({k: against["l2-trained"].mask(**attacks[k]) for k in ("PGD", "APGD-CE")}).mean()
 fig, ax = plt.subplots(figsize=(6.5, 2.8))
@@ -426,7 +415,7 @@ book.save(
 )  # fmt: skip
 
 # %%
-near = min((e for e in l2_curve if e > 0), key=lambda e: abs(e - l2_eps))
+near = min((e for e in l2_radii if e > 0), key=lambda e: abs(e - l2_eps))
 gains = {k: audit.compare(k, l2_masks["undefended"][near], l2_masks[k][near]) for k in (*table1, "l2-trained")}
 book.claim(
     "A reviewer's question: l_inf training also helps against l2 attacks",
@@ -464,7 +453,7 @@ for title, pixels, common, recipes, count in (("MNIST", digits, settings, on_dig
         ends = kept[name] if run.config.restarts else (None,)
         subject, radius = on_trial(run, pixels, count, kept=ends), run.config.eps
         at = {"PGD": pgd(eps=radius), "APGD-DLR": {"attack": "apgd-dlr"} | apgd | {"eps": radius},
-              "Square": attacks["Square"] | {"eps": radius, "num_queries": recipe_queries}}
+              "Square": attacks["Square"] | {"eps": radius, "num_queries": queries["recipes"]}}
         masks_of = {k: subject.mask(**a) for k, a in at.items()} | {"clean": subject.mask("fgsm", eps=0.0)}
         recipe_masks[title, name] = worst = audit.worst_case(masks_of)
         rows.append({"data": title, "eps": radius, "recipe": name, "worst case": worst.mean(), "n": count,
