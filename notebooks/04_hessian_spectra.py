@@ -51,9 +51,7 @@ eval_images = 500
 hessian_images = 100
 hessian_steps = 20  # PGD-20, as in the paper
 top_k = 20
-density_probes = 3
-density_steps = 30
-density_width = 0.3  # of the smoothing, in units of the eigenvalues
+quadrature = {"num_probes": 3, "num_steps": 30, "width": 0.3}  # width of the smoothing, in units of the eigenvalues
 distances = [0.01, 0.1, 1.0]
 scatter_images = 50
 random_moves = 2
@@ -228,12 +226,10 @@ rows, traces = [], []
 for eps in eps_grid:
     x, y = parts["training"]
     inputs = attack_of(eps)(networks[eps, seeds[0]], x, y), y
-    density = curvature.spectral_density(
-        networks[eps, seeds[0]], *inputs, num_probes=density_probes, num_steps=density_steps, width=density_width
-    )
+    density = curvature.spectral_density(networks[eps, seeds[0]], *inputs, **quadrature)
     rows += [{"eps": eps, "eigenvalue": g, "density": d, "low": lo, "high": hi}
              for g, d, lo, hi in zip(density.grid, density.density, density.low, density.high)]  # fmt: skip
-    total, error = curvature.trace(networks[eps, seeds[0]], *inputs, num_probes=5 * density_probes)
+    total, error = curvature.trace(networks[eps, seeds[0]], *inputs, num_probes=5 * quadrature["num_probes"])
     share = pairs[eps, seeds[0], "training"].values.sum().item() / total
     traces.append({"eps": eps, "trace": total, "standard error": error, f"share of the top {top_k}": share})
 densities = pd.DataFrame(rows)
@@ -249,7 +245,7 @@ axes[0].set_ylabel("density")
 book.save(
     fig, "04_spectral_density", densities, source=images.source, seeds=seeds[:1],
     caption=f"Density of all Hessian eigenvalues at adversarial inputs, {hessian_images} training images, one seed; "
-    f"{density_probes} probes of {density_steps} Lanczos steps, 95 % band over the probes.",
+    f"{quadrature['num_probes']} probes of {quadrature['num_steps']} Lanczos steps, 95 % band over the probes.",
 )  # fmt: skip
 
 # %% [markdown]
