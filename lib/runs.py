@@ -3,7 +3,6 @@
 import ast
 import hashlib
 import json
-import os
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .compute import hardware
-from .files import read_json, write_json
+from .files import folder_from_environment, read_json, write_json
 from .training import TrainConfig, train
 
 LIB = Path(__file__).resolve().parent
@@ -30,7 +29,7 @@ DECIDING = (
 
 def runs_dir():
     """Where the runs are: RUNS_DIR, by default runs/ beside lib/."""
-    return Path(os.environ.get("RUNS_DIR") or LIB.parent / "runs")
+    return folder_from_environment("RUNS_DIR", LIB.parent / "runs")
 
 
 def configure(settings, **changes):
