@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .files import folder_from_environment
+
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_SHA256 = {  # of the unpacked files
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -139,7 +141,7 @@ def _rgb(x):
 
 def data_dir():
     """The data folder: DATA_DIR, by default data/ beside lib/."""
-    return Path(os.environ.get("DATA_DIR") or ROOT / "data")
+    return folder_from_environment("DATA_DIR", ROOT / "data")
 
 
 def load(name, *, fallback=None):
