@@ -6,7 +6,7 @@ the attack's step size as a fraction of eps; stops, the value that a rising sche
 eps (it is clipped at eps). A notebook changes a recipe by its parameter `changes`, a profile by its section `recipes`.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from . import data
 from .training import TrainConfig
@@ -69,8 +69,12 @@ def load(settings):
 
     Both have the same training images; the learning rate is chosen on the second one.
     """
-    found = data.load(settings["dataset"]).first(*settings["images"])
-    return found.set_aside(settings["set_aside"]) if settings.get("set_aside") else (found, None)
+    found, n = data.load(settings["dataset"]).first(*settings["images"]), settings.get("set_aside", 0)
+    if not n:
+        return found, None
+    rest = replace(found, x_train=found.x_train[:-n], y_train=found.y_train[:-n])
+    return rest, replace(rest, x_test=found.x_train[-n:], y_test=found.y_train[-n:],
+                         source=f"{found.source}, {n:,} training images set aside")  # fmt: skip
 
 
 def configure(settings, **changes):
