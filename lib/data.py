@@ -2,7 +2,7 @@
 
 Where `load` looks: "mnist5k" is inside an installed package and needs nothing. "mnist", "fashionmnist" and "cifar10"
 are looked for in the data folder (DATA_DIR, by default data/), in the official layout and then, for CIFAR-10, as a
-folder of images called cifar10, cifar10-6k or cifar10-jpeg; then they are downloaded. "mnistm" is made here. Anything
+folder of images called cifar10, cifar10-jpeg or cifar10-6k; then they are downloaded. "mnistm" is made here. Anything
 else is the path of a folder {train,test}/<class>/*.png|jpg. Its images are held in memory if they fit into HELD_BYTES;
 else they stay on disk (`Images`) and every batch is decoded when it is asked for.
 
@@ -211,7 +211,8 @@ def cifar10():
     from torchvision.datasets import CIFAR10
 
     root = data_dir()
-    copies = [root / name for name in ("cifar10", "cifar10-6k", "cifar10-jpeg") if (root / name).is_dir()]
+    places = (root / name for name in ("cifar10", "cifar10-jpeg", "cifar10-6k"))  # the whole of it before a part
+    copies = [place for place in places if place.is_dir()]
     if copies and not (root / CIFAR10.base_folder).exists():
         return image_folder(copies[0], title="CIFAR-10")
     digests, parts = dict([*CIFAR10.train_list, *CIFAR10.test_list]), []

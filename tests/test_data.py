@@ -224,7 +224,7 @@ class TestCifar10:
             load("cifar10")
 
     def test_order_of_the_places(self, folder, monkeypatch):
-        folders = ("cifar10-jpeg", "cifar10-6k", "cifar10")
+        folders = ("cifar10-6k", "cifar10-jpeg", "cifar10")
         for n, name in enumerate(folders, start=3):
             make_images(folder / name, n=n, suffix="jpg" if "jpeg" in name else "png")
             found = load("cifar10")
