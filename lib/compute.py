@@ -2,12 +2,16 @@
 
 import os
 import platform
+import subprocess
+import time
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "matplotlib", "seaborn", "pandas")
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 def device():
@@ -16,25 +20,39 @@ def device():
 
 
 def fast_dtype(where):
-    """torch.bfloat16 where this processor multiplies it in hardware, else None: without that, it is slower, not faster.
+    """The type in which models are run where full precision is not asked for: torch.bfloat16 or None (float32).
+
+    The environment variable PRECISION (float32 or bfloat16) decides; without it, bfloat16 is taken on GPUs that have
+    it and on CPUs that gain by it: those that multiply it by tiles (AMX), and AMD's with avx512_bf16 (measured on
+    Zen 4: 1.6 to 2 times as fast). Intel's avx512_bf16 without AMX was measured to be half as fast as float32.
 
     Args:
         where: a torch.device.
+    Raises:
+        ValueError: another value of PRECISION.
     """
+    asked = os.environ.get("PRECISION") or "auto"
+    if asked != "auto":
+        if asked not in PRECISIONS:
+            raise ValueError(f"PRECISION is {asked!r}: choose auto, {' or '.join(PRECISIONS)}")
+        return PRECISIONS[asked]
     if where.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(where) >= (8, 0) else None
-    can = torch.cpu.get_capabilities()
-    native = where.type == "cpu" and (can.get("avx512_bf16") or can.get("amx_bf16"))
-    return torch.bfloat16 if native else None
+    can = torch.cpu.get_capabilities() if where.type == "cpu" else {}
+    gains = can.get("amx_bf16") or (can.get("avx512_bf16") and _cpuinfo("vendor_id") == "AuthenticAMD")
+    return torch.bfloat16 if gains else None
 
 
 def fix_threads():
-    """One thread unless OMP_NUM_THREADS says otherwise.
+    """One thread unless OMP_NUM_THREADS says otherwise ("4,1", as OpenMP takes it for nested loops, is 4).
 
     One thread and two give sums that differ in the eighth digit, and training amplifies that; so the number is part
     of what makes a run repeatable, and the records hold it.
     """
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    first = (os.environ.get("OMP_NUM_THREADS") or "1").split(",")[0].strip()
+    if not first.isdecimal() or int(first) < 1:
+        raise ValueError(f"OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS']!r}: it should be a number of threads")
+    torch.set_num_threads(int(first))
 
 
 def versions():
@@ -43,21 +61,37 @@ def versions():
 
 
 def hardware():
-    """Processor or GPU, threads and the attack's number format: what results may differ by at equal versions."""
+    """Processor or GPU, threads and number format: what results may differ by at equal versions."""
     here = device()
-    name = torch.cuda.get_device_name(here) if here.type == "cuda" else _processor()
+    processor = _cpuinfo("model name") or platform.processor() or platform.machine()
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name(here) if here.type == "cuda" else processor,
         "threads": torch.get_num_threads(),
         "vector_unit": torch.backends.cpu.get_cpu_capability(),
-        "attack_precision": "bfloat16" if fast_dtype(here) else "float32",
+        "precision": "bfloat16" if fast_dtype(here) else "float32",
     }
 
 
-def _processor():
+def made(seconds):
+    """Where, when and with what something was made: for records, not for names."""
+    return {**hardware(), "versions": versions(), "commit": commit(), "seconds": round(seconds, 1),
+            "date": time.strftime("%Y-%m-%d", time.gmtime())}  # fmt: skip
+
+
+@cache
+def commit():
+    """The commit of this checkout, "with changes" if lib has any; "unknown" without git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True)
+        return head.stdout.strip() + (" with changes" if dirty.stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@cache
+def _cpuinfo(field):
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")

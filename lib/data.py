@@ -2,7 +2,7 @@
 
 Where `load` looks: "mnist5k" is inside an installed package and needs nothing. "mnist" and "cifar10" are looked for
 in the data folder (DATA_DIR, by default data/), in the official layout and then, for CIFAR-10, as a folder of images
-called cifar10, cifar10-6k or cifar10-jpeg; then they are downloaded, and so is "fashionmnist". "mnistm" is made here.
+called cifar10, cifar10-jpeg or cifar10-6k; then they are downloaded, and so is "fashionmnist". "mnistm" is made here.
 Anything else is the path of a folder {train,test}/<class>/*.png|jpg. Its images are held in memory if they fit into
 HELD_BYTES; else they stay on disk (`Images`) and every batch is decoded when it is asked for.
 
@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+
+from .files import folder_from_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_SHA256 = {  # of the unpacked files
@@ -139,7 +141,7 @@ def _rgb(x):
 
 def data_dir():
     """The data folder: DATA_DIR, by default data/ beside lib/."""
-    return Path(os.environ.get("DATA_DIR") or ROOT / "data")
+    return folder_from_environment("DATA_DIR", ROOT / "data")
 
 
 def load(name, *, fallback=None):
@@ -212,7 +214,7 @@ def cifar10():
 
     root = data_dir()
     if not (root / "cifar-10-batches-py").exists():
-        for name in ("cifar10", "cifar10-6k", "cifar10-jpeg"):
+        for name in ("cifar10", "cifar10-jpeg", "cifar10-6k"):  # the whole of it before a part
             if (root / name).is_dir():
                 return image_folder(root / name, title="CIFAR-10")
     md5 = dict([*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list])

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import subprocess
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from IPython.display import Markdown, display
 from PIL import Image
 
 from . import claims, compute
-from .files import read_json, write_bytes, write_json
+from .files import folder_from_environment, read_json, write_bytes, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 DPI = 110
@@ -40,7 +39,7 @@ class Book:
         if "profile" not in self.parameters:
             raise ValueError("the parameters cell must assign `profile`")
         self.profile = self.parameters["profile"]
-        self.folder = Path(os.environ.get("FIGURES_DIR") or ROOT / "figures" / self.profile)
+        self.folder = folder_from_environment("FIGURES_DIR", ROOT / "figures" / self.profile)
         self.started = time.monotonic()
         self.rows = []
         compute.fix_threads()

@@ -6,6 +6,17 @@ import tempfile
 from pathlib import Path
 
 
+def folder_from_environment(name, default):
+    """The folder that the variable `name` gives, with ~ and ~user as a shell expands them; default if unset or empty.
+
+    Raises ValueError for the home folder of a user who does not exist.
+    """
+    folder = os.path.expanduser(os.environ.get(name) or default)
+    if folder.startswith("~"):
+        raise ValueError(f"{name}={folder}: there is no such home folder (a folder called so is ./{folder})")
+    return Path(folder)
+
+
 def write_bytes(path, content):
     """Write content (bytes) to path in one step; its folder is made.
 

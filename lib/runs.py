@@ -1,69 +1,47 @@
-"""The cache of training runs and of what is measured on them: each is made once, by whichever notebook comes first."""
+"""Training runs and what is measured on them: each is made once, by whichever notebook comes first, and found again.
 
-import ast
+A run is named by what was asked for: config, pixels and the version of what training means. Where, when and with what
+it was made is recorded in it (`made`), and appears in the records of the figures drawn from it. So a run made on one
+machine is found on another. `journal` says what was found and what was made since it was last cleared.
+"""
+
 import hashlib
 import json
-import os
-from dataclasses import asdict, fields
-from functools import cache
+import time
+from dataclasses import fields
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from .compute import hardware
-from .files import read_json, write_json
-from .training import TrainConfig, train
+from . import compute
+from .files import folder_from_environment, read_json, write_json
+from .training import VERSION, train
 
-LIB = Path(__file__).resolve().parent
-DECIDING = (
-    "attacks.py",
-    "certify.py",
-    "compute.py",
-    "evaluation.py",
-    "models.py",
-    "schedules.py",
-    "training.py",
-)
+journal = []  # dicts: run (its name), what, state ("found", "trained", "remembered" or "measured"), made
 
 
 def runs_dir():
     """Where the runs are: RUNS_DIR, by default runs/ beside lib/."""
-    return Path(os.environ.get("RUNS_DIR") or LIB.parent / "runs")
-
-
-def configure(settings, **changes):
-    """The TrainConfig of a notebook: its parameters, or a row of its table, with what differs in this run.
-
-    Args:
-        settings: a dict; what in it is no field of TrainConfig is passed over, and "step_fraction" is the step size of
-            the attack as a fraction of eps.
-        changes: fields of TrainConfig; they go before settings.
-    Returns:
-        TrainConfig; errors as for it.
-    """
-    names = {field.name for field in fields(TrainConfig)}
-    chosen = {name: value for name, value in settings.items() if name in names} | changes
-    if "step_fraction" in settings and "step_size" not in changes:
-        chosen["step_size"] = settings["step_fraction"] * chosen["eps"]
-    return TrainConfig(**chosen)
+    return folder_from_environment("RUNS_DIR", Path(__file__).parents[1] / "runs")
 
 
 def run(config, data, *, wait=True):
     """The finished run of this config on this data: found, resumed or trained.
 
-    Its folder is named by a hash of all that decides the result: config, pixels, PyTorch, processor, thread count
-    and the code (comments and docstrings apart). A second process that wants the same run waits for the first, or
-    gets None at once if not `wait`. Arguments and errors as for `training.train`.
+    A second process that wants the same run waits for the first, or gets None at once if not `wait`. Arguments and
+    errors as for `training.train`.
     """
     folder = runs_dir() / f"{config.model}-{config.schedule}-{key(config, data)}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=-1 if wait else 0):
-            return train(config, data, folder=folder)
+            state = "found" if (folder / "run.json").exists() else "trained"
+            found = train(config, data, folder=folder)
     except Timeout:
         return None
+    journal.append({"run": folder.name, "what": config.describe(), "state": state, "made": found.made})
+    return found
 
 
 def grid(configs, data):
@@ -72,7 +50,7 @@ def grid(configs, data):
     Two processes with one grid share the work: a run that the other is training is left for the end.
     """
     configs, done = list(configs), {}
-    with tqdm(total=len(configs), desc="runs", disable=len(configs) < 2) as bar:
+    with tqdm(total=len(configs), desc="runs", disable=len(configs) < 2, mininterval=1) as bar:
         for wait in (False, True):
             for config in configs:
                 if config not in done and (found := run(config, data, wait=wait)):
@@ -81,49 +59,37 @@ def grid(configs, data):
     return [done[config] for config in configs]
 
 
-def remember(kind, facts, compute, *, code=()):
-    """What compute() returns, a JSON value: computed once for the same facts, and read again from then on.
+def remember(kind, facts, compute_value, *, version=1):
+    """What compute_value() returns, a JSON value: computed once for the same facts, and read again from then on.
 
     Args:
         kind: the folder, inside that of the runs; a plain name, such as "attacks".
-        facts: a JSON dict of all that decides the value, apart from PyTorch, processor, thread count and the code that
-            decides runs. A run is named by `run.folder.name`.
-        compute: a function without arguments. It should be repeatable.
-        code: names of more files of lib that decide the value, such as "curvature.py".
+        facts: a JSON dict of all that was asked for. A run is named by `run.folder.name`.
+        compute_value: a function without arguments. It should be repeatable.
+        version: raised by hand when the same facts come to mean another value.
     Returns:
         The value as JSON gives it back (tuples are lists), whether computed or read.
     Raises:
         ValueError: a corrupted file, or NaN in the value.
     """
-    path = runs_dir() / kind / f"{_hash(facts, (*DECIDING, *code))}.json"
+    path = runs_dir() / kind / f"{_hash(facts, version)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            write_json(path, {"facts": facts, "value": compute()})
-    return read_json(path)["value"]
+        state = "remembered" if path.exists() else "measured"
+        if state == "measured":
+            start = time.monotonic()
+            value = compute_value()
+            write_json(path, {"facts": facts, "value": value, "made": compute.made(time.monotonic() - start)})
+    record = read_json(path)
+    journal.append({"run": f"{kind}/{path.stem}", "what": kind, "state": state, "made": record["made"]})
+    return record["value"]
 
 
 def key(config, data):
-    """Hash of all that decides a run's result, 16 hexadecimal digits."""
-    return _hash({"config": asdict(config), "data": data.fingerprint}, DECIDING)
+    """Hash of what was asked for, 16 hexadecimal digits. A setting at its default is left out: a new one renames no run."""
+    asked = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    return _hash({"config": asked, "data": data.fingerprint}, VERSION)
 
 
-def _hash(facts, code):
-    deciding = {"facts": facts, "torch": torch.__version__, "hardware": hardware(), "code": _code(code)}
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _code(names=DECIDING):
-    h = hashlib.sha256()
-    for name in names:
-        h.update(_without_words((LIB / name).read_text(encoding="utf-8")))
-    return h.hexdigest()
-
-
-@cache  # a notebook asks for hundreds of values, and parsing the code takes longer than reading one
-def _without_words(source):
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree).encode()
+def _hash(facts, version):
+    return hashlib.sha256(json.dumps([facts, version], sort_keys=True).encode()).hexdigest()[:16]

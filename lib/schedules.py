@@ -39,6 +39,21 @@ def cosine(start, stop, epochs, *, clip=None, norm="linf"):
     return _rise(start, stop, epochs, clip, norm, lambda t: (1 - math.cos(math.pi * t)) / 2)
 
 
+def cosine_misread(start, stop, epochs, *, clip=None, norm="linf"):
+    """`cosine`, read in the wrong unit while it is small: what is below 1 in pixels is taken for a fraction.
+
+    The authors' code keeps budgets in pixels and takes every number below 1 for a fraction of the range, so that a
+    cosine from 0 to 16 pixels passes through budgets of up to 255/255 first. Here to measure whether that matters.
+    """
+    right = cosine(start, stop, epochs, clip=clip, norm=norm)
+
+    def eps(epoch):
+        pixels = 255 * right(epoch)
+        return pixels if pixels < 1 else right(epoch)
+
+    return eps
+
+
 def _rise(start, stop, epochs, clip, norm, shape):
     check_eps(start, name="start", norm=norm)
     check_eps(stop, name="stop", norm=norm)
@@ -89,7 +104,7 @@ def check_restarts(restarts):
     return begins
 
 
-SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine}
+SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine, "cosine_misread": cosine_misread}
 
 
 def by_name(name, eps, *, start=0.0, stop=None, epochs, norm="linf"):

@@ -9,25 +9,30 @@ off and resumed ends in the same bits as one that is not.
 import hashlib
 import json
 import math
+import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from . import models, schedules
 from .attacks import channels_last, check_eps, check_norm, check_start, pgd
 from .certify import worst_margins
-from .compute import device, fast_dtype
-from .evaluation import evaluate
+from .compute import device, fast_dtype, made
+from .evaluation import evaluate, predict
 from .files import read_json, write_bytes, write_json
 
+# What a run of a config means. Raised by hand when training changes its meaning, so that runs made before are left
+# alone; tests/test_training.py notices when it should be.
+VERSION = 1
 STEP_COLUMNS = ("eps", "loss", "robust_error", "gradient_norm")
 
 
@@ -44,7 +49,9 @@ class TrainConfig:
         1.25 eps is fast adversarial training (Wong et al. 2020, arXiv:2001.03994).
     schedule, schedule_start, schedule_stop: the budget over epochs (`schedules.by_name`); it rises over the whole
         period towards schedule_stop and is clipped at eps.
-    restarts: epochs at which a new period begins: budget, optimiser and learning rate anew. Each period's end is kept.
+    restarts: epochs at which a new period begins: budget and learning rate start again, the optimiser's state does
+        not, as in the paper's code. Each period's end is kept.
+    keep_every: the model is also kept after each such number of epochs (0: not).
     optimizer: "adam" or "sgd" (then with momentum); lr, weight_decay as in torch.optim.
     lr_drops: the learning rate falls tenfold at these fractions of each period.
     augment: random crops from a border of 4 pixels, and flips.
@@ -64,6 +71,7 @@ class TrainConfig:
     schedule_start: float = 0.0
     schedule_stop: float | None = None
     restarts: tuple = ()
+    keep_every: int = 0
     epochs: int
     batch_size: int = 128
     optimizer: str = "adam"
@@ -77,21 +85,24 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("restarts", "lr_drops"):  # lists, as a notebook's parameters have them, would not be hashable
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(field.name, getattr(self, field.name)))
         check_norm(self.norm)
         check_eps(self.eps, norm=self.norm)
         check_eps(self.step_size, name="step_size", norm=self.norm)
         check_start(self.start)
         if self.objective not in ("attack", "interval"):
             raise ValueError(f"unknown objective {self.objective!r}: choose attack or interval")
+        if self.objective == "interval" and self.model != "lenet":
+            raise ValueError(f"interval training is for lenet: {self.model} has batch normalisation, which mixes inputs")
         if self.objective == "interval" and (self.norm != "linf" or self.eps == 0):
             raise ValueError(f"interval training is for a linf ball of eps > 0, got {self.norm} and eps {self.eps}")
-        for name in ("epochs", "batch_size", "eval_every", "eval_images", "num_steps", "width"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+        for name in ("epochs", "batch_size", "eval_every", "eval_images", "num_steps", "width", "keep_every", "seed"):
+            least = 0 if name in ("keep_every", "seed") else 1
+            if type(getattr(self, name)) is not int or getattr(self, name) < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {getattr(self, name)!r}")
+        if type(self.lr) not in (int, float) or not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be a positive number, got {self.lr!r}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
         if any(not 0 < drop < 1 for drop in self.lr_drops):
@@ -126,7 +137,27 @@ class TrainConfig:
     def learning_rate(self, epoch):
         """The learning rate at an epoch, which may be fractional."""
         begin, end = self.period(epoch)
-        return self.lr * 0.1 ** sum(epoch - begin >= drop * (end - begin) for drop in self.lr_drops)
+        # Rounded, because 0.1 * 30 epochs is more than 3 in floating point, and the rate would fall a step late.
+        return self.lr * 0.1 ** sum(epoch - begin >= round(drop * (end - begin), 9) for drop in self.lr_drops)
+
+    def describe(self):
+        """A few words, for progress lines and lists."""
+        again = f", again at {', '.join(map(str, self.restarts))}" if self.restarts else ""
+        rate = f"{self.optimizer} {self.lr:g}"
+        return f"{self.model} w={self.width} eps={self.eps:.3g} {self.schedule}{again}, {rate}, seed {self.seed}"
+
+
+def _plain(name, value):
+    """A setting as plain Python has it: numpy's numbers, 0.1 + 0.2 and lists name the run that 0.3 and tuples name."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(name, v) for v in value)
+    if isinstance(value, (np.generic, torch.Tensor)):
+        value = value.item()
+    if isinstance(value, float) and math.isfinite(value):
+        return float(f"{value:.12g}")
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise ValueError(f"{name} must be a number, a text or a list of them, got {value!r}")
 
 
 OPTIMIZERS = {
@@ -137,22 +168,26 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its config, `history` (a row per evaluated epoch), `steps` (a row per mini-batch)."""
+    """A finished run: config, `history` (a row per evaluated epoch), `steps` (a row per mini-batch), `made` (where)."""
 
     config: TrainConfig
     folder: Path
     history: pd.DataFrame
     steps: pd.DataFrame
+    made: dict
+
+    def __repr__(self):
+        return f"Run({self.config.describe()}, {len(self.history)} evaluations, {len(self.steps)} steps)"
 
     def model(self, epoch=None):
-        """The model after the given number of epochs (the end when None; else 0 or a restart), on the CPU.
+        """The model after the given number of epochs (the end when None; else one that was kept), on the CPU.
 
         Raises ValueError for an epoch that was not kept, a corrupted checkpoint or one of another architecture.
         """
         path = self.folder / f"model-{self.config.epochs if epoch is None else epoch}.safetensors"
         if not path.exists():
             kept = sorted(p.stem for p in self.folder.glob("model-*.safetensors"))
-            raise ValueError(f"the run kept no model after epoch {epoch}: it has {', '.join(kept)}")
+            raise ValueError(f"the run kept no model after epoch {epoch}: it has {', '.join(kept)}; see keep_every")
         tensors, about = _load(path)
         model = models.build(self.config.model, seed=0, **about["model"])
         try:
@@ -180,21 +215,24 @@ def train(config, data, *, folder):
     if (folder / "run.json").exists():
         return read(folder, config)
     state = _State(config, data)
+    start = time.monotonic()
     if (folder / "checkpoint.safetensors").exists():
         state.restore(folder / "checkpoint.safetensors")
     else:
         state.keep(folder)
     rest = range(state.epoch, config.epochs)
-    for _ in tqdm(rest, desc=_describe(config), initial=state.epoch, total=config.epochs, leave=False):
-        if state.epoch in config.restarts:
-            state.restart()
+    for _ in tqdm(rest, desc=config.describe(), initial=state.epoch, total=config.epochs, leave=False, mininterval=1):
         try:
-            state.train_epoch()
+            with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
+                state.train_epoch()
         except ValueError as error:
-            raise ValueError(f"training failed in epoch {state.epoch}, {_describe(config)}: {error}") from error
-        if state.epoch in (*config.restarts, config.epochs):
+            raise ValueError(f"training failed in epoch {state.epoch}, {config.describe()}: {error}") from error
+        if state.epoch in (*config.restarts, config.epochs) or (config.keep_every and state.epoch % config.keep_every == 0):
             state.keep(folder)
+        state.seconds += time.monotonic() - start
+        start = time.monotonic()
         state.save(folder / "checkpoint.safetensors")
+    write_json(folder / "made.json", made(state.seconds))
     write_json(folder / "run.json", {"config": asdict(config), "data": data.source, "history": state.history,
                                      "steps": state.steps})  # fmt: skip
     (folder / "checkpoint.safetensors").unlink()
@@ -206,7 +244,8 @@ def read(folder, config):
     record = read_json(folder / "run.json")
     if record["config"] != json.loads(json.dumps(asdict(config))):
         raise ValueError(f"{folder} holds a run of another config: choose another folder")
-    return Run(config, folder, pd.DataFrame(record["history"]), pd.DataFrame(record["steps"], columns=STEP_COLUMNS))
+    steps = pd.DataFrame(record["steps"], columns=STEP_COLUMNS)
+    return Run(config, folder, pd.DataFrame(record["history"]), steps, read_json(folder / "made.json"))
 
 
 class _State:
@@ -226,17 +265,21 @@ class _State:
             data.y_test[: config.eval_images].to(self.device),
         )
         self.budget = config.budget()
-        self.epoch, self.history, self.steps = 0, [], []
-        self.restart()
-
-    def restart(self):
-        self.optimizer = OPTIMIZERS[self.config.optimizer](self.model.parameters(), self.config)
+        self.epoch, self.history, self.steps, self.seconds = 0, [], [], 0.0
+        self.optimizer = OPTIMIZERS[config.optimizer](self.model.parameters(), config)
+        try:
+            predict(self.model, self.test[0][:1])
+        except (ValueError, RuntimeError) as error:
+            size = "x".join(map(str, shape[1:]))
+            raise ValueError(f"{config.model} cannot take images of {size} ({data.source}): {error}") from error
 
     def train_epoch(self):
         config = self.config
         generator = torch.Generator(self.device).manual_seed(1_000_003 * config.seed + self.epoch)
         order = torch.randperm(len(self.y), generator=generator, device=self.device)
         batches = order.split(config.batch_size)
+        if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation needs more than one
+            batches = (*batches[:-2], torch.cat(batches[-2:]))
         self.model.train()
         for i, batch in enumerate(batches):
             x, y = self.x[batch], self.y[batch]
@@ -304,6 +347,7 @@ class _State:
             "epoch": self.epoch,
             "history": self.history,
             "steps": self.steps,
+            "seconds": self.seconds,
         }
         _save(path, tensors, about)
 
@@ -315,6 +359,7 @@ class _State:
         if about["config"] != json.loads(json.dumps(asdict(self.config))):
             raise ValueError(f"{path.parent} holds a run of another config: choose another folder")
         self.epoch, self.history, self.steps = about["epoch"], about["history"], about["steps"]
+        self.seconds = about["seconds"]
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         state = {}
         for name, tensor in tensors.items():
@@ -334,10 +379,6 @@ def augment(x, generator, border=4):
     rows = torch.arange(h, device=x.device) + top
     images = torch.arange(b, device=x.device)[:, None, None]
     return F.pad(x, [border] * 4).permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _describe(config):
-    return f"{config.model} w={config.width} eps={config.eps:.3g} {config.schedule} seed {config.seed}"
 
 
 def _save(path, tensors, about):

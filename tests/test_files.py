@@ -2,11 +2,40 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
-from lib import files
-from lib.files import read_json, write_bytes, write_json
+from lib import data, figures, files, runs
+from lib.files import folder_from_environment, read_json, write_bytes, write_json
+
+
+@pytest.mark.parametrize("value, expected", [
+    (None, "default"), ("", "default"), ("~", "/home/me"), ("~/data", "/home/me/data"), ("~/a b~/é", "/home/me/a b~/é"),
+    ("/x/~/y", "/x/~/y"), ("./~", "~"), ("here", "here"),
+])  # fmt: skip
+def test_a_folder_given_by_the_environment(monkeypatch, value, expected):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("FOLDER", value) if value is not None else monkeypatch.delenv("FOLDER", raising=False)
+    assert folder_from_environment("FOLDER", "default") == Path(expected)
+
+
+def test_the_home_folder_of_nobody(monkeypatch):
+    monkeypatch.setenv("FOLDER", "~no-such-user/x")
+    with pytest.raises(ValueError, match="FOLDER=~no-such-user/x: there is no such home folder"):
+        folder_from_environment("FOLDER", "default")
+
+
+@pytest.mark.parametrize("name", ["DATA_DIR", "RUNS_DIR", "FIGURES_DIR"])
+def test_the_tilde_is_the_home_folder_for_each(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(name, "~/mine")
+    found = {
+        "DATA_DIR": data.data_dir,
+        "RUNS_DIR": runs.runs_dir,
+        "FIGURES_DIR": lambda: figures.Book("01_a", {"profile": "quick"}).folder,
+    }[name]()
+    assert found == tmp_path / "mine"
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace", "chmod"])

@@ -1,0 +1,98 @@
+"""How the networks of the notebooks are trained: each recipe stands here once, and notebooks name it.
+
+A recipe holds settings of `TrainConfig` and, beside them: dataset; images, how many of the first training and test
+images; set_aside, how many of the last training images are kept apart for choosing a learning rate; step_fraction,
+the attack's step size as a fraction of eps; stops, the value that a rising schedule goes towards, as a multiple of
+eps (it is clipped at eps). A notebook changes a recipe by its parameter `changes`, a profile by its section `recipes`.
+"""
+
+from dataclasses import fields, replace
+
+from . import data
+from .training import TrainConfig
+
+PAPER_STOPS = {"linear": 2.0, "cosine": 2.0, "cosine_misread": 2.0}
+CIFAR10 = dict(
+    dataset="cifar10", images=[11000, 5000], set_aside=1000, width=2, step_fraction=0.5, num_steps=3, stops=PAPER_STOPS,
+    epochs=32, batch_size=128, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-3, lr_drops=[0.5, 0.75],
+    augment=True, eval_every=8, eval_images=500, keep_every=4,
+)  # fmt: skip
+RECIPES = {
+    "lenet on mnist5k": dict(
+        dataset="mnist5k", images=[None, None], set_aside=0, model="lenet", width=4, step_fraction=0.5, num_steps=3,
+        stops={"linear": 2.0, "cosine": 1.5}, epochs=4, batch_size=64, optimizer="adam", lr=3e-3, eval_every=2,
+        eval_images=500, keep_every=0,
+    ),
+    "lenet on mnist": dict(
+        dataset="mnist", images=[None, None], set_aside=1000, model="lenet", width=4, step_fraction=0.3, num_steps=5,
+        stops={"linear": 2.0, "cosine": 1.5}, epochs=10, batch_size=128, optimizer="adam", lr=1e-3, eval_every=5,
+        eval_images=500, keep_every=2,
+    ),
+    "vgg16 on cifar10": dict(model="vgg16", **CIFAR10),
+    "resnet18 on cifar10": dict(model="resnet18", **CIFAR10),
+}  # fmt: skip
+BESIDE = {"dataset", "images", "set_aside", "step_fraction", "stops"}  # settings that are no fields of TrainConfig
+KNOWN = BESIDE | {field.name for field in fields(TrainConfig)}
+
+
+def get(name, changes=None):
+    """The settings of a recipe, with changes.
+
+    Args:
+        name: one of RECIPES.
+        changes: {recipe: {setting: value}}; what it says of other recipes is passed over.
+    Returns:
+        A dict of settings, new each time.
+    Raises:
+        ValueError: as for `check`.
+    """
+    check(name, changes)
+    return RECIPES[name] | (changes or {}).get(name, {})
+
+
+def check(name, changes=None):
+    """Raise ValueError for a recipe or setting that does not exist, here or in changes, or a value of another type."""
+    for recipe, settings in {name: {}, **(changes or {})}.items():
+        if recipe not in RECIPES:
+            raise ValueError(f"no recipe {recipe!r}: there are {', '.join(RECIPES)}")
+        for setting, value in settings.items():
+            if setting not in KNOWN:
+                raise ValueError(f"{recipe!r} has no setting {setting!r}: there are {', '.join(sorted(KNOWN))}")
+            usual = RECIPES[recipe].get(setting)
+            numbers = isinstance(usual, (int, float)) and not isinstance(usual, bool)
+            if usual is not None and not isinstance(value, (int, float) if numbers else type(usual)):
+                raise ValueError(f"{setting} of {recipe!r} is {value!r}, but should be like {usual!r}")
+
+
+def load(settings):
+    """The images of a recipe: Data whose test part is the recipe's, and Data whose test part was set aside (or None).
+
+    Both have the same training images; the learning rate is chosen on the second one.
+    """
+    found, n = data.load(settings["dataset"]).first(*settings["images"]), settings.get("set_aside", 0)
+    if not n:
+        return found, None
+    rest = replace(found, x_train=found.x_train[:-n], y_train=found.y_train[:-n])
+    return rest, replace(rest, x_test=found.x_train[-n:], y_test=found.y_train[-n:],
+                         source=f"{found.source}, {n:,} training images set aside")  # fmt: skip
+
+
+def configure(settings, **changes):
+    """The TrainConfig of a recipe's settings, with what differs in this run.
+
+    Args:
+        settings: of a recipe.
+        changes: fields of TrainConfig, or settings of a recipe; they go before settings.
+    Raises:
+        ValueError: a name that is neither, and as for TrainConfig.
+    """
+    if unknown := (set(settings) | set(changes)) - KNOWN:
+        raise ValueError(f"unknown setting {', '.join(sorted(unknown))}: there are {', '.join(sorted(KNOWN))}")
+    chosen = settings | changes
+    beside = {name: chosen.pop(name, None) for name in BESIDE}
+    if beside["step_fraction"] and "step_size" not in changes:
+        chosen["step_size"] = beside["step_fraction"] * chosen["eps"]
+    stop = (beside["stops"] or {}).get(chosen.get("schedule"))
+    if stop and "schedule_stop" not in chosen:
+        chosen["schedule_stop"] = stop * chosen["eps"]
+    return TrainConfig(**chosen)
