@@ -4,18 +4,19 @@ import sys
 from pathlib import Path
 
 import nbformat
-from jupyter_server.services.contents.largefilemanager import AsyncLargeFileManager
-from jupytext.async_contentsmanager import build_async_jupytext_contents_manager_class
+from jupytext import AsyncTextFileContentsManager
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nbclean import clean, dumps  # noqa: E402
+from nbclean import clean, dumps
 
 
-class Contents(build_async_jupytext_contents_manager_class(AsyncLargeFileManager)):
+class Contents(AsyncTextFileContentsManager):
     """Jupytext's pairs, written as they are committed."""
 
-    texts = set()  # sources that are open in a text editor
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.texts = set()  # sources that are open in a text editor
 
     async def save(self, model, path=""):
         if model["type"] == "notebook" and model["content"]["nbformat"] == 4:
