@@ -1,33 +1,45 @@
-"""The ledger: what the paper claims, what this run measured, and the verdict that follows from the numbers."""
+"""Rows of the three ledgers: what the paper claims, what its reviewers asked, and what checks this companion itself."""
 
-VERDICTS = ("reproduced", "partly", "not reproduced", "not testable at this size")
+from .inference import Finding
+
+VERDICTS = ("reproduced", "partly", "not reproduced", "undecided")
 
 
 def verdict(holds):
-    """The verdict for a computed outcome.
+    """The verdict for a computed outcome: True, False, "partly" or None (undecided).
 
-    Args:
-        holds: True, False, None (the run is too small to tell), or one of VERDICTS.
-    Returns:
-        One of VERDICTS.
-    Raises:
-        ValueError: anything else; numbers are not verdicts.
+    Raises ValueError for anything else; numbers are not verdicts.
     """
-    if holds is None:
-        return "not testable at this size"
-    if isinstance(holds, str):
-        if holds not in VERDICTS:
-            raise ValueError(f"unknown verdict {holds!r}: choose one of {', '.join(VERDICTS)}")
-        return holds
     if isinstance(holds, bool) or type(holds).__name__ == "bool":  # numpy's own bool too
         return "reproduced" if holds else "not reproduced"
+    if holds is None or holds == "partly":
+        return holds or "undecided"
     raise ValueError(f"a claim holds or it does not, got {holds!r}: compare the number first")
 
 
-def row(claim, *, section, measured, holds, n, source):
-    """One row of the ledger, a dict. Raises ValueError for an empty text or an unknown verdict."""
-    texts = {"claim": claim, "section": section, "measured": measured, "n": n, "source": source}
+def claim(claim, *, section, holds, n, source, measured=None, paper="", figure="", believe=False):
+    """A row of the paper's ledger. holds: a Finding, or (then with measured) True, False, "partly" or None."""
+    why = ""
+    if isinstance(holds, Finding):
+        measured, why, holds = measured or holds.measured, holds.why, holds.holds
+    row = _texts(claim=claim, section=section, measured=measured, n=n, source=source)
+    return row | {"verdict": verdict(holds), "why": why, "paper": paper, "figure": figure, "believe": bool(believe)}
+
+
+def answer(question, answer, *, reviewer, n, source, figure=""):
+    """A row of the reviewers' ledger: the question in our words, the answer in words that the run has filled in."""
+    return _texts(question=question, answer=answer, reviewer=reviewer, n=n, source=source) | {"figure": figure}
+
+
+def check(what, *, holds, measured=None, figure=""):
+    """A row of the self-checks. holds: a Finding, or (then with measured) True or False; there is no third."""
+    if isinstance(holds, Finding):
+        measured, holds = measured or holds.measured, holds.holds
+    return _texts(check=what, measured=measured) | {"passed": holds is True, "figure": figure}
+
+
+def _texts(**texts):
     for name, value in texts.items():
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{name} must be a text, got {value!r}")
-    return texts | {"verdict": verdict(holds)}
+    return texts

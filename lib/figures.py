@@ -1,77 +1,127 @@
-"""Figures with their provenance: each is saved with the numbers drawn and a record of what made them."""
+"""What a notebook leaves: figures with the numbers drawn and their provenance, and rows of the ledgers."""
 
+import ast
+import copy
 import hashlib
 import io
 import json
-import subprocess
+import os
 import time
+from functools import cache
 from pathlib import Path
 
+import jupytext
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 from IPython.display import Image as Shown
 from IPython.display import Markdown, display
-from PIL import Image
+from PIL import Image, ImageChops
 
-from . import claims, compute
+from . import claims, compute, recipes, runs
 from .files import folder_from_environment, read_json, write_bytes, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-DPI = 110
-PRODUCTION = (
-    "commit",
-    "wall_time_s",
-)  # say when a figure was first made, and are no reason to write it again
+WIDTH, DPI = 7, 200  # inches at most, pixels per inch
+PRODUCTION = ("commit", "wall_time_s", "seconds")  # when and how fast: no reason to write a record again
+SCHEDULE_COLOURS = dict(zip(("constant", "linear", "cosine", "cosine_misread"),
+                            (sns.color_palette("colorblind")[i] for i in (0, 1, 2, 4)), strict=True))  # fmt: skip
+
+
+def eps_colours(grid):
+    """{eps: colour}: on one scale for all figures, from dark at 0 to light (but no yellow) at 0.4 and above."""
+    return {eps: mpl.colormaps["viridis"](0.85 * min(eps / 0.4, 1)) for eps in grid}
 
 
 class Book:
-    """What one notebook writes: figures, tables, records, ledger rows.
+    """What one notebook writes: figures, tables, records, rows of the ledgers. Says them on the page, too.
 
     Args:
         name: the notebook's, such as "03_early_training".
-        namespace: `globals()`, right after the parameters cell: what is assigned by then are the parameters.
+        namespace: `globals()`. Of it, the parameters are what the cell tagged so in the notebook assigns, by name.
+
+    Where the parameters are not those of the profile, it is named "mine", and all is written into build/mine/figures.
     """
 
     def __init__(self, name, namespace):
-        self.name = name
-        self.parameters = {k: v for k, v in namespace.items() if _is_parameter(k, v)}
-        if "profile" not in self.parameters:
-            raise ValueError("the parameters cell must assign `profile`")
-        self.profile = self.parameters["profile"]
+        self.name, self.namespace = name, namespace
+        self.names = _parameter_names(name)
+        self.parameters = copy.deepcopy(self._now())
+        self.profile, own = _profile(name, self.parameters)
         self.folder = folder_from_environment("FIGURES_DIR", ROOT / "figures" / self.profile)
-        self.started = time.monotonic()
-        self.rows = []
+        if own and self.folder.resolve().is_relative_to(ROOT / "figures"):
+            self.folder = ROOT / "build" / "mine" / "figures"
+        self.started, self.last = time.monotonic(), ""
+        self.rows = {"claims": [], "answers": [], "checks": []}
         compute.fix_threads()
-        sns.set_theme(style="whitegrid", palette="colorblind", rc={"figure.constrained_layout.use": True})
+        runs.journal.clear()
+        mpl.rcdefaults()  # not what the reader's matplotlibrc says
+        sns.set_theme("paper", "whitegrid", "colorblind", rc={"figure.constrained_layout.use": True})
+        if shell := get_ipython():
+            shell.set_custom_exc((NameError,), self._which_cell_first)
+        self.box = display(Markdown("*The answers stand here when all of it has run.*"), display_id=f"answers-{name}")
+        if own:
+            display(Markdown(f"**Your own settings** ({own}): what is written goes to `build/mine/figures`, and the "
+                             "committed figures stay as they are."))  # fmt: skip
+
+    def _now(self):
+        missing = [name for name in self.names if name not in self.namespace]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} is not set: run the parameters cell first")
+        return {name: self.namespace[name] for name in self.names}
+
+    def _fresh(self):
+        now = self._now()
+        changed = [name for name in self.names if repr(now[name]) != repr(self.parameters[name])]
+        if changed:
+            raise ValueError(f"{', '.join(changed)} changed since the book was opened: run the notebook again from the "
+                             f"cell with Book({self.name!r}, ...) on, so that all of it has one setting")  # fmt: skip
+
+    def recipe(self, name):
+        """The settings of a recipe (`recipes.get`), with this notebook's `changes`; shown, too."""
+        self._fresh()
+        settings = recipes.get(name, self.parameters.get("changes"))
+        text = ", ".join(f"{k} {_short(v)}" for k, v in settings.items())
+        changed = ", ".join(self.parameters.get("changes", {}).get(name, {}))
+        display(Markdown(f"**Recipe *{name}*:** {text}{f' (changed: {changed})' if changed else ''}."))
+        return settings
 
     def save(self, fig, stem, table, *, caption, source, seeds=()):
-        """Write <stem>.png, .csv and .json into the profile's folder and close the figure.
+        """Write <stem>.png, .csv and .json into the profile's folder; show picture and caption; close the figure.
 
         Args:
-            fig: a matplotlib figure.
+            fig: a matplotlib figure, at most 7 inches wide.
             stem: file name without ending; begins with the notebook's number.
             table: DataFrame, the numbers drawn.
             caption: a sentence that lets the figure be read alone, with n and spread.
             source: where the data come from (`Data.source`, or how they were made).
             seeds: the seeds that went in.
-        Returns:
-            The picture, for the cell to show.
         Raises:
-            ValueError: a stem of another notebook, an empty table or caption.
+            ValueError: a stem of another notebook, an empty table or caption, a figure too wide, parameters changed
+                since the book was opened. Nothing is written then.
         """
+        self._fresh()
         if not stem.startswith(self.name[:3]):
             raise ValueError(f"the stem {stem!r} must begin with {self.name[:3]!r}, the notebook's number")
         if not isinstance(table, pd.DataFrame) or table.empty or not caption or not source:
             raise ValueError(f"{stem} needs a table of the numbers drawn, a caption and a source")
+        if fig.get_figwidth() > WIDTH:
+            raise ValueError(
+                f"{stem} is {fig.get_figwidth():g} inches wide: more than {WIDTH}, its text gets too small"
+            )
         content = {"png": _png(fig), "csv": table.to_csv(index=False, lineterminator="\n").encode()}
         record = self._about() | {"stem": stem, "caption": caption, "source": source, "seeds": list(seeds)}
         record["sha256"] = {kind: hashlib.sha256(data).hexdigest() for kind, data in content.items()}
+        record = json.loads(json.dumps(record, allow_nan=False))  # what cannot be written is refused before anything is
         for kind, data in content.items():
             write_bytes(self.folder / f"{stem}.{kind}", data)
-        self._write_record(self.folder / f"{stem}.json", record)
+        _write_record(self.folder / f"{stem}.json", record)
         plt.close(fig)
-        return Shown(content["png"], format="png", width=_width(content["png"]))
+        self.last = stem
+        display(Shown(content["png"], format="png", width=_width(content["png"]), alt=caption))
+        display(Markdown(f"*{caption}* Data: {source}."))
 
     def show_other_sizes(self, stem):
         """Show the figure `stem` as the other profiles drew it, each under its record's caption and data.
@@ -79,32 +129,66 @@ class Book:
         Only what stands in figures/ is shown, in the order of the profiles' names; nothing is drawn.
         """
         for path in sorted(ROOT.glob(f"figures/*/{stem}.json")):
-            if (profile := path.parent.name) != self.profile:
+            if (profile := path.parent.name) not in (self.profile, "quick"):
                 record, picture = read_json(path), path.with_suffix(".png").read_bytes()
-                display(Markdown(f"**Profile `{profile}`.** {record['caption']} Data: {record['source']}."))
-                display(Shown(picture, format="png", width=_width(picture)))
+                display(Shown(picture, format="png", width=_width(picture), alt=record["caption"]))
+                display(Markdown(f"**Profile `{profile}`.** *{record['caption']}* Data: {record['source']}."))
 
-    def claim(self, claim, *, section, measured, holds, n, source):
-        """Add a row to the ledger (see `claims.row`); `holds` is computed, and `measured` holds the numbers.
+    def claim(self, claim, **facts):
+        """Add a row to the paper's ledger and show its verdict (`claims.claim`: section, holds, n, source, ...).
 
-        The same claim again takes the place of the first: its cell was run twice.
+        `figure` is the last one saved unless it is given. The same claim again takes the place of the first.
         """
-        row = claims.row(claim, section=section, measured=measured, holds=holds, n=n, source=source)
-        self.rows = [*(r for r in self.rows if r["claim"] != claim), row]
+        row = self._add("claims", claims.claim(claim, **{"figure": self.last} | facts))
+        measured = row["measured"] + (f" ({row['why']})" if row["why"] else "")
+        display(Markdown(f"**{row['verdict'].capitalize()}**: {claim}. Measured: {measured}. n: {row['n']}."))
+
+    def answer(self, question, answer, **facts):
+        """Add a row to the reviewers' ledger and show it (`claims.answer`: reviewer, n, source, figure)."""
+        row = self._add("answers", claims.answer(question, answer, **{"figure": self.last} | facts))
+        display(Markdown(f"**{row['reviewer']} asked:** {question} **Answer:** {answer} n: {row['n']}."))
+
+    def check(self, what, **facts):
+        """Add a row to the self-checks and show it (`claims.check`: holds, measured, figure)."""
+        row = self._add("checks", claims.check(what, **{"figure": self.last} | facts))
+        display(Markdown(f"**{'Pass' if row['passed'] else 'FAIL'}**: {what}. Measured: {row['measured']}."))
+
+    def _add(self, ledger, row):
+        self._fresh()
+        title = next(iter(row))  # the first key: claim, question or check
+        self.rows[ledger] = [*(r for r in self.rows[ledger] if r[title] != row[title]), row]
+        return row
 
     def close(self):
-        """Write the ledger rows and return them as a table. Raises ValueError when there are none."""
-        if not self.rows:
+        """Write the ledgers and what the notebook used, and fill the box of answers under its title.
+
+        Raises ValueError when there is nothing to write.
+        """
+        self._fresh()
+        if not any(self.rows.values()):
             raise ValueError(f"{self.name} records no claim")
-        ledger = {
-            "notebook": self.name,
-            "title": _title(self.name),
-            "profile": self.profile,
-            "claims": self.rows,
-        }
-        write_json(self.folder / f"{self.name}.claims.json", ledger)
-        table = pd.DataFrame(self.rows)[["claim", "section", "measured", "verdict", "n"]]
-        return table.style.hide().set_table_attributes('style="text-align:left"').set_uuid(self.name)
+        about = {"notebook": self.name, "title": _title(self.name), "profile": self.profile}
+        write_json(self.folder / f"{self.name}.claims.json", about | self.rows)
+        used = {entry["run"]: entry for entry in runs.journal}
+        uses = [{"run": k, "what": e["what"], "seconds": e["made"]["seconds"]} for k, e in sorted(used.items())]
+        path = self.folder / f"{self.name}.uses.json"
+        _write_record(path, about | {"runs": uses, "seconds": round(time.monotonic() - self.started, 1)})
+        if journal := os.environ.get("JOURNAL"):  # for the runner's closing table
+            states = [entry["state"] for entry in used.values()]
+            write_json(Path(journal), {state: states.count(state) for state in dict.fromkeys(states)})
+        if self.box:
+            self.box.update(Markdown(self._answers(read_json(path)["seconds"])))
+
+    def _answers(self, seconds):
+        lines = [f"**{row['verdict'].capitalize()}**: {row['claim']}" for row in self.rows["claims"]]
+        lines += [f"**{row['reviewer']}**: {row['question']} {row['answer']}" for row in self.rows["answers"]]
+        failed = [row["check"] for row in self.rows["checks"] if not row["passed"]]
+        if self.rows["checks"]:
+            n = len(self.rows["checks"])
+            lines.append(f"Self-checks: {n - len(failed)} of {n} pass" + "".join(f"; FAILS: {text}" for text in failed))
+        where = sorted({f"{m['device']}, {m['precision']}" for m in _made()} or {compute.hardware()["device"]})
+        foot = f"Profile `{self.profile}`; {seconds:.0f} s when it was first run, on {'; '.join(where)}."
+        return "\n".join(["**Answers**", "", *(f"- {line.rstrip('.')}." for line in lines), "", foot])
 
     def _about(self):
         return {
@@ -113,52 +197,111 @@ class Book:
             "parameters": self.parameters,
             "versions": compute.versions(),
             "hardware": compute.hardware(),
-            "commit": _commit(),
+            "made": _made(),
+            "commit": compute.commit(),
             "wall_time_s": round(time.monotonic() - self.started, 1),
         }
 
-    def _write_record(self, path, record):
-        """Keep the record that stands if it differs only in when it was made: a repeated run changes no byte."""
-        record = json.loads(json.dumps(record))  # tuples become lists, as they will when it is read back
-        try:
-            old = read_json(path)
-        except (OSError, ValueError):
-            old = {}  # missing or corrupted: made again here
-        if {**old, **dict.fromkeys(PRODUCTION)} != {**record, **dict.fromkeys(PRODUCTION)}:
-            write_json(path, record)
+    def _which_cell_first(self, shell, kind, error, trace, tb_offset=None):
+        shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+        if where := _assigned_in(self.name).get(error.name):
+            print(f"`{error.name}` is made in the section {where!r}: run its cells first.")
 
 
-def _is_parameter(name, value):
-    plain = isinstance(value, (str, int, float, bool, list, tuple, dict, type(None)))
-    return plain and not name.startswith("_") and name not in ("In", "Out", "exit", "quit")
+def _made():
+    """Where the networks and values used so far were made, each kind of place once."""
+    parts = ("device", "precision", "vector_unit", "threads")
+    places = {(*(e["made"][k] for k in parts), e["made"]["versions"]["torch"]) for e in runs.journal}
+    return [dict(zip((*parts, "torch"), place, strict=True)) for place in sorted(places, key=str)]
+
+
+def _profile(name, parameters):
+    """The profile these parameters are of, and (for "mine") how they differ from the one that they name."""
+    profile = parameters["profile"]
+    if profile != "quick":
+        return (profile, "") if os.environ.get("PROFILE") == profile else ("mine", f"profile = {profile!r}")
+    path = ROOT / "notebooks" / "profiles" / "quick.json"
+    defined = read_json(path) if path.exists() else {}
+    now = json.loads(json.dumps(parameters, default=repr))
+    different = [f"{k} = {_short(v)}" for k, v in now.items() if name in defined and defined[name].get(k) != v]
+    if name in defined and json.loads(json.dumps(recipes.RECIPES)) != defined["recipes"]:
+        different.append("other recipes")
+    return ("mine", ", ".join(different)) if different else ("quick", "")
+
+
+@cache
+def _cells(name):
+    places = [folder / f"{name}{kind}" for folder in (Path.cwd(), ROOT / "notebooks") for kind in (".py", ".ipynb")]
+    source = next((path for path in places if path.exists()), None)
+    if source is None:
+        raise ValueError(f"no notebook {name} here or in {ROOT / 'notebooks'}")
+    return jupytext.read(source, fmt={"extension": source.suffix, "comment_magics": False}).cells
+
+
+def _parameter_names(name):
+    cells = [cell.source for cell in _cells(name) if "parameters" in cell.metadata.get("tags", [])]
+    names = list(_assigned(cells[0])) if len(cells) == 1 else []
+    if "profile" not in names:
+        raise ValueError(f"{name} needs one cell tagged `parameters`, which assigns `profile`")
+    return names
+
+
+@cache
+def _assigned_in(name):
+    """{variable: the heading of the first section whose code assigns it}."""
+    heading, where = "the beginning", {}
+    for cell in _cells(name):
+        if cell.cell_type == "markdown":
+            heading = next((line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")), heading)
+        elif cell.cell_type == "code":
+            where = dict.fromkeys(_assigned(cell.source), heading) | where
+    return where
+
+
+def _assigned(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+
+
+def _write_record(path, record):
+    """Keep the record that stands if it differs only in when and how fast it was made: repeating changes no byte."""
+    try:
+        old = read_json(path)
+    except (OSError, ValueError):
+        old = None  # missing or corrupted: made again here
+    if old is None or _timeless(old) != _timeless(record):
+        write_json(path, record)
+
+
+def _timeless(value):
+    if isinstance(value, dict):
+        return {k: _timeless(v) for k, v in value.items() if k not in PRODUCTION}
+    return [_timeless(v) for v in value] if isinstance(value, list) else value
 
 
 def _png(fig):
-    """The figure in 256 colours: a third of the size. MAXCOVERAGE keeps rare colours, such as a line in a legend."""
+    """The figure in 256 colours, a third of the size, unless that changes any colour visibly."""
     buffer = io.BytesIO()
     fig.savefig(buffer, dpi=DPI, metadata={"Software": None})
+    whole = Image.open(buffer).convert("RGB")
+    few = whole.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    furthest = max(high for _, high in ImageChops.difference(whole, few.convert("RGB")).getextrema())
     out = io.BytesIO()
-    image = Image.open(buffer).convert("RGB")
-    image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    image.save(out, "png", optimize=True)
+    (few if furthest <= 24 else whole).save(out, "png", optimize=True)
     return out.getvalue()
 
 
 def _width(png):
-    return min(Image.open(io.BytesIO(png)).width, 960)
+    return round(Image.open(io.BytesIO(png)).width * 96 / DPI)
+
+
+def _short(value):
+    return json.dumps(value, default=repr) if isinstance(value, (dict, list, tuple)) else f"{value!r}".strip("'")
 
 
 def _title(name):
-    source = ROOT / "notebooks" / f"{name}.py"
-    lines = source.read_text(encoding="utf-8").splitlines() if source.exists() else []
-    return next((line[4:] for line in lines if line.startswith("# # ")), name)
-
-
-def _commit():
-    try:
-        git = ["git", "-C", str(ROOT)]
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "lib"], capture_output=True, text=True, check=True)
-        return head.stdout.strip() + (" with changes" if dirty.stdout.strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    first = next(cell.source for cell in _cells(name) if cell.cell_type == "markdown")
+    return first.splitlines()[0].lstrip("# ")

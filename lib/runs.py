@@ -86,7 +86,8 @@ def remember(kind, facts, compute_value, *, version=1):
 
 
 def key(config, data):
-    """Hash of what was asked for, 16 hexadecimal digits. A setting at its default is left out: a new one renames no run."""
+    """Hash of what was asked for, 16 hexadecimal digits. Settings at their default are left out: a new one renames no
+    run."""
     asked = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
     return _hash({"config": asked, "data": data.fingerprint}, VERSION)
 

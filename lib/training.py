@@ -94,7 +94,7 @@ class TrainConfig:
         if self.objective not in ("attack", "interval"):
             raise ValueError(f"unknown objective {self.objective!r}: choose attack or interval")
         if self.objective == "interval" and self.model != "lenet":
-            raise ValueError(f"interval training is for lenet: {self.model} has batch normalisation, which mixes inputs")
+            raise ValueError(f"interval training is for lenet: batch normalisation mixes the inputs of {self.model}")
         if self.objective == "interval" and (self.norm != "linf" or self.eps == 0):
             raise ValueError(f"interval training is for a linf ball of eps > 0, got {self.norm} and eps {self.eps}")
         for name in ("epochs", "batch_size", "eval_every", "eval_images", "num_steps", "width", "keep_every", "seed"):
@@ -227,7 +227,7 @@ def train(config, data, *, folder):
                 state.train_epoch()
         except ValueError as error:
             raise ValueError(f"training failed in epoch {state.epoch}, {config.describe()}: {error}") from error
-        if state.epoch in (*config.restarts, config.epochs) or (config.keep_every and state.epoch % config.keep_every == 0):
+        if state.epoch in (*config.restarts, config.epochs) or state.epoch % (config.keep_every or config.epochs) == 0:
             state.keep(folder)
         state.seconds += time.monotonic() - start
         start = time.monotonic()

@@ -1,0 +1,302 @@
+"""The four rules by which verdicts follow from numbers, each stated before its data are seen.
+
+`trend`, `difference`, `at_most` and `exact` each return a Rule. Shown, it is a sentence, printed before the figure;
+called with the data, it gives a Finding, which says what was measured, whether the claim holds, and where that is
+undecided, why, and at which n it would be decided. The level is one in a hundred, so that a verdict is no coin.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.01
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule says of data: outcome, a word or two; holds, of the claim (True, False, "partly", None: undecided);
+    measured, the numbers; why, for what is undecided: the cause, and the n that would decide it."""
+
+    outcome: str
+    holds: bool | str | None
+    measured: str
+    why: str = ""
+
+    def _repr_markdown_(self):
+        return f"**{self.outcome}**: {self.measured}" + (f" ({self.why})" if self.why else "")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule: its text, and the test that takes the data and gives a Finding.
+
+    Called with `unless`, a text that is not empty, it gives undecided for that cause: what was measured does not
+    belong to the claim (a network is still on the plateau, say).
+    """
+
+    text: str
+    test: Callable
+
+    def __call__(self, *data, unless=""):
+        found = self.test(*data)
+        return replace(found, outcome="undecided", holds=None, why=unless) if unless else found
+
+    def _repr_markdown_(self):
+        return f"**Rule.** {self.text}"
+
+
+def together(findings, names=None):
+    """One finding of several: it holds if all do, and not if none does; "partly" where some hold and some do not; else
+    it is undecided, for the causes of those that are.
+
+    Args:
+        findings: a list of Finding, or a dict of them by name.
+        names: of a list; by default none.
+    """
+    named = findings if isinstance(findings, dict) else dict(zip(names or range(len(findings)), findings, strict=True))
+    if not named:
+        raise ValueError("no findings to take together")
+    said, holds = isinstance(findings, dict) or names, [f.holds for f in named.values()]
+    measured = {name: f.measured for name, f in named.items()}
+    why = {name: f.why for name, f in named.items() if f.holds is None}
+    measured, why = ("; ".join(f"{k}: {v}" if said else v for k, v in texts.items()) for texts in (measured, why))
+    if len(set(holds)) == 1 and holds[0] is not None:
+        verdict = holds[0]
+    else:
+        verdict = "partly" if {True, "partly"} & set(holds) and {False, "partly"} & set(holds) else None
+    outcomes = dict.fromkeys(f.outcome for f in named.values())
+    decided = verdict is not None
+    return Finding(", ".join(outcomes) if decided else "undecided", verdict, measured, "" if decided else why)
+
+
+def trend(what, *, expect, margin=0.0, level=LEVEL):
+    """Do values rise or fall along ordered conditions, in every seed? Page's test.
+
+    Args:
+        what: of what, along what: "the gradient norm along eps".
+        expect: "rises" or "falls".
+        margin: the mean change from the first condition to the last that matters, in the unit of the values.
+    Returns:
+        A Rule for values (seeds, conditions), infinite ones allowed, no NaN. It holds if the p value in the expected
+        direction is at most `level` and the change at least the margin; it does not if that of the other direction
+        is, or if Student's interval for the change lies inside the margin.
+    """
+    _one_of("expect", expect, ("rises", "falls"))
+    sign = 1 if expect == "rises" else -1
+    beyond = f", and the mean change from first to last is at least {margin:g}" if margin else ""
+    none = " or the change is surely below that" if margin else ""
+    text = (f"{_upper(what)} {expect}: Page's test over the seeds, one-sided, p at most {level:g}{beyond}. It does not "
+            f"if the test says so of the other direction{none}.")  # fmt: skip
+
+    def test(values):
+        v = np.asarray(values, float)
+        if v.ndim != 2 or not v.size or np.isnan(v).any():
+            raise ValueError(f"a trend needs values (seeds, conditions) without NaN, got shape {v.shape}: {values}")
+        seeds, k = v.shape
+        means = ", ".join(f"{_number(m)}" for m in v.mean(0))
+        p, against, z = (1.0, 1.0, 0.0) if min(seeds, k) < 2 else _page(sign * v)
+        measured = f"means {means}; p = {_p(min(p, against))}{'' if p <= against else ' for the other direction'}"
+        change = v[:, -1] - v[:, 0] if np.isfinite(v[:, [0, -1]]).all() else np.full(seeds, sign * np.inf)
+        if p <= level and sign * change.mean() >= margin:
+            return Finding(expect, True, measured)
+        if against <= level:
+            return Finding("falls" if sign > 0 else "rises", False, measured)
+        if margin and seeds > 1 and np.isfinite(change).all():
+            half = stats.t.ppf(1 - level / 2, seeds - 1) * stats.sem(change)
+            if abs(change.mean()) + half < margin:
+                return Finding(f"no change beyond {margin:g}", False, measured)
+        return Finding("undecided", None, measured, _why_no_trend(seeds, k, z, p, level))
+
+    return Rule(text, test)
+
+
+def _page(v):
+    """One-sided p values for a rise and for a fall, and the standardised statistic, of values (seeds, conditions)."""
+    seeds, k = v.shape
+    ranks = stats.rankdata(v, axis=1)
+    if k == 2:  # Page's test begins at three conditions; with two it is the sign test
+        up, down = int((ranks[:, 1] > ranks[:, 0]).sum()), int((ranks[:, 1] < ranks[:, 0]).sum())
+        p, against = (stats.binom.sf(n - 1, up + down, 0.5) if up + down else 1.0 for n in (up, down))
+        return p, against, (up - down) / math.sqrt(seeds)
+    p, against = (stats.page_trend_test(r, ranked=True).pvalue for r in (ranks, k + 1 - ranks))
+    spread = math.sqrt(seeds * k**2 * (k + 1) ** 2 * (k - 1) / 144)
+    return p, against, ((ranks @ np.arange(1, k + 1)).sum() - seeds * k * (k + 1) ** 2 / 4) / spread
+
+
+def _why_no_trend(seeds, k, z, p, level):
+    if k < 2:
+        return "one condition has no trend: two at least, better three"
+    least = max(2, math.ceil(math.log(level) / -math.log(math.factorial(k))))
+    if z <= 0:
+        return f"no rank order seen in {seeds} seed{'s' * (seeds > 1)}"
+    if p <= level:
+        return "the order is there, but the change is too near its margin"
+    wanted = max(least, math.ceil(seeds * (stats.norm.isf(level) / z) ** 2), seeds + 1)
+    return f"too few seeds: {seeds}; about {wanted} would decide if the order stays as it is"
+
+
+def difference(what, *, margin, expect="smaller", level=LEVEL):
+    """Does the first arm err less than the second? Paired by seed and image; Student's interval on two levels.
+
+    The seeds' spread and the images' spread enter as two independent errors (a crossed design: every seed's network
+    sees the same images), joined as in Zou & Donner's method of variance estimates recovery. A percentile bootstrap
+    over three or four seeds does not keep its level; this does (tests/test_inference.py simulates it).
+
+    Args:
+        what: of what: "robust error, cosine minus constant".
+        margin: the smallest difference that matters, in the unit of the values; > 0.
+        expect: "smaller", "larger" or "no difference" (beyond the margin), whichever the claim says of the first arm.
+    Returns:
+        A Rule for two arrays of equal shape: masks (seeds, images), True where the network errs, or values (seeds,).
+    """
+    _one_of("expect", expect, ("smaller", "larger", "no difference"))
+    if not margin > 0:
+        raise ValueError(f"the margin must be positive, got {margin}")
+    text = (f"{_upper(what)}: {expect}, by the {1 - level:.0%} interval over seeds and images, paired. *Smaller* or "
+            f"*larger* if the interval leaves out 0; *no difference beyond the margin* if it lies within "
+            f"±{margin:g}; else undecided.")  # fmt: skip
+
+    def test(a, b):
+        d = _differences(a, b)
+        mean, seed_error, image_error = _errors(d)
+        half = _half(len(d), seed_error, image_error, level)
+        measured = f"{mean:+.4g} [{mean - half:+.4g}, {mean + half:+.4g}]" if math.isfinite(half) else f"{mean:+.4g}"
+        if abs(mean) + half < margin:
+            outcome = "no difference"
+        else:
+            outcome = "smaller" if mean + half < 0 else "larger" if mean - half > 0 else "undecided"
+        if d.shape[1] > 1:
+            measured += f" ({_mcnemar(d)})"
+        if outcome == "undecided":
+            return Finding(outcome, None, measured, _why_no_difference(d, mean, margin, level))
+        said = f"no difference beyond {margin:g}" if outcome == "no difference" else outcome
+        return Finding(said, outcome == expect, measured)
+
+    return Rule(text, test)
+
+
+def _differences(a, b):
+    a, b = (np.asarray(v, float) for v in (a, b))
+    if a.shape != b.shape or not a.size or a.ndim not in (1, 2):
+        raise ValueError(f"pairs need two arrays (seeds, images) or (seeds,) of one shape, got {a.shape} and {b.shape}")
+    d = np.round(a - b, 12) + 0.0
+    if not np.isfinite(d).all():
+        raise ValueError("pairs need finite values: there are NaN or infinite ones")
+    return d.reshape(len(d), -1)
+
+
+def _errors(d):
+    """Mean of differences (seeds, images), and the standard errors that come from the seeds and from the images."""
+    s, n = d.shape
+    seeds, images, mean = d.mean(1), d.mean(0), d.mean()
+    if s == 1:
+        return mean, math.inf, 0.0
+    if n == 1:
+        return mean, seeds.std(ddof=1) / math.sqrt(s), 0.0
+    both = ((d - seeds[:, None] - images + mean) ** 2).sum() / ((s - 1) * (n - 1))  # mean squares of a crossed design
+    from_seeds = max(n * seeds.var(ddof=1), both) / (s * n)
+    from_images = max(s * images.var(ddof=1) - both, 0) / (s * n)
+    least = -math.log(LEVEL) / n / stats.norm.isf(LEVEL / 2) if not d.any() else 0.0  # none differs: the rule of three
+    return mean, math.sqrt(from_seeds), max(math.sqrt(from_images), least)
+
+
+def _half(seeds, seed_error, image_error, level):
+    t = stats.t.isf(level / 2, seeds - 1) if seeds > 1 else math.inf
+    return math.hypot(t * seed_error if seed_error else 0.0, stats.norm.isf(level / 2) * image_error)
+
+
+def _mcnemar(d):
+    """For these very networks: the exact sign test on all pairs of network and image in which the two arms differ."""
+    more, less = int((d > 0).sum()), int((d < 0).sum())
+    p = stats.binomtest(more, more + less).pvalue if more + less else 1.0
+    return f"these networks: {more} against {less} of {d.size:,} differ that way, p = {_p(p)}"
+
+
+def _why_no_difference(d, mean, margin, level):
+    s, n = d.shape
+    if s == 1:
+        return "one seed: the spread between seeds is unknown; three at least"
+    _, seed_error, image_error = _errors(d)
+    half = _half(s, seed_error, image_error, level)
+    goal = max(abs(mean), margin - abs(mean))  # the shorter way out: away from 0, or inside the margin
+    more_images = max(1.0, 2 * (stats.norm.isf(level / 2) * image_error / goal) ** 2)
+    enough = next((k for k in range(s + 1, 1001) if _half(k, seed_error * math.sqrt(s / k),
+                   image_error / math.sqrt(more_images), level) < goal), None)  # fmt: skip
+    wanted = f"about {enough} seeds" if enough else "more than 1,000 seeds"
+    images = f" and {math.ceil(n * more_images / 100) * 100:,} images" if more_images > 1 else ""
+    return f"half-width {half:.2g} at {s} seeds{f', {n:,} images' if n > 1 else ''}; {wanted}{images} would decide"
+
+
+def at_most(what, *, bound, level=LEVEL):
+    """Is a share at most `bound`? Clopper and Pearson's one-sided bounds.
+
+    Returns:
+        A Rule for (count, n), whole numbers. It holds if the upper bound of the share is at most `bound`, and does not
+        if the lower one is above it.
+    """
+    if not 0 < bound < 1:
+        raise ValueError(f"the bound of a share lies between 0 and 1, got {bound}")
+    least = math.ceil(math.log(level) / math.log(1 - bound))
+    text = (f"{_upper(what)}: at most {bound:g}, by Clopper and Pearson's {1 - level:.0%} bound. That needs at least "
+            f"{least} cases, if none of them counts.")  # fmt: skip
+
+    def upper(k, n):
+        return stats.beta.isf(level, k + 1, n - k) if k < n else 1.0
+
+    def test(count, n):
+        k, n = int(count), int(n)
+        if not 0 <= k <= n or n < 1:
+            raise ValueError(f"a share needs a count between 0 and n, n >= 1: got {count} of {n}")
+        high, low = upper(k, n), stats.beta.ppf(level, k, n - k + 1) if k else 0.0
+        measured = f"{k} of {n:,}, that is {low:.3g} to {high:.3g}"
+        if high <= bound:
+            return Finding(f"at most {bound:g}", True, measured)
+        if low > bound:
+            return Finding(f"more than {bound:g}", False, measured)
+        if k / n >= bound:
+            return Finding("undecided", None, measured, f"too few cases: the share itself is {k / n:.3g}")
+        grid = (math.ceil(n * 1.1**i) for i in range(1, 150))
+        wanted = next((m for m in grid if upper(math.ceil(k / n * m), m) <= bound), None)
+        wanted = f"about {wanted:,}" if wanted else "far more"
+        why = f"too few cases: {n}; {wanted} would decide if the share stays as it is"
+        return Finding("undecided", None, measured, why)
+
+    return Rule(text, test)
+
+
+def exact(what, *, tolerance):
+    """For theorems and identities: is an error at most `tolerance`?
+
+    Returns:
+        A Rule for an error, or an array of errors, of which the largest counts. NaN does not pass.
+    """
+    text = f"{_upper(what)}: at most {tolerance:g}."
+
+    def test(error):
+        worst = float(np.max(np.abs(np.asarray(error, float)))) if np.size(error) else math.nan
+        if np.size(error) == 0:
+            return Finding("undecided", None, "nothing", "there was nothing to compare")
+        return Finding("holds" if worst <= tolerance else "fails", worst <= tolerance,
+                       f"largest error {worst:.3g} of {np.size(error):,}")  # fmt: skip
+
+    return Rule(text, test)
+
+
+def _one_of(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _upper(what):
+    return what[:1].upper() + what[1:]
+
+
+def _number(value):
+    return "never" if math.isinf(value) else f"{value:.3g}"
+
+
+def _p(p):
+    return f"{p:.1g}" if p >= 1e-6 else "below 1e-6"

@@ -1,0 +1,174 @@
+"""The rules against simulated data of known effect: they err at the stated rate, and find what they say they can."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from lib.inference import LEVEL, Finding, _errors, at_most, difference, exact, together, trend
+
+DRAWS = 2000
+# of DRAWS with the stated rate of false verdicts, more are seen once in ten thousand
+MOST = stats.binom.isf(1e-4, DRAWS, LEVEL)
+
+
+def masks(rng, seeds, images, effect, between=0.02, hard=0.2):
+    """Errors of two arms on the same images: images of unequal difficulty, networks of unequal quality."""
+    difficulty = rng.beta(hard, hard, images)
+    quality = rng.normal(0, between, (2, seeds, 1)) + np.array([effect, 0.0])[:, None, None]
+    return rng.random((2, seeds, images)) < np.clip(difficulty + quality, 0, 1)
+
+
+class TestTrend:
+    @pytest.mark.parametrize("shape", [(3, 5), (3, 3), (8, 2), (5, 4)])
+    def test_errs_at_most_at_its_level(self, shape):
+        rng, rule = np.random.default_rng(0), trend("noise", expect="rises")
+        found = [rule(rng.normal(size=shape)).holds for _ in range(DRAWS)]
+        assert found.count(True) <= MOST
+        assert found.count(False) <= MOST
+
+    def test_finds_a_trend_of_two_standard_deviations(self):
+        rng, rule = np.random.default_rng(1), trend("steps", expect="falls")
+        found = [rule(rng.normal(size=(3, 5)) - 2 * np.arange(5)).holds for _ in range(200)]
+        assert found.count(True) > 180
+        assert False not in found
+
+    def test_the_other_direction_is_not_reproduced(self):
+        assert trend("x", expect="falls")(np.arange(15.0).reshape(3, 5)).holds is False
+
+    def test_infinite_values_rank_last(self):
+        assert trend("x", expect="rises")([[1, 2, 5, math.inf]] * 3).holds is True
+
+    def test_a_change_below_its_margin_is_none(self):
+        values = np.tile([0.0, 0.001, 0.002], (4, 1)) + 1e-5 * np.arange(4)[:, None] * [1, 0, -1]
+        assert trend("x", expect="rises", margin=0.1)(values).holds is False
+
+    @pytest.mark.parametrize("values", [[[1.0, 2, 3]], [[1.0]] * 3, [[1.0, 2.0]] * 3])
+    def test_too_little_is_undecided_and_says_what_is_missing(self, values):
+        found = trend("x", expect="rises")(values)
+        assert found.holds is None
+        assert found.why
+
+    def test_the_n_it_asks_for_decides(self):
+        found = trend("x", expect="rises")([[1.0, 2.0]] * 3)
+        wanted = int(found.why.split("about ")[1].split()[0])
+        assert trend("x", expect="rises")([[1.0, 2.0]] * wanted).holds is True
+        assert trend("x", expect="rises")([[1.0, 2.0]] * (wanted - 1)).holds is None
+
+    @pytest.mark.parametrize("values", [[1.0, 2.0], [[math.nan, 1, 2]] * 3, [[]]])
+    def test_refuses(self, values):
+        with pytest.raises(ValueError, match="a trend needs values"):
+            trend("x", expect="rises")(values)
+
+
+class TestDifference:
+    @pytest.mark.parametrize(
+        ("seeds", "images", "between"), [(3, 300, 0.03), (3, 300, 0.0), (4, 1000, 0.01), (8, 100, 0.1)]
+    )
+    def test_errs_at_most_at_its_level(self, seeds, images, between):
+        rng, rule = np.random.default_rng(seeds), difference("noise", margin=1e-9)
+        found = [rule(*masks(rng, seeds, images, 0.0, between)).holds for _ in range(DRAWS)]
+        assert DRAWS - found.count(None) <= MOST
+
+    def test_finds_what_is_there(self):
+        rng, rule = np.random.default_rng(2), difference("better", margin=0.01)
+        found = [rule(*masks(rng, 4, 1000, -0.25, 0.01)).outcome for _ in range(100)]
+        assert found.count("smaller") > 95
+
+    def test_no_difference_is_a_finding(self):
+        rng = np.random.default_rng(3)
+        found = difference("same", margin=0.2, expect="no difference")(*masks(rng, 6, 2000, 0.0, 0.01))
+        assert found.holds is True
+
+    def test_the_error_against_its_closed_form_for_gaussian_data(self):
+        """Var(mean) = s^2/S + i^2/N + r^2/(S N) for effects of seeds, images and a rest; the bootstrap agrees."""
+        rng, (seeds, images) = np.random.default_rng(4), (200, 400)
+        d = rng.normal(0, 0.3, (seeds, 1)) + rng.normal(0, 0.5, (1, images)) + rng.normal(0, 1, (seeds, images))
+        _, from_seeds, from_images = _errors(d)
+        closed = 0.09 / seeds + 0.25 / images + 1 / (seeds * images)
+        assert from_seeds**2 + from_images**2 == pytest.approx(closed, rel=0.15)
+        rows, columns = rng.integers(seeds, size=(500, seeds)), rng.integers(images, size=(500, images))
+        bootstrap = np.var([d[np.ix_(r, c)].mean() for r, c in zip(rows, columns, strict=True)])
+        assert from_seeds**2 + from_images**2 == pytest.approx(bootstrap, rel=0.25)
+
+    def test_values_of_seeds_are_students_test(self):
+        a, b = np.array([1.0, 2, 4, 3]), np.array([0.5, 1, 3.4, 2])
+        low, high = stats.ttest_rel(a, b).confidence_interval(1 - LEVEL)
+        assert f"[{low:+.4g}, {high:+.4g}]" in difference("x", margin=0.1)(a, b).measured
+
+    def test_one_seed_is_undecided(self):
+        found = difference("x", margin=0.1)([[True, False]], [[False, False]])
+        assert found.holds is None
+        assert "one seed" in found.why
+
+    def test_no_image_that_differs_is_no_proof_of_equality_on_few(self):
+        same = np.zeros((3, 20), bool)
+        assert difference("x", margin=0.01, expect="no difference")(same, same).holds is None
+        same = np.zeros((3, 2000), bool)
+        assert difference("x", margin=0.01, expect="no difference")(same, same).holds is True
+
+    def test_the_n_it_asks_for_is_near(self):
+        rng, rule = np.random.default_rng(5), difference("x", margin=0.001)
+        values = rng.normal(-1, 1, 4)
+        wanted = int(rule(values, 0 * values).why.split("about ")[1].split()[0])
+        more = np.tile(values, 50)[:wanted]
+        more = values.mean() + (more - more.mean()) / more.std(ddof=1) * values.std(ddof=1)
+        assert rule(more, 0 * more).holds is True
+
+    @pytest.mark.parametrize("pair", [([1.0], [1.0, 2]), ([], []), ([math.nan, 1], [0, 1])])
+    def test_refuses(self, pair):
+        with pytest.raises(ValueError, match="pairs need"):
+            difference("x", margin=0.1)(*pair)
+
+
+class TestAtMost:
+    @given(st.integers(1, 400), st.floats(0.01, 0.3), st.data())
+    def test_is_clopper_and_pearson(self, n, bound, draw):
+        k = draw.draw(st.integers(0, n))
+        high = stats.binomtest(k, n, alternative="less").proportion_ci(1 - LEVEL).high
+        low = stats.binomtest(k, n, alternative="greater").proportion_ci(1 - LEVEL).low
+        if min(abs(high - bound), abs(low - bound)) > 1e-9:
+            assert at_most("x", bound=bound)(k, n).holds is (True if high <= bound else False if low > bound else None)
+
+    def test_the_n_of_its_text_is_the_least_that_can_pass(self):
+        rule = at_most("x", bound=0.05)
+        least = int(rule.text.split("at least ")[1].split()[0])
+        assert rule(0, least).holds is True
+        assert rule(0, least - 1).holds is None
+
+    def test_the_n_it_asks_for_decides(self):
+        found = at_most("x", bound=0.05)(1, 60)
+        wanted = int(found.why.split("about ")[1].split()[0].replace(",", ""))
+        assert at_most("x", bound=0.05)(math.ceil(wanted / 60), wanted).holds is True
+
+    @pytest.mark.parametrize("case", [(3, 2), (-1, 5), (0, 0)])
+    def test_refuses(self, case):
+        with pytest.raises(ValueError, match="a share needs"):
+            at_most("x", bound=0.1)(*case)
+
+
+def test_exact():
+    rule = exact("x", tolerance=1e-6)
+    assert rule([1e-7, -2e-7]).holds is True
+    assert rule(2e-6).holds is False
+    assert rule(math.nan).holds is False
+    assert rule([]).holds is None
+
+
+def test_together():
+    yes, no, open_ = Finding("a", True, "1"), Finding("b", False, "2"), Finding("undecided", None, "3", "few")
+    assert together([yes, yes]).holds is True
+    assert together([no, no]).holds is False
+    assert together([yes, no]).holds == "partly"
+    assert together([yes, open_]).holds is None
+    assert together({"x": yes, "y": open_}).why == "y: few"
+    with pytest.raises(ValueError, match="no findings"):
+        together([])
+
+
+def test_a_cause_makes_it_undecided():
+    found = exact("x", tolerance=1)(0.0, unless="still on the plateau")
+    assert (found.holds, found.why) == (None, "still on the plateau")
