@@ -4,17 +4,14 @@ from collections import Counter
 from pathlib import Path
 
 from jobs import HERE, Job, duration
-from layout import Layout
 
 from lib.files import read_json
 
 
-def uses(layout: Layout, job: Job) -> dict:
-    """What the notebook used when it last ran, here or where its figures were made; empty when that is not known."""
-    for folder in (layout.build / job.env["PROFILE"], Path(job.env["FIGURES_DIR"])):
-        if (path := folder / f"{job.name}.uses.json").exists():
-            return read_json(path)
-    return {}
+def uses(job: Job) -> dict:
+    """What the notebook used when its figures were made; empty when that is not known."""
+    path = Path(job.env["FIGURES_DIR"]) / f"{job.name}.uses.json"
+    return read_json(path) if path.exists() else {}
 
 
 def state(run: dict, job: Job) -> str:
@@ -29,11 +26,11 @@ def state(run: dict, job: Job) -> str:
     return "to be made: no such run in " + (job.env.get("RUNS_DIR") or "runs/")
 
 
-def table(layout: Layout, jobs: list[Job]) -> str:
+def table(jobs: list[Job]) -> str:
     """A line per notebook and state, with the seconds that what is missing took where it was made."""
     width, lines = max(len(job.name) for job in jobs), []
     for job in sorted(jobs, key=lambda job: job.name):
-        record = uses(layout, job)
+        record = uses(job)
         counts, missing = Counter(), 0.0
         for run in record.get("runs", []):
             counts[where := state(run, job)] += 1

@@ -52,7 +52,7 @@ class Job:
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.failed.unlink(missing_ok=True)
-        self.journal.unlink(missing_ok=True)
+        Path(self.env["JOURNAL"]).unlink(missing_ok=True)
         Path(self.spec["scratch"]).mkdir()
         self.started = time.monotonic()
         with self.log.open("wb") as log:
@@ -69,11 +69,6 @@ class Job:
     def failed(self) -> Path:
         """Where a notebook that failed is kept, for a look at it."""
         return self.part.with_name(f"{self.name}.failed.ipynb")
-
-    @property
-    def journal(self) -> Path:
-        """Where the notebook says how many networks it trained and found."""
-        return self.log.with_suffix(".runs.json")
 
     def follow(self) -> None:
         """Read what the log has gained: the cell it is at, and its last line (progress bars included)."""
@@ -145,15 +140,15 @@ def make_jobs(layout: Layout, sections: dict, timeout: int, scratch: Path) -> li
     jobs = []
     for name in sorted(sections, key=lambda name: (-times[profile_of[name]].get(name, float("inf")), name)):
         profile, private, parameters = sections[name]
-        build = layout.build / profile
+        build, asked = layout.build / profile, profiles.QUICK if profile == profiles.MINE else profile
         source, part = layout.notebooks / f"{name}.py", build / f"{name}.part.ipynb"
         spec = {
             "source": str(source), "output": str(part), "cwd": str(layout.notebooks), "timeout": timeout,
-            "parameters": {**parameters, "profile": profile}, "scratch": str(scratch / str(len(jobs))),
+            "parameters": {**parameters, "profile": asked}, "scratch": str(scratch / str(len(jobs))),
         }  # fmt: skip
         final = (layout.notebooks if profile == profiles.QUICK else build) / f"{name}.ipynb"
         cells = len(jupytext.read(source).cells) + 1  # papermill adds one with the parameters
-        env = environment(layout, profile, private=private)
+        env = environment(layout, profile, private=private) | {"JOURNAL": str(build / f"{name}.runs.json")}
         jobs.append(Job(name, final, part, build / f"{name}.log", spec, env, cells))
     return jobs
 

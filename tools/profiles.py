@@ -125,7 +125,7 @@ def played(layout: Layout, names: list[str]) -> dict[str, str]:
         ProfileError: a parameter that is new or gone, a value of another type, an empty list, an unknown recipe.
     """
     known, found = defined(layout), {}
-    recipes = _changed_recipes(layout, known.get("recipes"))
+    other = _other_recipes(layout, known.get("recipes")) if known else False
     for name in filter(known.get, names):
         where = f"{name}.py, parameters cell"
         values, old = json.loads(json.dumps(parameters(layout.notebooks / f"{name}.py"))), known[name]
@@ -142,18 +142,16 @@ def played(layout: Layout, names: list[str]) -> dict[str, str]:
                 raise ProfileError(f"{where}: {key} is the text {values[key]!r}: write the number without quotes")
         if differ and "changes" in values:
             check_names(where, values)
-        if differ := differ + sorted(recipes & set(_texts(values))):
-            found[name] = ", ".join(differ)
+        if differ or other:
+            found[name] = ", ".join(differ + ["other recipes"] * other)
     return found
 
 
-def _changed_recipes(layout: Layout, known: dict | None) -> set[str]:
-    """The recipes that are not as quick.json has them. Those of a clean checkout are; to import lib takes seconds."""
-    unchanged = ["git", "-C", str(layout.root), "diff", "--quiet", "HEAD", "--", "lib/recipes.py"]
-    if known is None or not subprocess.run(unchanged, capture_output=True).returncode:
-        return set()
-    recipes = definition(layout)["recipes"]
-    return {name for name in {**known, **recipes} if known.get(name) != recipes.get(name)}
+def _other_recipes(layout: Layout, known: dict) -> bool:
+    """Are lib's recipes not those of quick.json? In a clean checkout they are; importing lib, which takes seconds, is
+    spared then."""
+    unchanged = ["git", "-C", str(layout.root), "diff", "--quiet", "HEAD", "--", "lib/recipes.py", "notebooks/profiles"]
+    return bool(subprocess.run(unchanged, capture_output=True).returncode) and definition(layout)["recipes"] != known
 
 
 # ---------------------------------------------------------------- the other profiles
@@ -310,8 +308,9 @@ def _item(values):
 
 def _number(where: str, text: str, like):
     try:
-        value = math.prod(float(part) ** power for part, power in zip(text.split("/"), (1, -1), strict=False))
-        if text.count("/") > 1 or not math.isfinite(value):
+        above, slash, below = text.partition("/")
+        value = float(above) / float(below if slash else 1)
+        if not math.isfinite(value):
             raise ValueError
     except (ValueError, ZeroDivisionError):
         raise ProfileError(f"{where} is {text!r}, but should be a number; {PLAIN}") from None

@@ -101,7 +101,7 @@ def report(jobs: list[Job]) -> None:
         path = Path(job.env["FIGURES_DIR"]) / f"{job.name}.claims.json"
         counts = Counter(row["verdict"] for row in gallery.read_claims(path)["claims"]) if path.exists() else {}
         verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts.get(verdict))
-        made = read_json(job.journal) if job.journal.exists() else {}
+        made = read_json(journal) if (journal := Path(job.env["JOURNAL"])).exists() else {}
         networks = ", ".join(f"{made[state]} {state}" for state in ("trained", "found") if made.get(state))
         row = f"{networks or '-':24}  {verdicts or '-'}" if job.ok else "FAILED"
         print(f"{job.name:{width}}  {duration(job.seconds):>12}  {row}")
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="nb", dir="/tmp") as scratch:
         jobs = make_jobs(layout, sections, timeout, Path(scratch))
         if args.dry_run:
-            print(dry_run.table(layout, jobs))
+            print(dry_run.table(jobs))
             return 0
         if not run(jobs, args.jobs, Screen()):
             return 130
