@@ -5,12 +5,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
-import stability  # noqa: E402
+import stability
 
 
 def test_seeds_move_at_any_depth_and_nothing_else_does():
-    values = {"seeds": [0, 1], "eps": 1, "tasks": {"a": {"seeds": [2], "n": 3}}, "pairs": [{"seeds": [[4, 5]]}]}
-    moved = {"seeds": [100, 101], "eps": 1, "tasks": {"a": {"seeds": [102], "n": 3}}, "pairs": [{"seeds": [[104, 105]]}]}
+    values = {"seeds": [0, 1], "eps": 1, "tasks": {"a": {"seeds": [2], "n": 3}}, "p": [{"seeds": [[4, 5]]}]}
+    moved = {"seeds": [100, 101], "eps": 1, "tasks": {"a": {"seeds": [102], "n": 3}}, "p": [{"seeds": [[104, 105]]}]}
     assert stability.shifted(values) == moved
 
 
