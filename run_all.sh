@@ -50,15 +50,20 @@ new_venv() {
   step "$python" -m venv .venv || fail
 }
 
-# -c: pyproject.toml says what is needed, the lock only at which version.
+# Nothing without its hash: every package by the lock (the builder of this project is one), then the project alone.
+# uv is several times as fast as pip, and itself takes a few seconds to get.
 install() {
   local uv=uv
   if ! command -v uv >/dev/null; then
-    uv=.venv/bin/uv  # a few seconds to get it, and it is several times as fast as pip
-    [ -x "$uv" ] || step "$python" -m pip install uv || true
+    uv=.venv/bin/uv
+    sed -n '/^uv==/,/[^\\]$/p' requirements.lock >build/uv.lock
+    [ -x "$uv" ] || step "$python" -m pip install --require-hashes -r build/uv.lock || true
   fi
-  step "$uv" pip install --python "$python" -c requirements.lock -e '.[dev]' ||
-    step "$python" -m pip install -c requirements.lock -e '.[dev]'
+  install_by "$uv" pip install --python "$python" || install_by "$python" -m pip install
+}
+
+install_by() {
+  step "$@" --require-hashes -r requirements.lock && step "$@" --no-deps --no-build-isolation -e .
 }
 
 # The stamp is written last: without it .venv is half made, with another first line it belongs to another checkout.

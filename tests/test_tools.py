@@ -692,7 +692,7 @@ def figure(layout, profile, stem, **changes):
     """A figure's three files, as the notebooks write them."""
     folder = layout.figures / profile
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.png").write_bytes(b"png of " + profile.encode())
+    (folder / f"{stem}.png").write_bytes(changes.pop("png", b"png of " + profile.encode()))
     (folder / f"{stem}.csv").write_text("a\n1\n")
     digests = {
         kind: gallery.hashlib.sha256((folder / f"{stem}.{kind}").read_bytes()).hexdigest() for kind in ("png", "csv")
@@ -709,16 +709,21 @@ def figure(layout, profile, stem, **changes):
 
 
 def claims(layout, profile, verdict="reproduced"):
-    row = {"claim": "V shrinks | T grows", "section": "3.1", "measured": "|W| = 0.5", "verdict": verdict}
-    row |= {"n": "3 seeds", "source": "5,000 digits"}
-    record = {"notebook": "01_a", "title": "1. Linear models", "profile": profile, "claims": [row]}
+    common = {"n": "3 seeds", "source": "5,000 digits", "figure": "01_slope"}
+    claim = {"claim": "V shrinks | T grows", "section": "3.1", "measured": "|W| = 0.5", "verdict": verdict}
+    claim |= {"paper": "it does", "why": "few seeds" if verdict == "undecided" else "", "believe": True}
+    answer = {"question": "Is it so?", "reviewer": "Reviewer 1", "answer": "It is."}
+    check = {"check": "sums", "measured": "0", "passed": True, "figure": ""}
+    record = {"notebook": "01_a", "title": "1. Linear models", "profile": profile, "claims": [claim | common]}
+    record |= {"answers": [answer | common], "checks": [check]}
     (layout.figures / profile / "01_a.claims.json").write_text(json.dumps(record))
+    (layout.figures / profile / "01_a.uses.json").write_text("{}")
 
 
 @pytest.fixture
 def shelf(toy):
     add(toy, "01_a")
-    for profile, verdict in (("gpu", "partly"), ("quick", "reproduced")):
+    for profile, verdict in (("gpu", "undecided"), ("quick", "reproduced")):
         figure(toy, profile, "01_slope")
         claims(toy, profile, verdict)
     return toy
@@ -727,19 +732,25 @@ def shelf(toy):
 def test_the_gallery_shows_ledger_and_figures(shelf):
     gallery.write(shelf)
     text = (shelf.figures / "README.md").read_text()
-    row = r"| V shrinks \| T grows | 3.1 | \|W\| = 0.5 | **{}** | `{}` | 3 seeds | 5,000 digits |"
-    quick, gpu = row.format("reproduced", "quick"), row.format("partly", "gpu")
+    row = r"| V shrinks \| T grows | it does | \|W\| = 0.5 | {} | 3 seeds | 5,000 digits | 3.1 | {} |"
+    quick = row.format("**reproduced**", "`quick`, [01_slope](quick/01_slope.png)")
+    gpu = row.format("**undecided**: few seeds", "`gpu`, [01_slope](gpu/01_slope.png)")
     assert f"{quick}\n{gpu}\n" in text
-    assert "| `quick` | 1 | 0 | 0 | 0 |\n| `gpu` | 0 | 1 | 0 | 0 |" in text
-    assert text.count("### [1. Linear models](../notebooks/01_a.ipynb)") == 2
+    assert "| `quick` | 1 | 0 | 0 | 0 |\n| `gpu` | 0 | 0 | 0 | 1 |" in text
+    assert text.count("### [1. Linear models](../notebooks/01_a.ipynb)") == 4  # three ledgers, and the figures
+    assert "## What to believe\n\n- **undecided**: few seeds. V shrinks | T grows: |W| = 0.5 (`gpu`, [01_slope]" in text
+    assert text.count("| Is it so? | Reviewer 1 | It is. |") == 1  # the same answer from two profiles: once
+    assert text.count("| sums | 0 | pass | `quick` |") == 1
     assert r"Slope \*2\* at \[0, 1\]." in text
     assert "Profile `quick`. Data: 5,000 digits. Seeds: 0, 1. [Numbers](quick/01_slope.csv)" in text
-    assert text.index("(quick/01_slope.png)") < text.index("(gpu/01_slope.png)")
+    assert text.index("![01_slope](quick/01_slope.png)") < text.index("![01_slope](gpu/01_slope.png)")
     assert "12.3" not in text  # no times: the same results give the same page
     for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (shelf.figures / link).exists() or link == "../notebooks/01_a.ipynb"
     gallery.write(shelf)
     assert (shelf.figures / "README.md").read_text() == text
+    figure(shelf, "gpu", "01_slope", png=b"png of quick")
+    assert gallery.page(shelf).count("![01_slope]") == 1  # one picture under two profiles: once
 
 
 def test_an_empty_gallery_says_so(toy):
@@ -764,7 +775,11 @@ SPOILT_RECORDS = {
     ),
     "other notebook": ("01_slope.json", lambda text: text.replace("01_a", "09_z"), "there is no notebook 09_z"),
     "unknown verdict": ("01_a.claims.json", lambda text: text.replace("reproduced", "fine"), "has the verdict 'fine'"),
-    "claim key missing": ("01_a.claims.json", lambda text: text.replace("measured", "m"), "a claim lacks measured"),
+    "claim key missing": (
+        "01_a.claims.json",
+        lambda text: text.replace("measured", "m"),
+        "a row of its claims lacks measured",
+    ),
 }
 
 
