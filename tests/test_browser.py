@@ -108,9 +108,15 @@ class Lab:
         self.page, self.folder = page, folder
 
     def do(self, command, **arguments):
-        """A command of its menus; returns when it is done."""
-        script = "([name, args]) => window.jupyterapp.commands.execute(name, args).then(() => null)"
-        self.page.evaluate(script, [command, arguments])
+        """A command of its menus; returns when it is done. A question in a dialog is an error."""
+        script = """([name, args, seconds]) => Promise.race([
+            window.jupyterapp.commands.execute(name, args).then(() => null),
+            new Promise((_, no) => setInterval(() => {
+                const dialog = document.querySelector('.jp-Dialog');
+                if (dialog) no(new Error(dialog.innerText));
+            }, 200)),
+            new Promise((_, no) => setTimeout(() => no(new Error('nothing happens')), 1000 * seconds))])"""
+        self.page.evaluate(script, [command, arguments, PATIENCE])
         assert not (said := self.page.locator(".jp-Dialog").all_inner_texts()), said
 
     def open(self, name):
