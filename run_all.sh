@@ -134,6 +134,7 @@ choose_python $dev
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONHASHSEED=0 PYTHONPATH=$root
 case $mode in
   lab)
+    export PYTHONSTARTUP=$root/tools/lab/startup.py
     export JUPYTER_CONFIG_PATH="$root/tools/lab${JUPYTER_CONFIG_PATH:+:$JUPYTER_CONFIG_PATH}"
     exec "$python" -m jupyterlab --ServerApp.root_dir="$root/notebooks" "$@"
     ;;

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jupytext
 import psutil
 import pytest
 import yaml
@@ -234,6 +235,65 @@ def test_a_spoilt_rendering_is_found(pair, capsys, case):
     spoil_rendering(pair, change)
     status, words = verdict(pair, capsys)
     assert status == 1 and message in words
+
+
+def test_jupyterlab_would_write_the_source_back_as_it_is(pair, capsys):
+    text = (pair.notebooks / "01_a.py").read_text() + "\n\n\n# %%\nx\n"
+    (pair.notebooks / "01_a.py").write_text(text)
+    notebook = json.loads(jupytext.writes(profiles.source(pair.notebooks / "01_a.py"), "ipynb"))
+    for cell, done in zip(notebook["cells"], nbclean.clean(executed())["cells"], strict=False):
+        cell["metadata"] = done["metadata"]  # without lines_to_next_cell
+    (pair.notebooks / "01_a.ipynb").write_text(nbclean.dumps(nbclean.clean(notebook)))
+    assert ".py would change when JupyterLab saves it" in verdict(pair, capsys)[1]
+
+
+def test_a_changed_parameters_cell_is_no_longer_the_profile(pair, capsys):
+    spoil_source(pair, 'profile = "quick"', 'profile = "quick"\nx = 1')
+    assert "quick.json: the parameters cells or lib/recipes.py say something else" in verdict(pair, capsys)[1]
+
+
+def commit(layout):
+    for arguments in (("init", "-q"), ("add", "-A"), ("commit", "-q", "-m", "x")):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=layout.root, check=True)
+
+
+@pytest.mark.parametrize("memory", ["git", "last run", "clock"])
+def test_an_edit_in_the_ipynb_alone_is_not_overwritten(pair, capsys, memory):
+    source, rendering = pair.notebooks / "01_a.py", pair.notebooks / "01_a.ipynb"
+    if memory == "git":
+        commit(pair)
+    if memory == "last run":
+        (pair.build / "quick").mkdir(parents=True)
+        shutil.copy(source, pair.build / "quick")
+    as_run = pair.build / "quick" / "01_a.py"
+    assert not check_pairs.edited(source, rendering, as_run)
+    spoil_source(pair, "x\ny", "x\nz")  # the usual way: the .py is edited, and the run makes the .ipynb
+    os.utime(source, (2e9, 2e9))
+    assert not check_pairs.edited(source, rendering, as_run)
+    spoil_source(pair, "x\nz", "x\ny")
+    spoil_rendering(pair, set_in_last(source=["an_edit"]))
+    os.utime(source, (1e9, 1e9))
+    before = rendering.read_bytes()
+    assert refuses(pair, capsys, [], "01_a.ipynb was edited by itself") and rendering.read_bytes() == before
+    if memory != "clock":
+        spoil_source(pair, "x\ny", "another_edit")
+        os.utime(source, (2e9, 2e9))
+        assert refuses(pair, capsys, [], "01_a.ipynb was edited by itself") and rendering.read_bytes() == before
+
+
+@pytest.mark.parametrize("kept", [".ipynb", ".py"])
+def test_both_ways_out_of_an_edit_in_the_ipynb(pair, capsys, kept):
+    source, rendering = pair.notebooks / "01_a.py", pair.notebooks / "01_a.ipynb"
+    commit(pair)
+    spoil_rendering(pair, set_in_last(source=["an_edit"]))
+    assert refuses(pair, capsys, [], "was edited by itself")
+    lines = runner.EDITED.format(name="01_a").splitlines()
+    (line,) = (line for line in lines if f"what is in the {kept}:" in line)
+    command = line.partition("--python ")[2].split()
+    subprocess.run([sys.executable, *command], cwd=pair.root, check=True, capture_output=True)
+    assert ("an_edit" in source.read_text()) == ("an_edit" in rendering.read_text()) == (kept == ".ipynb")
+    assert source.read_text().startswith(HEADER)
+    assert check_pairs.pair_problems(source, rendering) == []
 
 
 # ---------------------------------------------------------------- profiles: everything is checked before anything runs
@@ -496,6 +556,83 @@ def test_a_cell_that_takes_too_long_fails(toy):
         "Stopped: the cell (it begins with `import time`) took more than 2 s. Networks trained by then are kept: "
         "run it again, or give it longer by --timeout."
     )
+
+
+LEAKS = {
+    "PYTHONSTARTUP": "shadow.py", "PYTHONPATH": ".", "PYTHONOPTIMIZE": "1", "PYTHONWARNINGS": "error", "LC_ALL": "C",
+    "LANG": "de_DE.ISO-8859-1", "MPLBACKEND": "pdf", "MATPLOTLIBRC": "matplotlibrc", "OPENBLAS_NUM_THREADS": "7",
+    "MKL_NUM_THREADS": "7", "JUPYTER_CONFIG_DIR": "conf", "IPYTHONDIR": "conf", "OMP_NUM_THREADS": "",
+}  # fmt: skip
+
+
+def test_the_readers_machine_does_not_leak_in(toy):
+    """The same notebook, byte by byte, with and without what a reader may have set up for other programs."""
+    look = "import locale, os, sys\nimport lib, matplotlib.pyplot as plt"
+    look += "\nprint(plt.rcParams['lines.linewidth'], plt.get_backend(), lib.__file__, locale.getpreferredencoding())"
+    names = sorted(set(LEAKS) - {"JUPYTER_CONFIG_DIR", "IPYTHONDIR"})  # both ours, under a name made up each time
+    look += f"\nprint([os.environ.get(name) for name in {names}], sys.flags.optimize, 'started' in globals())"
+    add(toy, "01_a", look, "print(in_profile if 'in_profile' in globals() else 'plain')", SHOW)
+    home = toy.root / "home"
+    (home / "lib").mkdir(parents=True)
+    (home / "lib" / "__init__.py").write_text("raise RuntimeError('this is not our lib')")
+    (home / "shadow.py").write_text("started = True")
+    (home / "matplotlibrc").write_text("lines.linewidth: 9\n")
+    for folder in ("conf/profile_default", ".ipython/profile_default", ".config/matplotlib", ".jupyter"):
+        (home / folder).mkdir(parents=True)
+    for folder in ("conf", ".ipython"):
+        (home / folder / "profile_default/ipython_kernel_config.py").write_text(
+            "c.InteractiveShellApp.exec_lines = ['in_profile = 1']"
+        )
+    shutil.copy(home / "matplotlibrc", home / ".config/matplotlib")
+    made = []
+    for more in ({}, LEAKS | {"HOME": str(home)}):
+        env = {k: v for k, v in os.environ.items() if k not in LEAKS} | {"PYTHONPATH": str(TOOLS.parent)} | more
+        if more:  # as run_all.sh starts it: the runner itself is not to be led astray either
+            env["PYTHONPATH"] = str(TOOLS.parent)
+        done = run(toy, env=env, cwd=home)
+        assert done.returncode == 0, done.stdout + done.stderr
+        made.append((toy.notebooks / "01_a.ipynb").read_bytes())
+    assert made[0] == made[1] and b"plain" in made[0] and b"<repo>/lib/__init__.py" in made[0]
+
+
+def test_play_goes_to_a_folder_of_its_own(toy):
+    cell = "import os\nprint(profile, steps, os.environ['PROFILE'], os.environ['FIGURES_DIR'])"
+    add(toy, "01_a", cell, SHOW)
+    add(toy, "02_b", cell, SHOW)
+    define(toy)
+    add(toy, "01_a", cell, SHOW, parameters='profile = "quick"\nsteps = 4\nrate = 0.1')
+    done = run(toy)
+    assert "01_a differs from the quick profile (steps): all of it goes to build/mine/" in done.stdout
+    assert not (toy.notebooks / "01_a.ipynb").exists() and (toy.notebooks / "02_b.ipynb").exists()
+    assert f"quick 4 mine {toy.build}/mine/figures" in (toy.build / "mine/01_a.ipynb").read_text()
+    assert f"quick 3 quick {toy.figures}/quick" in (toy.notebooks / "02_b.ipynb").read_text()
+    own = toy.root / "some where" / "small.yaml"
+    own.parent.mkdir()
+    own.write_text("01_a: {steps: 5}")
+    assert run(toy, "--profile", str(own)).returncode == 0
+    assert f"small 5 small {toy.build}/small/figures" in (toy.build / "small/01_a.ipynb").read_text()
+    assert not list(toy.figures.glob("*/*"))
+
+
+def test_a_dry_run_says_what_would_be_trained(toy):
+    add(toy, "01_a", SHOW)
+    add(toy, "02_b", SHOW)
+    runs, figures = toy.root / "runs", toy.figures / "quick"
+    made = {"made": {"device": "a machine", "date": "2026-01-02", "seconds": 3}}
+    for name in ("lenet-1/run.json", "attacks/2.json"):
+        (runs / name).parent.mkdir(parents=True)
+        (runs / name).write_text(json.dumps(made))
+    figures.mkdir(parents=True)
+    used = [{"run": name, "what": "lenet", "seconds": 100.0} for name in ("lenet-1", "attacks/2", "lenet-3", "lenet-4")]
+    (figures / "01_a.uses.json").write_text(json.dumps({"notebook": "01_a", "profile": "quick", "runs": used}))
+    done = run(toy, "--dry-run", env=os.environ | {"RUNS_DIR": str(runs)})
+    assert done.stdout.splitlines() == [
+        "01_a  trains for about 3 min 20 s",
+        "         2 found, made on a machine, 2026-01-02",
+        f"         2 to be made: no such run in {runs}",
+        "02_b  has not run here: all is made, time unknown",
+    ]
+    assert not toy.build.exists()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+from ipykernel.ipkernel import IPythonKernel
 from jupytext import AsyncTextFileContentsManager
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,7 +30,10 @@ class Contents(AsyncTextFileContentsManager):
             (self.texts.add if type == "file" else self.texts.discard)(path)
         elif type is None and path in self.texts:
             type = "file"
-        return await super().get(path, content=content, type=type, **options)
+        model = await super().get(path, content=content, type=type, **options)
+        if content and model["type"] == "notebook":  # else JupyterLab adds it, and asks whether to save that
+            model["content"]["metadata"]["language_info"] = dict(IPythonKernel.language_info)
+        return model
 
 
 c.ServerApp.contents_manager_class = Contents  # noqa: F821 - `c` is Jupyter's
