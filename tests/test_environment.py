@@ -121,12 +121,12 @@ def project(folder, dependencies, python=">=3.11"):
 
 
 def test_this_environment_fits():
-    assert checkenv.problems(ROOT, dev=True) == []
+    assert checkenv.problems(ROOT, extras=("dev",)) == []
 
 
 def test_what_does_not_fit_is_named(tmp_path):
     folder = project(tmp_path, ["numpy>=1000", "no-such-package", "pyyaml>=1"])
-    found = checkenv.problems(folder, dev=True)
+    found = checkenv.problems(folder, extras=("dev",))
     assert re.fullmatch(r"numpy [\d.]+ is not >=1000", found[0])
     assert found[1:3] == ["no-such-package is not installed", "no-such-tool is not installed"]
     assert found[3:] == ["`import lib` does not lead to this checkout"]  # it leads to ours, not to the folder
@@ -149,7 +149,7 @@ def active():
     """Variables under which this interpreter is the active one."""
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     env.pop("VIRTUAL_ENV", None)
-    assert checkenv.problems(ROOT, dev=True) == []
+    assert checkenv.problems(ROOT, extras=("dev",)) == []
     return env
 
 
