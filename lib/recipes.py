@@ -72,9 +72,8 @@ def load(settings):
     found, n = data.load(settings["dataset"]).first(*settings["images"]), settings.get("set_aside", 0)
     if not n:
         return found, None
-    rest = replace(found, x_train=found.x_train[:-n], y_train=found.y_train[:-n])
-    return rest, replace(rest, x_test=found.x_train[-n:], y_test=found.y_train[-n:],
-                         source=f"{found.source}, {n:,} training images set aside")  # fmt: skip
+    apart = found.set_aside(n)
+    return replace(found, x_train=apart.x_train, y_train=apart.y_train), apart
 
 
 def configure(settings, **changes):
