@@ -131,7 +131,7 @@ def _check_finite(loss):
 
 def flat(model):
     """A copy of the parameters as one vector (P,)."""
-    return torch.cat([own(p).reshape(-1) for p in model.parameters()])
+    return torch.cat([own(p).clone().reshape(-1) for p in model.parameters()])  # no views of what inference mode made
 
 
 @differentiating()
