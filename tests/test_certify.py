@@ -324,10 +324,12 @@ class TestWeightBox:
             assert b.loss_low <= a.loss_low and a.loss_high <= b.loss_high and a.gradient <= b.gradient
 
     @pytest.mark.parametrize("change, message", [
-        (lambda m: m.insert(2, nn.BatchNorm1d(5)), r"weights of layer BatchNorm1d.* \(2\): not linear"),
-        (lambda m: m.append(nn.Sequential(nn.Linear(3, 3))), r"\(6\): not linear, or nested"),
-        (lambda m: m.extend([m[1], nn.Flatten()]), "weights that two layers share"),
-        (lambda m: m.append(nn.Sigmoid()), "no interval bounds for layer Sigmoid"),
+        (lambda m: m.insert(2, nn.BatchNorm1d(5)), "not nested, that share no parameter"),
+        (lambda m: m.insert(2, nn.Sequential(nn.Linear(5, 5))), "not nested, that share no parameter"),
+        (lambda m: m.insert(4, m[3]).insert(2, nn.Sequential(nn.Linear(5, 5))), "not nested, that share no parameter"),
+        (lambda m: m.insert(4, m[3]), "not nested, that share no parameter"),
+        (lambda m: m.insert(3, nn.Sigmoid()), "no interval bounds for layer Sigmoid"),
+        (lambda m: m.append(nn.ReLU()), "ends in nn.Linear"),
     ])  # fmt: skip
     def test_what_it_refuses(self, change, message):
         model, (x, y) = plain_mlp(0, "relu").double().eval(), data()
