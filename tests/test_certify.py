@@ -487,7 +487,7 @@ class TestBadInput:
     @pytest.mark.parametrize("x, y, message", [
         (torch.rand(2, 1, 2, 3) + 1, [0, 1], r"x must lie in \[0, 1\]"),
         (torch.rand(2, 6), [0, 1], r"x must be a tensor \(B, C, H, W\)"),
-        (torch.ones(2, 1, 2, 3, dtype=torch.uint8), [0, 1], "x must be floating"),
+        (torch.ones(2, 1, 2, 3, dtype=torch.uint8), [0, 1], "x must be float"),
         (torch.rand(2, 1, 2, 3), [0, 4], "labels run from 0 to 4, but the model has 4 classes"),
         (torch.rand(2, 1, 2, 3), [-1, 0], "labels run from -1 to 0"),
         (torch.rand(2, 1, 2, 3), [0, 1, 2], "y must be int64 labels of shape"),
