@@ -9,6 +9,7 @@ import logging
 import sys
 import warnings
 from contextlib import contextmanager
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from pyautoattack import AutoAttack
 from torch.func import functional_call
 
 from .compute import fast_dtype
+from .differentiate import as_module, check_logits, differentiating, gradient, own
+from .models import any_layout
 
 NORMS = ("linf", "l2")
 
@@ -48,6 +51,7 @@ def fgsm(model, x, y, *, eps, norm="linf"):
     return pgd(model, x, y, eps=eps, step_size=eps, num_steps=1, norm=norm, random_start=False)
 
 
+@differentiating()
 def pgd(
     model, x, y, *, eps, step_size, num_steps, norm="linf", num_restarts=1, random_start=True, loss="ce",
     generator=None, precision="auto",
@@ -76,17 +80,17 @@ def pgd(
             (B, C, H, W); labels that do not match; unknown norm, loss or precision; a model that returns NaN,
             infinities or the wrong shape.
     """
-    check_inputs(x, y, eps, norm)
-    check_eps(step_size, name="step_size", norm=norm)
-    _check_count("num_steps", num_steps, 0)
-    _check_count("num_restarts", num_restarts, 1)
+    x, y, eps = check_inputs(x, y, eps, norm)
+    step_size = check_eps(step_size, name="step_size", norm=norm)
+    check_count("num_steps", num_steps, 0)
+    check_count("num_restarts", num_restarts, 1)
     check_start(random_start)
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}")
     best = None
     with frozen(model, x, precision) as logits_of:
         if eps == 0:
-            return x.detach().clone()
+            return x.clone()
         for _ in range(num_restarts):
             x_adv = _ascend(logits_of, x, y, eps, step_size, num_steps, norm, random_start, LOSSES[loss], generator)
             if num_restarts == 1:
@@ -101,25 +105,24 @@ def pgd(
 
 
 def _ascend(logits_of, x, y, eps, step_size, num_steps, norm, random_start, loss, generator):
-    x = channels_last(x.detach())
     x_adv = x.clone()
     if random_start:
         radius = eps if random_start == "ball" else min(step_size, eps)
         x_adv = _into(x_adv + _start(x, radius, norm, generator), x, eps, norm)
     for _ in range(num_steps):
         x_adv.requires_grad_(True)
-        with torch.enable_grad():
-            logits = logits_of(x_adv)
-            check_labels(logits, y)
-            (g,) = torch.autograd.grad(loss(logits, y).sum(), x_adv)
+        logits = logits_of(x_adv)
+        check_labels(logits, y)
+        (g,) = gradient(loss(logits, y).sum(), [x_adv])
         if not torch.isfinite(g).all():  # asked here, because the sign of NaN is 0
             raise ValueError("the gradient of the model's loss is NaN or infinite at some input")
         with torch.no_grad():
             g = g.sign_() if norm == "linf" else _unit(g)
             x_adv = _into(x_adv.detach().add_(g, alpha=step_size), x, eps, norm)
-    return x_adv.contiguous()
+    return x_adv
 
 
+@differentiating()
 def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
     """SimBA, a black-box attack that sees probabilities only (Guo et al. 2019, arXiv:1905.07121), image by image.
 
@@ -135,9 +138,9 @@ def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
     Raises:
         ValueError: as for `pgd`; num_queries below 1.
     """
-    check_inputs(x, y, eps, norm)
-    _check_count("num_queries", num_queries, 1)
-    x_adv, size = x.detach().clone(), x[0].numel()
+    x, y, eps = check_inputs(x, y, eps, norm)
+    check_count("num_queries", num_queries, 1)
+    x_adv, size = x.clone(), x[0].numel()
     order = torch.rand(len(x), size, generator=generator, device=x.device).argsort(1)
     turn = torch.zeros_like(y)  # each image's own place in its order, two turns (up, down) for each value
     with torch.no_grad(), frozen(model, x, "full") as logits_of:
@@ -164,6 +167,7 @@ def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
     return x_adv
 
 
+@differentiating()
 def autoattack(
     model, x, y, *, eps, norm="linf", attacks=("apgd-ce", "apgd-dlr", "square"), num_steps=100, num_restarts=5,
     num_queries=5000, seed=0, batch_size=256,
@@ -181,9 +185,9 @@ def autoattack(
     Raises:
         ValueError: as for `pgd`; an unknown attack, or too few classes for it ("apgd-dlr" needs 3, "apgd-t" 4).
     """
-    check_inputs(x, y, eps, norm)
+    x, y, eps = check_inputs(x, y, eps, norm)
     for name, value in (("num_steps", num_steps), ("num_restarts", num_restarts), ("num_queries", num_queries)):
-        _check_count(name, value, 1)
+        check_count(name, value, 1)
     unknown = [a for a in attacks if a not in LEAST_CLASSES]
     if unknown or not attacks:
         raise ValueError(f"unknown attack {unknown}: choose some of {', '.join(LEAST_CLASSES)}")
@@ -266,19 +270,35 @@ LOSSES = {"ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"), 
 def frozen(model, x, precision="auto"):
     """The model as a function of its input alone: evaluation mode, constant parameters, the fastest exact-enough type.
 
-    Yields a function x -> logits in x's type. The parameters enter as detached copies, converted once and not at
-    every call, so no flag of the model has to be touched; only the mode is, and it is put back.
+    Yields a function x -> logits (B, classes) in x's type. The parameters enter as detached copies, so no flag of the
+    model has to be touched; only the mode is, and it is put back. Memory layout and number format are changed only for
+    models made of nothing but this library's own layers (`models.any_layout`): any other sees what it would see
+    without us.
+
+    Raises ValueError for what is no nn.Module, an unknown precision; in the function, for an output that is not logits
+    and a model of another type or device than its input.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
+    model = as_module(model)
     if precision not in ("auto", "full"):
         raise ValueError(f"unknown precision {precision!r}: choose auto or full")
-    low = fast_dtype(x.device) if precision == "auto" and x.dtype == torch.float32 else None
-    constants = {k: _constant(p, low) for k, p in model.named_parameters()}
+    ours = any_layout(model)
+    low = fast_dtype(x.device) if ours and precision == "auto" and x.dtype == torch.float32 else None
+    tensors = {k: own(t) for k, t in (*model.named_parameters(), *model.named_buffers())}
+    kinds = {(t.dtype, t.device) for t in tensors.values() if t.is_floating_point()} - {(x.dtype, x.device)}
+    if ours:
+        tensors = {k: channels_last(t if low is None or t.dim() < 2 else t.to(low)) for k, t in tensors.items()}
 
     def logits_of(inputs):
-        with torch.autocast(x.device.type, dtype=low, enabled=low is not None):
-            return functional_call(model, constants, (inputs,)).to(x.dtype)
+        try:
+            with torch.autocast(x.device.type, dtype=low, enabled=low is not None):
+                logits = functional_call(model, tensors, (channels_last(inputs) if ours else inputs,))
+        except RuntimeError as error:
+            if not kinds:
+                raise
+            found = " and ".join(f"{dtype} on {device}" for dtype, device in kinds)
+            raise ValueError(f"a model of {found} does not take images of {x.dtype} on {x.device}: {error}") from error
+        check_logits(logits, len(inputs))
+        return logits.to(x.dtype)
 
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
@@ -287,12 +307,6 @@ def frozen(model, x, precision="auto"):
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _constant(p, low):
-    # Weights of layers go to the low type; the vectors (biases, batch normalisation) stay, as autocast wants them.
-    p = p.detach()
-    return channels_last(p if low is None or p.dim() < 2 else p.to(low))
 
 
 def channels_last(t):
@@ -317,13 +331,14 @@ def _l2(t):
 
 
 def check_eps(eps, *, name="eps", norm="linf"):
-    """Raise ValueError unless eps is a number >= 0 and, for "linf", at most 1."""
-    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
+    """eps as a float. Raises ValueError unless it is a number >= 0 and, for "linf", at most 1."""
+    if not isinstance(eps, Real) or isinstance(eps, bool):
         raise ValueError(f"{name} must be a number, got {type(eps).__name__}")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{name} must be finite and not negative, got {eps}")
     if norm == "linf" and eps > 1:
         raise ValueError(f"{name} is a fraction of the pixel range, so at most 1: write 8/255, not 8 (got {eps})")
+    return float(eps)
 
 
 def check_norm(norm):
@@ -332,8 +347,9 @@ def check_norm(norm):
         raise ValueError(f"unknown norm {norm!r}: choose linf or l2")
 
 
-def _check_count(name, value, least):
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def check_count(name, value, least):
+    """Raise ValueError unless value is a whole number of at least `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
@@ -343,10 +359,13 @@ def check_start(start):
         raise ValueError(f"unknown random_start {start!r}: choose True or 'step', 'ball', or False")
 
 
-def check_inputs(x, y, eps, norm="linf"):
-    """Raise ValueError unless x is a batch of images in [0, 1], y its labels (int64) and eps a radius of the norm."""
+def check_inputs(x, y, eps=0, norm="linf"):
+    """x and y as constants of ours: detached, contiguous, usable whatever mode they were made in; and eps, a float.
+
+    Raises ValueError unless x is a batch of images in [0, 1], y its labels (int64) and eps a radius of the norm.
+    """
     check_norm(norm)
-    check_eps(eps, norm=norm)
+    eps = check_eps(eps, norm=norm)
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or len(x) == 0:
         raise ValueError(f"x must be a tensor (B, C, H, W) with B >= 1, got {getattr(x, 'shape', type(x).__name__)}")
     if not x.is_floating_point():
@@ -359,12 +378,12 @@ def check_inputs(x, y, eps, norm="linf"):
             f"y must be int64 labels of shape ({len(x)},), got {getattr(y, 'dtype', type(y).__name__)} "
             f"{tuple(getattr(y, 'shape', ()))}"
         )
+    return own(x).contiguous(), own(y).contiguous(), eps
 
 
 def check_labels(logits, y):
-    """Raise ValueError unless the logits are finite and belong to these labels."""
-    if logits.dim() != 2 or len(logits) != len(y):
-        raise ValueError(f"the model must return logits ({len(y)}, classes), got {tuple(logits.shape)}")
+    """Raise ValueError unless the logits (`check_logits`) are finite and belong to these labels."""
+    check_logits(logits, len(y))
     low, high = y.aminmax()
     if low < 0 or high >= logits.shape[1]:
         raise ValueError(f"labels run from {low} to {high}, but the model has {logits.shape[1]} classes")

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from .attacks import frozen, pgd
+from .differentiate import differentiating, own
 from .models import ACTIVATIONS
 
 
+@differentiating()
 def predict(model, x, *, batch_size=500):
     """Logits (N, classes) of the model in evaluation mode, without gradient, in x's type.
 
@@ -19,7 +21,7 @@ def predict(model, x, *, batch_size=500):
     if len(x) == 0:
         raise ValueError("no inputs to evaluate")
     with torch.no_grad(), frozen(model, x, "full") as logits_of:
-        return torch.cat([logits_of(part) for part in x.split(batch_size)])
+        return torch.cat([logits_of(part.contiguous()) for part in own(x).split(batch_size)])
 
 
 def error(model, x, y, *, batch_size=500):
