@@ -54,7 +54,7 @@ class Hessian:
         self._model, self._count = copied(model).to(dtype), len(x)
         self.size = sum(p.numel() for p in self._model.parameters())
         batches = list(zip(x.to(dtype).split(batch_size), y.split(batch_size), strict=True))
-        self._check_repeatable(*batches[0])
+        self._check(*batches[0])
         self._kept = [self._gradient(*batch) for batch in batches[:kept_batches]]
         self._others = batches[kept_batches:]
 
@@ -73,15 +73,22 @@ class Hessian:
     def _product(self, g, v):
         return _flat(gradient(g, [*self._model.parameters()], v, keep=True))
 
-    def _check_repeatable(self, x, y):
+    def _check(self, x, y):
         # A graph that is kept freezes any noise, so this compares two products made afresh.
         v = torch.ones(self.size, dtype=self.dtype, device=self.device)
-        first, second = (self._product(self._gradient(x, y), v) for _ in range(2))
+        g, again = self._gradient(x, y), self._gradient(x, y)
+        first, second = self._product(g, v), self._product(again, v)
+        eps, square = torch.finfo(self.dtype).eps, first @ first
         difference = ((first - second).norm() / first.norm().clamp_min(torch.finfo(self.dtype).tiny)).item()
-        if difference > 1e3 * torch.finfo(self.dtype).eps:
+        if difference > 1e3 * eps:
             raise ValueError(
                 f"the Hessian is not deterministic: two products with one vector differ by {difference:.2g} of their "
                 f"norm, because of {self._noisy_layer(x)}. Make that deterministic"
+            )
+        if abs(v @ self._product(g, first) - square) > 30 * eps**0.5 * square:
+            raise ValueError(
+                f"the Hessian is not symmetric: some layer's second derivative is wrong (that of weight_norm is, in "
+                f"PyTorch), or {self.dtype} does not resolve it: then use dtype=torch.float64"
             )
 
     def _noisy_layer(self, x):

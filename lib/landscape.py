@@ -81,14 +81,14 @@ def surface(model, directions, steps, x, y, *, attack=None, adversary="none", ba
 
     Args:
         model: an nn.Module in evaluation mode; theta is its parameters. It is not changed.
-        directions: (1 or 2, P). steps: (S,) numbers.
+        directions: (1 or 2, P). steps: (S,) numbers for each direction, or a pair of such, one for each.
         x, y: images (N, ...) and labels (N,).
         adversary: "none": clean images. "frozen": the attack of the model itself, kept at all points (the function
             that the Hessian at fixed adversarial inputs belongs to). "rerun": the attack made anew at every point
             (the adversarial loss).
         attack: needed for "frozen" and "rerun".
     Returns:
-        Surface, of shape (S,) or (S, S); the first index goes with the first direction.
+        Surface, of shape (S,) or (S, S'); the first index goes with the first direction.
     Raises:
         ValueError: unknown adversary, an attack missing or superfluous, directions that do not fit, a model in
             training mode, no data, a loss that is not finite.
@@ -101,13 +101,16 @@ def surface(model, directions, steps, x, y, *, attack=None, adversary="none", ba
     theta = flat(model)
     if directions.dim() != 2 or len(directions) not in (1, 2) or directions.shape[1] != len(theta):
         raise ValueError(f"directions must be (1 or 2, {len(theta)}), got {tuple(directions.shape)}")
-    steps, directions = torch.as_tensor(steps, dtype=theta.dtype, device=theta.device), directions.to(theta)
+    steps = steps if len(steps) and np.ndim(steps[0]) else [steps] * len(directions)
+    if len(steps) != len(directions):
+        raise ValueError(f"steps must be one list, or one for each direction, got {len(steps)} for {len(directions)}")
+    grid = torch.meshgrid([torch.as_tensor(s, dtype=theta.dtype) for s in steps], indexing="ij")
+    offsets, moved = torch.stack(grid, -1).to(theta), copied(model)
     if adversary == "frozen":
         x, attack = attacked(model, x, y, attack, batch_size=batch_size), None
-    moved, shape = copied(model), (len(steps),) * len(directions)
-    values = np.empty((2, *shape))
-    for i in np.ndindex(shape):
-        move(moved, theta + steps[list(i)] @ directions)
+    values = np.empty((2, *grid[0].shape))
+    for i in np.ndindex(grid[0].shape):
+        move(moved, theta + offsets[i] @ directions.to(theta))
         values[(slice(None), *i)] = _loss_and_error(moved, x, y, attack, batch_size)
     return Surface(*values)
 
@@ -145,7 +148,7 @@ class Scatter(NamedTuple):
     gradient: ||grad L(theta + a v) - grad L(theta)||, each with its own attacks. fixed: the same with the attacks of
     theta in both, the smooth part that the Hessian describes. scattering: ||difference of the gradients at theta + a v
     under the attacks of theta + a v and of theta||, the rest. cosine: mean over the images of the cosine between the
-    two perturbations.
+    two perturbations. (With `symmetric`, read theta - a v for theta.)
     """
 
     gradient: np.ndarray
@@ -155,13 +158,14 @@ class Scatter(NamedTuple):
 
 
 @differentiating()
-def scatter(model, direction, distances, x, y, attack, *, batch_size=500):
+def scatter(model, direction, distances, x, y, attack, *, symmetric=False, batch_size=500):
     """How far adversarial gradients and perturbations move with the parameters (Liu et al. 2020, Section 4.2).
 
     Args:
         model: in evaluation mode; not changed.
         direction: (P,), made a unit vector v here. distances: (D,), lengths a of the moves.
         attack: (model, x, y) -> x_adv. It should be repeatable, else its own noise is in all four numbers.
+        symmetric: compare theta + a v with theta - a v, as the paper does, in place of theta.
     Returns:
         Scatter. Images whose perturbation is zero at either point are left out of the cosine; NaN if all are.
     Raises:
@@ -170,13 +174,18 @@ def scatter(model, direction, distances, x, y, attack, *, batch_size=500):
     x, y = check(model, x, y)
     if not direction.norm() > 0:
         raise ValueError("the direction must have a positive, finite length")
-    theta, v, moved = flat(model), direction / direction.norm(), copied(model)
-    x_here = attacked(model, x, y, attack, batch_size=batch_size)
-    here, rows = _gradient(moved, x_here, y, batch_size), []
-    for a in distances:
+    theta, v, moved, rows = flat(model), direction / direction.norm(), copied(model), []
+
+    def look(a):
         move(moved, theta + a * v)
-        x_there = attacked(moved, x, y, attack, batch_size=batch_size)
-        there, fixed = (_gradient(moved, z, y, batch_size) for z in (x_there, x_here))
+        x_adv = attacked(moved, x, y, attack, batch_size=batch_size)
+        return x_adv, _gradient(moved, x_adv, y, batch_size)
+
+    centre = None if symmetric else look(0)
+    for a in distances:
+        x_here, here = look(-a) if symmetric else centre
+        x_there, there = look(a)
+        fixed = _gradient(moved, x_here, y, batch_size)
         norms = [(there - here).norm(), (fixed - here).norm(), (there - fixed).norm()]
         rows.append([n.item() for n in norms] + [_mean_cosine(x_there - x, x_here - x)])
     return Scatter(*np.array(rows).T)
