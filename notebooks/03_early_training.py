@@ -91,9 +91,7 @@ def table(values):
 def listing(values, decimals=3):
     """The medians over the seeds at each eps, in words."""
     medians = np.median(values, axis=0)
-    return ", ".join(
-        f"{'never' if math.isinf(m) else f'{m:.{decimals}f}'} at {e:g}" for e, m in zip(eps_grid, medians)
-    )
+    return ", ".join(f"{'never' if math.isinf(m) else f'{m:.{decimals}f}'} at {e:g}" for e, m in zip(eps_grid, medians))
 
 
 # %% [markdown]
@@ -312,8 +310,8 @@ axes[1].set(xlabel="eps", ylabel="adversarial loss on test digits", ylim=(0, Non
             xticks=range(len(eps_grid)), xticklabels=[f"{e:g}" for e in eps_grid])  # fmt: skip
 book.save(
     fig, "03_constant_classifier", pd.DataFrame(rows), source=digits.source, seeds=seeds,
-    caption=f"Answers to {len(x_test):,} clean test digits and adversarial loss after {settings['epochs']} epochs; each "
-    f"column or point is a network, {n} per eps.",
+    caption=f"Answers to {len(x_test):,} clean test digits and adversarial loss after {settings['epochs']} epochs; "
+    f"each column or point is a network, {n} per eps.",
 )  # fmt: skip
 
 # %%
@@ -402,8 +400,8 @@ rows = []
 for eps, seed in product(through, seeds):
     run = trained[eps, seed]
     facts = {k: v for k, v in about.items() if k != "eps"} | {"run": run.folder.name}
-    rows.append({"eps": eps, "seed": seed, "last_loss": last_loss[eps, seed]}
-                | runs.remember("ends", facts, lambda run=run, eps=eps: gradients(run.model().to(where), eps)))  # fmt: skip
+    norms = runs.remember("ends", facts, partial(gradients, run.model().to(where), eps))
+    rows.append({"eps": eps, "seed": seed, "last_loss": last_loss[eps, seed]} | norms)
 print("Every network is through at eps", ", ".join(f"{e:g}" for e in through) or "none")
 
 # %%
