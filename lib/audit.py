@@ -20,7 +20,7 @@ from torch import nn
 from . import runs
 from .attacks import LEAST_CLASSES, autoattack, check_count, check_inputs, check_labels, fgsm, frozen, pgd, simba
 from .differentiate import differentiating, gradient
-from .evaluation import predict
+from .evaluation import wrong
 
 ALPHA = 0.01  # a sign counts as seen if noise alone would show as much in fewer than this share of cases
 FLAT_SHARE = 0.05  # of the images; so many may have a gradient of zero, since a few are classified beyond all doubt
@@ -44,23 +44,23 @@ def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
     for name, value in (("num_restarts", num_restarts), ("batch_size", batch_size)):
         check_count(name, value, 1)
     x, y, _ = check_inputs(x, y)
-    falls = torch.where(predict(model, x, batch_size=batch_size).argmax(1) == y, num_restarts + 1, 0)
+    falls = torch.where(wrong(model, x, y, batch_size=batch_size), 0, num_restarts + 1)
     done = 0
     while done < num_restarts and len(left := (falls > done).nonzero().squeeze(1)):
         copies = min(max(1, batch_size // len(left)), num_restarts - done)
         for part in left.repeat(copies).view(copies, -1).split(max(1, batch_size // copies), dim=1):
             i = part.flatten()
-            wrong = predict(model, attack(model, x[i], y[i]), batch_size=batch_size).argmax(1) != y[i]
+            fell = wrong(model, attack(model, x[i], y[i]), y[i], batch_size=batch_size)
             restart = torch.arange(done + 1, done + copies + 1, device=x.device)[:, None]
-            first = torch.where(wrong.view(copies, -1), restart, num_restarts + 1).amin(0)
+            first = torch.where(fell.view(copies, -1), restart, num_restarts + 1).amin(0)
             falls[part[0]] = first
         done += copies
     return falls.tolist()
 
 
 def broken(model, x, y, attack, *, batch_size=500):
-    """The mask of one attack: True where the image or its attacked version is misclassified. See `first_falls`."""
-    return [fall <= 1 for fall in first_falls(model, x, y, attack, batch_size=batch_size)]
+    """The mask of one attack as a list: True where the image or its attacked version is misclassified."""
+    return wrong(model, x, y, attack, batch_size=batch_size).tolist()
 
 
 @dataclass(frozen=True)

@@ -134,12 +134,12 @@ def flat(model):
     return torch.cat([own(p).reshape(-1) for p in model.parameters()])
 
 
+@differentiating()
 def move(model, theta):
     """Put the model at the point theta (P,): its own parameters get these numbers, and keep their type and layout."""
     parameters = list(model.parameters())
-    with torch.no_grad():
-        for p, piece in zip(parameters, theta.split([p.numel() for p in parameters]), strict=True):
-            p.copy_(piece.view_as(p))
+    for p, piece in zip(parameters, own(theta).split([p.numel() for p in parameters]), strict=True):
+        p.data.copy_(piece.view_as(p))
 
 
 class Scatter(NamedTuple):
@@ -246,15 +246,17 @@ class Curve:
         return moved
 
 
-@torch.no_grad()
+@differentiating()
 def _measure(model, x):
     """Give batch normalisation the mean and variance over x, each image counted once, all else in evaluation mode."""
     norms = [m.train() for m in model.modules() if isinstance(m, BatchNorm)]
+    for m in norms:
+        m.reset_running_stats()
     momenta, seen = [m.momentum for m in norms], 0
     for part in _parts(own(x).contiguous(), 500):
         seen += len(part)
         for m in norms:
-            m.momentum = len(part) / seen  # 1 at first: what was there is forgotten
+            m.momentum = len(part) / seen
         model(part)
     for m, momentum in zip(norms, momenta, strict=True):
         m.eval().momentum = momentum
@@ -318,6 +320,7 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
     return curve
 
 
+@differentiating()
 def along(curve, steps, x, y, *, attack=None, x_statistics=None, batch_size=500):
     """Loss and error at the points t of `steps` of a curve, under an attack made anew at each point if one is given.
 

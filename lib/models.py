@@ -127,7 +127,11 @@ class Ensemble(nn.Module):
             raise ValueError("an ensemble needs at least one member")
 
     def forward(self, x):
-        logits = [member(x) for member in self.members]
+        return self.mix([member(x) for member in self.members])
+
+    @staticmethod
+    def mix(logits):
+        """The ensemble's logits from its members'."""
         if len({z.shape for z in logits}) > 1:
             raise ValueError(f"the members have unequal numbers of classes: {[z.shape[-1] for z in logits]}")
         stacked = torch.stack(logits)
