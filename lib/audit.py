@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import runs
-from .attacks import LEAST_CLASSES, autoattack, check_inputs, check_labels, fgsm, frozen, pgd, simba
-from .evaluation import predict
+from .attacks import LEAST_CLASSES, autoattack, check_count, check_inputs, check_labels, fgsm, frozen, pgd, simba
+from .differentiate import differentiating, gradient
+from .evaluation import wrong
 
 
 def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
@@ -37,26 +38,25 @@ def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
         ValueError: num_restarts or batch_size below 1, no images, and whatever the attack raises.
     """
     for name, value in (("num_restarts", num_restarts), ("batch_size", batch_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-    check_inputs(x, y, 0)
-    falls = torch.where(predict(model, x, batch_size=batch_size).argmax(1) == y, num_restarts + 1, 0)
+        check_count(name, value, 1)
+    x, y, _ = check_inputs(x, y)
+    falls = torch.where(wrong(model, x, y, batch_size=batch_size), 0, num_restarts + 1)
     done = 0
     while done < num_restarts and len(left := (falls > done).nonzero().squeeze(1)):
         copies = min(max(1, batch_size // len(left)), num_restarts - done)
         for part in left.repeat(copies).view(copies, -1).split(max(1, batch_size // copies), dim=1):
             i = part.flatten()
-            wrong = predict(model, attack(model, x[i], y[i]), batch_size=batch_size).argmax(1) != y[i]
+            fell = wrong(model, attack(model, x[i], y[i]), y[i], batch_size=batch_size)
             restart = torch.arange(done + 1, done + copies + 1, device=x.device)[:, None]
-            first = torch.where(wrong.view(copies, -1), restart, num_restarts + 1).amin(0)
+            first = torch.where(fell.view(copies, -1), restart, num_restarts + 1).amin(0)
             falls[part[0]] = first
         done += copies
     return falls.tolist()
 
 
 def broken(model, x, y, attack, *, batch_size=500):
-    """The mask of one attack: True where the image or its attacked version is misclassified. See `first_falls`."""
-    return [fall <= 1 for fall in first_falls(model, x, y, attack, batch_size=batch_size)]
+    """The mask of one attack as a list: True where the image or its attacked version is misclassified."""
+    return wrong(model, x, y, attack, batch_size=batch_size).tolist()
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,17 @@ def attack_by_name(name, *, seed=0, device="cpu", **settings):
     return partial({"pgd": pgd, "simba": simba}[name], **settings, generator=generator)
 
 
+@differentiating()
 def flat(model, x, y, *, batch_size=500):
     """The mask of images whose loss has a gradient of exactly zero, so that no attack can follow it."""
-    check_inputs(x, y, 0)
+    x, y, _ = check_inputs(x, y)
     parts = []
     for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        with frozen(model, a, "full") as logits_of, torch.enable_grad():
-            a = a.detach().requires_grad_(True)
+        with frozen(model, a, "full") as logits_of:
+            a = a.clone().requires_grad_()
             logits = logits_of(a)
             check_labels(logits, b)
-            (g,) = torch.autograd.grad(F.cross_entropy(logits, b, reduction="sum"), a)
+            (g,) = gradient(F.cross_entropy(logits, b, reduction="sum"), [a])
         parts += (g.flatten(1) == 0).all(1).tolist()
     return parts
 
