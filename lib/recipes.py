@@ -20,8 +20,8 @@ CIFAR10 = dict(
 RECIPES = {
     "lenet on mnist5k": dict(
         dataset="mnist5k", images=[None, None], set_aside=0, model="lenet", width=4, step_fraction=0.5, num_steps=3,
-        stops={"linear": 2.0, "cosine": 1.5}, epochs=4, batch_size=64, optimizer="adam", lr=3e-3, eval_every=2,
-        eval_images=500, keep_every=0,
+        stops={"linear": 2.0, "cosine": 1.5}, epochs=5, batch_size=64, optimizer="adam", lr=3e-3, lr_drops=[0.8],
+        eval_every=5, eval_images=500, keep_every=0,
     ),
     "lenet on mnist": dict(
         dataset="mnist", images=[None, None], set_aside=1000, model="lenet", width=4, step_fraction=0.3, num_steps=5,
