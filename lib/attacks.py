@@ -232,7 +232,11 @@ def autoattack(
             runner = make[attack](run, **ball)
             for i in standing.nonzero().squeeze(1).split(batch_size):
                 if len(i):
-                    found = runner.perturb(image[i], y[i]).to(x.dtype)
+                    try:
+                        found = runner.perturb(image[i], y[i]).to(x.dtype)
+                    except (RuntimeError, ZeroDivisionError) as error:  # the model itself has run on all images above
+                        what = f"{attack} under {norm} cannot attack images of {tuple(x.shape[1:])} with such logits"
+                        raise ValueError(f"{what}: {error}") from error
                     found = torch.where(found.isfinite(), found, x[i])
                     found = _into(found, [t[i] for t in limits], eps, norm)
                     fell = logits_of(found).argmax(1) != y[i]

@@ -44,8 +44,11 @@ def gradient(value, inputs, v=None, *, again=False, keep=None):
     """
     if not value.requires_grad:  # it depends on none of them
         return tuple(torch.zeros_like(t) for t in inputs)
+    if v is not None:  # not as PyTorch's grad_outputs: their check imports a computer algebra system, for seconds
+        with torch.enable_grad():
+            value = (value * v).sum()
     try:
-        return torch.autograd.grad(value, inputs, v, create_graph=again, retain_graph=keep, materialize_grads=True)
+        return torch.autograd.grad(value, inputs, create_graph=again, retain_graph=keep, materialize_grads=True)
     except RuntimeError as error:
         if not any(words in str(error) for words in ("is not implemented", "double backward")):
             raise

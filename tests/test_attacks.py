@@ -177,7 +177,7 @@ def test_pgd_and_fgsm_stay_in_ball_and_box(
         assert out.shape == x.shape and out.dtype == x.dtype and not out.requires_grad
         assert out.min() >= 0 and out.max() <= 1
         order = {"linf": float("inf"), "l2": 2}[norm]
-        assert torch.linalg.vector_norm((out - x).flatten(1), order, dim=1).max() <= eps + 1e-6
+        assert torch.linalg.vector_norm((out.double() - x.double()).flatten(1), order, dim=1).max() <= eps
 
 
 class TestPeer:
@@ -354,14 +354,6 @@ class TestModelIsLeftAlone:
         assert torch.equal(whole, run(model, self.x, self.y))
         parts = torch.cat([run(model, a[None], b[None]) for a, b in zip(self.x, self.y, strict=True)])
         torch.testing.assert_close(whole, parts, **CLOSE)
-
-    def test_x_that_wants_gradients_and_a_caller_without_them(self):
-        model, x = moody(), self.x.clone().requires_grad_(True)
-        run = partial(self.run, model, y=self.y)
-        a = run(x=x, generator=generator())
-        assert x.grad is None and x.requires_grad and not a.requires_grad
-        with torch.no_grad():
-            assert torch.equal(run(x=self.x, generator=generator()), a)
 
 
 class TestPrecision:
