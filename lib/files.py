@@ -50,7 +50,8 @@ def write_json(path, value):
     """
     value = json.loads(json.dumps(value, allow_nan=False))  # keys become texts, as they will be when it is read
     if isinstance(value, dict):
-        value = value | {"checksum": _checksum(value)}
+        value.pop("checksum", None)  # of the file that it was read from by other means
+        value["checksum"] = _checksum(value)
     write_bytes(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
 
 
