@@ -4,26 +4,22 @@ A result is a mask: one boolean per image, True where the image or its attacked 
 of several attacks on the same images can be put together and compared image by image. Robust error is a mask's mean.
 
 A model whose gradients are useless looks robust to every attack that follows them. The signs of it are listed by
-Athalye et al. (2018, arXiv:1802.00420) and Carlini et al. (2019, arXiv:1902.06705); `signs` tests for them.
+Athalye et al. (2018, arXiv:1802.00420) and Carlini et al. (2019, arXiv:1902.06705); `signs` looks for them.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import nn
 
 from . import runs
 from .attacks import LEAST_CLASSES, autoattack, check_count, check_inputs, check_labels, fgsm, frozen, pgd, simba
 from .differentiate import differentiating, gradient
 from .evaluation import wrong
-
-ALPHA = 0.01  # a sign counts as seen if noise alone would show as much in fewer than this share of cases
-FLAT_SHARE = 0.05  # of the images; so many may have a gradient of zero, since a few are classified beyond all doubt
 
 
 def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
@@ -86,7 +82,7 @@ class Subject:
                 made, function = function, lambda _model, x, y: made(source.network, x, y)
             return first_falls(self.network, self.x, self.y, function, num_restarts=restarts)
 
-        return runs.remember("attacks", facts | {"source": source and source.facts}, compute, code=("audit.py",))
+        return runs.remember("attacks", facts | {"source": source and source.facts}, compute)
 
     def mask(self, attack, **settings):
         """The mask of an attack, arguments as for `falls`: an array of N booleans."""
@@ -149,51 +145,30 @@ def _checked(masks):
 
 
 def signs(reported, rivals, by_eps, flat):
-    """The usual signs of gradient masking, each as a test.
+    """The usual signs of gradient masking, each as the images that show it: `inference.at_most` judges their share.
 
-    A rival that should be weaker than the reported attack is stronger, one-sidedly, by the exact sign test on the
-    images that only one of the two breaks (McNemar). The same test asks whether the robust error falls from one eps to
-    the next. At the largest eps every image must break. Flat images are tested against the share FLAT_SHARE, by the
-    binomial distribution. The level of each test is ALPHA.
+    A rival that should be weaker breaks an image that the reported attack does not. An image that falls at one eps
+    stands at the next one. An image stands at the largest eps. The loss is flat at an image.
 
     Args:
         reported: the mask of the attack whose robust error is reported, an iterated gradient attack.
-        rivals: masks by name on the same images: attacks without gradients, of a single step, from another model.
-        by_eps: masks of the gradient attack by eps; at the largest eps the ball holds the whole box.
+        rivals: masks by name: attacks without gradients, of a single step, from another model; on the same images, or
+            on the first of them.
+        by_eps: masks of the gradient attack by eps; at the largest eps the ball should hold the whole box.
         flat: the mask of `flat`.
     Returns:
-        A DataFrame of one row for each sign: "sign", "for" and "against" (numbers of images), "n" (images that could
-        be either), "p" (None for the exact one) and "passed", which is False where the sign is seen.
+        {sign: mask}; of the steps from one eps to the next, only that with the most images.
     Raises:
         ValueError: masks of unequal length, no rivals, or fewer than two eps.
     """
     if not len(rivals) or len(by_eps) < 2:
         raise ValueError(f"needs at least one rival and two eps, got {len(rivals)} and {len(by_eps)}")
     grid = sorted(by_eps)
-    flat, reported, *others = _checked({"flat": flat, "reported": reported, **rivals}).values()
-    curve = list(_checked({eps: by_eps[eps] for eps in grid}).values())
-    rows = [compare(f"{name} breaks more", rival, reported) for name, rival in zip(rivals, others, strict=True)]
-    falls = [compare(f"robust error falls from eps {grid[i]:g} to {grid[i + 1]:g}", curve[i], curve[i + 1])
-             for i in range(len(grid) - 1)]  # fmt: skip
-    rows.append(min(falls, key=lambda row: row["p"]))  # the worst of them
-    standing = int((~curve[-1]).sum())
-    rows.append({"sign": f"some images stand at eps {grid[-1]:g}", "for": standing, "against": int(curve[-1].sum()),
-                 "n": len(curve[-1]), "p": None, "passed": standing == 0})  # fmt: skip
-    p = stats.binomtest(int(flat.sum()), len(flat), FLAT_SHARE, alternative="greater").pvalue
-    rows.append({"sign": "the loss is flat at the image", "for": int(flat.sum()), "against": int((~flat).sum()),
-                 "n": len(flat), "p": p, "passed": p >= ALPHA})  # fmt: skip
-    return pd.DataFrame(rows).astype({"passed": bool})
-
-
-def compare(sign, stronger, weaker):
-    """Does `stronger` break more images than `weaker`? The exact one-sided sign test on the images that differ.
-
-    Returns a row of `signs`; "passed" is False where it does, beyond what noise alone shows at level ALPHA.
-    """
-    stronger, weaker = _checked({"stronger": stronger, "weaker": weaker}).values()
-    more, less = int((stronger & ~weaker).sum()), int((weaker & ~stronger).sum())
-    p = stats.binomtest(more, more + less, alternative="greater").pvalue if more + less else 1.0
-    return {"sign": sign, "for": more, "against": less, "n": more + less, "p": p, "passed": p >= ALPHA}
+    flat, reported, *curve = _checked({"flat": flat, "reported": reported} | {e: by_eps[e] for e in grid}).values()
+    rivals = {name: _checked({name: mask, "reported": reported[: len(mask)]})[name] for name, mask in rivals.items()}
+    found = {f"only {name} breaks it": mask & ~reported[: len(mask)] for name, mask in rivals.items()}
+    found["it stands again at a larger eps"] = max((a & ~b for a, b in pairwise(curve)), key=np.sum)
+    return found | {f"it stands at eps {grid[-1]:g}": ~curve[-1], "its loss is flat": flat}
 
 
 class Masked(nn.Module):

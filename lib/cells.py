@@ -10,6 +10,7 @@ figures/<profile>/cells/<recipe>-eps<eps>/<arm>-lr<rate>-seed<seed>.json.
 
 import hashlib
 import json
+import re
 import time
 from dataclasses import asdict
 from decimal import ROUND_HALF_UP, Decimal
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import compute, recipes, runs, training
+from . import compute, inference, recipes, runs, training
 from .attacks import autoattack, pgd
 from .evaluation import predict
 from .files import read_json, write_json
@@ -30,12 +31,12 @@ FIGURES = Path(__file__).resolve().parents[1] / "figures"
 ARM = ("schedule", "schedule_stop", "restarts", "lr", "seed")  # by these settings the cells of one row may differ
 
 
-def configure(settings, arm, periods=(), **changes):
-    """The TrainConfig of an arm: "cosine" or "periodic cosine"; periods: epochs at which the latter begin again."""
+def configure(settings, arm, **changes):
+    """The TrainConfig of an arm, such as "cosine" or "periodic cosine", under a recipe's settings."""
     *again, schedule = arm.split()
-    if again not in ([], ["periodic"]) or (again and not periods):
-        raise ValueError(f"{arm!r} is no arm: it is a schedule, or 'periodic' and one, which then needs periods")
-    return recipes.configure(settings, schedule=schedule, restarts=periods if again else (), **changes)
+    if again not in ([], ["periodic"]):
+        raise ValueError(f"{arm!r} is no arm: it is the name of a schedule, or 'periodic' and one")
+    return recipes.configure(settings, schedule=schedule, restarts=settings["periods"] if again else (), **changes)
 
 
 def attacks(eps, seed, *, steps, step_fraction, strong_steps, queries):
@@ -62,48 +63,52 @@ def wrong(model, x, y, attacks, *, batch_size=250):
     return {name: mask.cpu().numpy() for name, mask in masks.items()}
 
 
-def make(recipe, arm, config, data, aside, plan, periods):
-    """Train, or find, the run of a config, and measure its cell; both are found again (`runs`).
+def make(recipe, settings, arm, data, aside, **changes):
+    """Train, or find, a run, and measure its cell; both are found again (`runs`).
 
     Args:
-        recipe, arm: their names.
-        config: TrainConfig, of `configure`.
+        recipe, settings: a recipe's name and its settings, with plan and periods.
+        arm: as for `configure`.
         data, aside: of `recipes.load`.
-        plan: a dict of what `attacks` takes, and images (attacked by PGD; None: all) and strong_images.
-        periods: epochs before the last one whose networks form the ensemble.
+        changes: of the settings: eps, lr, seed.
     Returns:
         A dict, for `write`.
     """
-    run = runs.run(config, data)
-    facts = {"run": run.folder.name, "aside": aside and aside.fingerprint, "plan": plan, "periods": list(periods)}
-    record = runs.remember("cells", facts, lambda: _measure(run, data, aside, periods, **plan))
-    return {"recipe": recipe, "arm": arm, "config": asdict(config), "version": training.VERSION, "data": data.source,
-            "fingerprint": data.fingerprint, "plan": plan, "periods": list(periods)} | record | {
-                "made": {"training": run.made, "attacks": record["made"]}}  # fmt: skip
+    run, plan, periods = runs.run(configure(settings, arm, **changes), data), settings["plan"], settings["periods"]
+    facts = {"run": run.folder.name, "aside": aside and aside.fingerprint, "plan": plan, "periods": periods}
+    measured = runs.remember("cells", facts, lambda: _measure(run, data, aside, periods, **plan))
+    made = {"training": run.made, "attacks": measured["made"]}
+    return _asked(recipe, arm, run.config, data, settings) | {"masks": measured["masks"], "made": made}
 
 
-def _measure(run, data, aside, periods, *, images, strong_images, **plan):
+def _asked(recipe, arm, config, data, settings):
+    asked = {"recipe": recipe, "arm": arm, "config": asdict(config), "version": training.VERSION, "data": data.source,
+             "fingerprint": data.fingerprint, "plan": settings["plan"], "periods": settings["periods"]}  # fmt: skip
+    return json.loads(json.dumps(asked))  # tuples become lists, as they are read back
+
+
+def _measure(run, data, aside, periods, *, pgd_images, strong_images, **plan):
     config, began, entries = run.config, time.monotonic(), []
-    (name, first), *rest = attacks(config.eps, config.seed, **plan).items()
+    (name, first), *others = attacks(config.eps, config.seed, **plan).items()
 
-    def look(network, epochs, part, x, y, chosen):
+    def look(network, epochs, part, images, chosen):
         members = [run.model(epoch) for epoch in epochs]
         net = (Ensemble(members) if len(members) > 1 else members[0]).to(compute.device())
-        masks = wrong(net, x.to(compute.device()), y.to(compute.device()), chosen)
-        entries.extend({"network": network, "part": part, "epochs": list(epochs), "attack": attack, "n": len(mask),
+        masks = wrong(net, *(t.to(compute.device()) for t in images), chosen)
+        entries.extend({"network": network, "part": part, "epochs": epochs, "attack": attack, "n": len(mask),
                         "wrong": np.packbits(mask).tobytes().hex()} for attack, mask in masks.items())  # fmt: skip
-        return masks[name].mean() if name in masks else None
+        return masks[next(iter(chosen))].mean()
 
     ends, step = [*periods, config.epochs], config.keep_every or config.epochs
-    chosen = {"end": ends[-1:], "ensemble": ends}
+    networks = {"end": ends[-1:], "ensemble": ends}
     if aside:
         kept = sorted({*range(step, config.epochs, step), *config.restarts, config.epochs})
-        robust = {e: look(f"epoch {e}", [e], "aside", aside.x_test, aside.y_test, {name: first}) for e in kept}
-        chosen["best"] = [min(kept, key=robust.get)]
-    for network, epochs in chosen.items():
-        look(network, epochs, "test", data.x_test[:images], data.y_test[:images], {name: first})
+        robust = {e: look(f"epoch {e}", [e], "aside", (aside.x_test, aside.y_test), {name: first}) for e in kept}
+        networks["best"] = [min(kept, key=robust.get)]
+    for network, epochs in networks.items():
+        look(network, epochs, "test", (data.x_test[:pgd_images], data.y_test[:pgd_images]), {name: first})
     row = "ensemble" if config.restarts else "end"  # the network that stands in the paper's Table 1
-    look(row, chosen[row], "strong", data.x_test[:strong_images], data.y_test[:strong_images], dict(rest))
+    look(row, networks[row], "strong", (data.x_test[:strong_images], data.y_test[:strong_images]), dict(others))
     return {"masks": entries, "made": compute.made(time.monotonic() - began)}
 
 
@@ -118,28 +123,23 @@ def path_of(folder, cell):
 def write(folder, cell):
     """Write a cell; one that stands there and differs only in where it was made stays as it is. Returns its path."""
     path = path_of(folder, cell)
-    try:
-        same = _asked_and_found(read_json(path)) == _asked_and_found(cell)
-    except (OSError, ValueError):
-        same = False
-    if not same:
+    if _there(path) != {**cell, "made": None}:
         write_json(path, cell)
     return path
 
 
-def stands(folder, recipe, arm, config, data, plan):
-    """Whether the folder has a cell of just this config, data and plan, wherever it was made."""
-    asked = {"recipe": recipe, "arm": arm, "config": asdict(config), "version": training.VERSION,
-             "fingerprint": data.fingerprint, "plan": plan}  # fmt: skip
+def stands(folder, recipe, settings, arm, data, **changes):
+    """Whether the folder has a cell of just this config, data and plan, wherever it was made (as for `make`)."""
+    asked = _asked(recipe, arm, configure(settings, arm, **changes), data, settings)
+    there = _there(path_of(folder, asked))
+    return {key: there.get(key) for key in asked} == asked
+
+
+def _there(path):
     try:
-        found = read_json(path_of(folder, asked))
+        return read_json(path) | {"made": None}
     except (OSError, ValueError):
-        return False
-    return {key: found.get(key) for key in asked} == json.loads(json.dumps(asked))
-
-
-def _asked_and_found(cell):
-    return json.loads(json.dumps({key: value for key, value in cell.items() if key != "made"}))
+        return {}  # missing or corrupted: made again
 
 
 def read(folders=None):
@@ -149,8 +149,9 @@ def read(folders=None):
         folders: {profile: its folder of cells}; those in figures/ always come along.
     Returns:
         rows: DataFrame, a line per mask, in an order that the files decide and not the order in which they came:
-            profile, recipe, row (a text that says what the cells of a row have in common: cells are compared and
-            averaged within one only), arm, lr, seed, network, part, epochs, attack, n, wrong (the mask), source, made.
+            profile, recipe, row (cells are compared and averaged within one only: all but arm, learning rate and seed
+            is equal there), arm, lr, seed, network, part ("test", "aside", or "strong": other attacks), kind ("clean",
+            "PGD", ...), attack, epochs, n, wrong (the mask), eps, source, device.
         notes: sentences that name the cells left out: of another version, unreadable, or not what their name says.
     """
     folders = {path.parent.name: path for path in sorted(FIGURES.glob("*/cells"))} | (folders or {})
@@ -167,12 +168,21 @@ def read(folders=None):
                 found += _lines(profile, cell)
             except (ValueError, KeyError, TypeError) as error:
                 notes.append(f"{where} is left out: {error}")
-    rows = pd.DataFrame(found, columns=COLUMNS).sort_values(COLUMNS[:9], ignore_index=True)
+    rows = _sorted(found)
     return rows, notes + _mixed(rows)
 
 
-COLUMNS = ["profile", "recipe", "row", "arm", "lr", "seed", "network", "part", "attack", "epochs", "n", "wrong", "eps",
-           "source", "device"]  # fmt: skip
+def table(cells, profile="here"):
+    """The rows, as of `read`, of cells that were just made."""
+    return _sorted([line for cell in cells for line in _lines(profile, cell)])
+
+
+def _sorted(lines):
+    return pd.DataFrame(lines, columns=COLUMNS).sort_values(COLUMNS[:9], ignore_index=True)
+
+
+COLUMNS = ["profile", "recipe", "row", "arm", "lr", "seed", "network", "part", "kind", "attack", "epochs", "n", "wrong",
+           "eps", "source", "device"]  # fmt: skip
 
 
 def _lines(profile, cell):
@@ -186,7 +196,8 @@ def _lines(profile, cell):
              "device": f"{made['device']}, {made['precision']}"}  # fmt: skip
     for entry in cell["masks"]:
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(entry["wrong"]), np.uint8), count=entry["n"]).astype(bool)
-        yield about | {key: entry[key] for key in ("network", "part", "attack", "n", "epochs")} | {"wrong": bits}
+        kind = re.sub(r"-\d+", "", entry["attack"])  # PGD-10 and PGD-40 are of one kind
+        yield about | entry | {"kind": kind, "wrong": bits}
 
 
 def _mixed(rows):
@@ -198,31 +209,40 @@ def _mixed(rows):
             for (profile, recipe, eps), group in kinds if group["row"].nunique() > 1]  # fmt: skip
 
 
-def masks(rows, **which):
-    """{seed: mask} of the lines chosen by columns, such as arm="cosine", lr=0.1, network="end", part="test".
-
-    Raises ValueError where a seed has more than one.
-    """
-    chosen = rows
-    for column, value in which.items():
-        chosen = chosen[chosen[column] == value]
+def masks(rows, arm, lr, network="end", part="test", kind="PGD"):
+    """{seed: mask} of an arm at a learning rate. rows: of one row. Raises ValueError where a seed has two."""
+    asked = {"arm": arm, "lr": lr, "network": network, "part": part, "kind": kind}
+    chosen = rows[np.logical_and.reduce([rows[column] == value for column, value in asked.items()])]
     if chosen["seed"].duplicated().any():
-        raise ValueError(f"more than one mask of a seed: say which, of {', '.join(COLUMNS[:9])}")
+        raise ValueError(f"two masks of one seed: the cells are of more than one row ({', '.join(set(chosen['row']))})")
     return dict(zip(chosen["seed"].tolist(), chosen["wrong"], strict=True))
 
 
 def pair(first, second):
-    """Two arrays (seeds, images) of the seeds that both have and the images that all have, for `inference.difference`,
-    and those seeds; of two dicts {seed: mask}."""
+    """Of two dicts {seed: mask}: two arrays (seeds, images) of what both have, for `inference`, and the seeds."""
     seeds = sorted(first.keys() & second.keys())
     n = min([len(m[s]) for m in (first, second) for s in seeds], default=0)
     return *(np.array([m[s][:n] for s in seeds]).reshape(len(seeds), n) for m in (first, second)), seeds
 
 
-def worst(*several):
-    """{seed: mask} of the images that any of several attacks turns, over the images that all of them saw."""
-    seeds = sorted(set.intersection(*(set(m) for m in several)))
-    return {s: np.logical_or.reduce([m[s][: min(len(k[s]) for k in several)] for m in several]) for s in seeds}
+def compare(rule, rows, first, second, unless=""):
+    """What a rule finds of two arms of a row, each as (arm, lr) or (arm, lr, network), paired by seed."""
+    a, b, seeds = pair(masks(rows, *first), masks(rows, *second))
+    none = inference.Finding("undecided", None, "nothing", "no cells of a common seed yet")
+    return rule(a, b, unless=unless) if seeds else none
+
+
+def rates(rows, arm):
+    """{learning rate: {seed: robust error of the arm's last network on the images set aside}}."""
+    part = rows[(rows["arm"] == arm) & (rows["part"] == "aside") & (rows["kind"] == "PGD")]
+    part = part.loc[part["epochs"].map(max).sort_values(kind="stable").index].groupby(["lr", "seed"])["wrong"].last()
+    return {lr: {s: float(part[lr, s].mean()) for s in part[lr].index} for lr in part.index.unique("lr")}
+
+
+def stuck(rows, arm, lr):
+    """How many runs of an arm are on the plateau: they err on four images in five, and no attack changes that."""
+    clean, attacked = (masks(rows, arm, lr, kind=kind) for kind in ("clean", "PGD"))
+    return sum(bool(clean[s].mean() >= 0.8 and attacked[s].mean() - clean[s].mean() <= 0.02) for s in clean)
 
 
 def notation(values):

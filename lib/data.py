@@ -129,7 +129,7 @@ class Data:
         if not 1 <= n < len(self.y_train):
             raise ValueError(f"cannot set aside {n} of {len(self.y_train)} training images")
         parts = self.x_train[:-n], self.y_train[:-n], self.x_train[-n:], self.y_train[-n:]
-        return Data(*parts, f"{self.source}, tested on the last {n:,} of the training images")
+        return Data(*parts, f"{self.source}, {n:,} training images set aside")
 
     def rgb(self):
         """Grey images as networks for small colour images take them: three equal channels, a black border up to
@@ -383,13 +383,13 @@ def _shown_size(file):
 def _shown(file):
     """The picture as a viewer shows it: see `image_folder`."""
     with _open(file) as image:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16 bits
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
 def mnistm():

@@ -120,18 +120,14 @@ def _loss_and_error(model, x, y, attack, batch_size):
         x = attacked(model, x, y, attack, batch_size=batch_size)
     logits = predict(model, x, batch_size=batch_size)
     loss = F.cross_entropy(logits.double(), y).item()
-    _check_finite(loss)
-    return loss, (logits.argmax(1) != y).double().mean().item()
-
-
-def _check_finite(loss):
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss} at some point: check the parameters there, the data and the steps")
+    return loss, (logits.argmax(1) != y).double().mean().item()
 
 
 def flat(model):
     """A copy of the parameters as one vector (P,)."""
-    return torch.cat([own(p).reshape(-1) for p in model.parameters()])
+    return torch.cat([own(p).clone().reshape(-1) for p in model.parameters()])  # no views of what inference mode made
 
 
 @differentiating()
@@ -194,7 +190,7 @@ def scatter(model, direction, distances, x, y, attack, *, symmetric=False, batch
 def _gradient(model, x, y, batch_size):
     """Gradient (P,) of the mean loss, in evaluation mode."""
     batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
-    return sum(loss_gradient(model, *batch)[1] for batch in batches) / len(x)
+    return sum(loss_gradient(model, *batch) for batch in batches) / len(x)
 
 
 def _mean_cosine(a, b):
@@ -312,9 +308,7 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
             move(moved, weights @ curve.points)
             if attack is not None:
                 inputs = attack(moved, inputs, labels)
-            loss, gradient = loss_gradient(moved, inputs, labels)
-            _check_finite(loss.item())
-            bends.grad = torch.outer(weights[1:-1], gradient / len(labels))
+            bends.grad = torch.outer(weights[1:-1], loss_gradient(moved, inputs, labels) / len(labels))
             optimizer.step()
     curve.points[1:-1] = bends.detach()
     return curve

@@ -324,10 +324,12 @@ class TestWeightBox:
             assert b.loss_low <= a.loss_low and a.loss_high <= b.loss_high and a.gradient <= b.gradient
 
     @pytest.mark.parametrize("change, message", [
-        (lambda m: m.insert(2, nn.BatchNorm1d(5)), r"weights of layer BatchNorm1d.* \(2\): not linear"),
-        (lambda m: m.append(nn.Sequential(nn.Linear(3, 3))), r"\(6\): not linear, or nested"),
-        (lambda m: m.extend([m[1], nn.Flatten()]), "weights that two layers share"),
-        (lambda m: m.append(nn.Sigmoid()), "no interval bounds for layer Sigmoid"),
+        (lambda m: m.insert(2, nn.BatchNorm1d(5)), "not nested, that share no parameter"),
+        (lambda m: m.insert(2, nn.Sequential(nn.Linear(5, 5))), "not nested, that share no parameter"),
+        (lambda m: m.insert(4, m[3]).insert(2, nn.Sequential(nn.Linear(5, 5))), "not nested, that share no parameter"),
+        (lambda m: m.insert(4, m[3]), "not nested, that share no parameter"),
+        (lambda m: m.insert(3, nn.Sigmoid()), "no interval bounds for layer Sigmoid"),
+        (lambda m: m.append(nn.ReLU()), "ends in nn.Linear"),
     ])  # fmt: skip
     def test_what_it_refuses(self, change, message):
         model, (x, y) = plain_mlp(0, "relu").double().eval(), data()
@@ -485,7 +487,7 @@ class TestBadInput:
     @pytest.mark.parametrize("x, y, message", [
         (torch.rand(2, 1, 2, 3) + 1, [0, 1], r"x must lie in \[0, 1\]"),
         (torch.rand(2, 6), [0, 1], r"x must be a tensor \(B, C, H, W\)"),
-        (torch.ones(2, 1, 2, 3, dtype=torch.uint8), [0, 1], "x must be floating"),
+        (torch.ones(2, 1, 2, 3, dtype=torch.uint8), [0, 1], "x must be float"),
         (torch.rand(2, 1, 2, 3), [0, 4], "labels run from 0 to 4, but the model has 4 classes"),
         (torch.rand(2, 1, 2, 3), [-1, 0], "labels run from -1 to 0"),
         (torch.rand(2, 1, 2, 3), [0, 1, 2], "y must be int64 labels of shape"),

@@ -119,7 +119,7 @@ def _cell(value) -> str:
     return str(value).replace("\\|", "\\Vert ").replace("|", "\\|")
 
 
-def _table(header: list[str], rows: list[list]) -> str:
+def table(header: list[str], rows: list[list]) -> str:
     lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -167,12 +167,12 @@ def _ledger(ledger: str, claims: list[dict], titles: dict[str, str], figures: Pa
         counts = Counter((profile, row["verdict"]) for row, profile in _rows(claims, ledger))
         profiles = dict.fromkeys(record["profile"] for record in sorted(claims, key=_rank))
         rows = [[f"`{name}`", *(counts[name, verdict] for verdict in VERDICTS)] for name in profiles]
-        parts.append(_table(["profile", *VERDICTS], rows))
+        parts.append(table(["profile", *VERDICTS], rows))
     for notebook in sorted(titles):
         rows = _rows([record for record in claims if record["notebook"] == notebook], ledger)
         if rows:
             lines = [[*(_value(row, key) for key in columns), _place(figures, row, p)] for row, p in rows]
-            parts += [_heading(notebook, titles), _table([*columns.values(), "from"], lines)]
+            parts += [_heading(notebook, titles), table([*columns.values(), "from"], lines)]
     return parts if len(parts) > 1 else []
 
 
