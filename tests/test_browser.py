@@ -169,7 +169,7 @@ def parameters(cells, **changes):
 def test_to_open_and_save_changes_nothing(lab):
     assert git(lab.folder, "status", "--porcelain") == ""
     lab.page.locator(".jp-DirListing-item", has_text=f"{PLAYED}.py").dblclick()  # as a notebook, not as text
-    lab.page.wait_for_selector(".jp-Notebook >> text=Early training")
+    lab.page.wait_for_selector(".jp-Notebook h1:has-text('Early training'):visible")
     lab.do("application:close")
     for name in NAMES:
         for suffix in (".ipynb", ".py"):

@@ -68,7 +68,7 @@ def add(layout, name, *cells, **options):
 
 def run(layout, *arguments, **options):
     command = [sys.executable, str(TOOLS / "run.py"), "--root", str(layout.root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 # ---------------------------------------------------------------- one notebook, executed and cleaned by hand
@@ -238,7 +238,7 @@ def test_a_spoilt_rendering_is_found(pair, capsys, case):
 
 
 def test_jupyterlab_would_write_the_source_back_as_it_is(pair, capsys):
-    text = (pair.notebooks / "01_a.py").read_text() + "\n\n\n# %%\nx\n"
+    text = (pair.notebooks / "01_a.py").read_text() + "\n\n# %%\ndef f():\n    pass\n\n# %%\nx\n"
     (pair.notebooks / "01_a.py").write_text(text)
     notebook = json.loads(jupytext.writes(profiles.source(pair.notebooks / "01_a.py"), "ipynb"))
     for cell, done in zip(notebook["cells"], nbclean.clean(executed())["cells"], strict=False):
@@ -293,7 +293,8 @@ def test_both_ways_out_of_an_edit_in_the_ipynb(pair, capsys, kept):
     subprocess.run([sys.executable, *command], cwd=pair.root, check=True, capture_output=True)
     assert ("an_edit" in source.read_text()) == ("an_edit" in rendering.read_text()) == (kept == ".ipynb")
     assert source.read_text().startswith(HEADER)
-    assert check_pairs.pair_problems(source, rendering) == []
+    problems = check_pairs.pair_problems(source, rendering)
+    assert problems == [f".ipynb is not clean ({check_pairs.AGAIN})"] * (kept == ".ipynb")  # what the next run mends
 
 
 # ---------------------------------------------------------------- profiles: everything is checked before anything runs
