@@ -27,7 +27,7 @@
 #
 # A [reviewer](https://papers.neurips.cc/paper_files/paper/2020/file/f56d8183992b6c54c92c16a8519a6e2b-Review.html) asked
 # for experiments with linear classifiers, for a cleaner proof, and whether useless is the opposite of robust. The
-# answers are here. Where the statement needs care (a bias, more than two classes, more than one point) the text says so.
+# answers are here. Where the statement needs care (a bias, more than two classes or one point) the text says so.
 #
 # *Change this, expect that.* `pairs = [[2, 8]]`: another eps_bar, and the same picture of SGD round it.
 # `sgd_steps = 100`: the loss just below eps_bar is no longer under log 2, and the answer says that it is undecided or
@@ -38,7 +38,7 @@ profile = "quick"
 seeds = [0, 1, 2, 3]
 slice_size = 201  # pixels along a side of a picture of parameter space
 directions = 4000  # directions for which fractions are counted
-classifiers = 100  # random classifiers in each test of monotonicity
+classifiers = 50  # random classifiers in each test of monotonicity
 ratios = [0.6, 0.8, 0.9, 0.96, 0.97, 0.98, 0.99, 1.02, 1.1, 1.2]  # eps / eps_bar where the loss is minimised
 dataset = "mnist5k"
 pairs = [[0, 1], [3, 7], [4, 9]]
@@ -180,8 +180,8 @@ stepper(figs, texts, what="V (blue) and T (orange) in the plane of classifiers a
 # %% [markdown]
 # Now the statement itself, on random classifiers for two, three and five classes and both norms. The formulas above
 # would settle it by their form, so they are left out: a classifier counts as robust if it keeps the label of every
-# point under an attack by all corners of the square (max norm), or by 64 points of the circle (Euclidean); a direction
-# counts as useless if no one of 28 scales between 1e-7 and 100 has a robust loss, by the same attack, below log K.
+# point under an attack by all corners of the square (max norm), or by 32 points of the circle (Euclidean); a direction
+# counts as useless if no one of 15 scales between 1e-7 and 100 has a robust loss, by the same attack, below log K.
 
 # %%
 rules = {
@@ -189,14 +189,16 @@ rules = {
                          tolerance=0),
     "T": inference.exact("directions that are useless at one eps of a grid but not at the next larger one",
                          tolerance=0),
+    "formulas": inference.exact("classifiers on which formula and attack, or formula and search, disagree",
+                                tolerance=0),
 }  # fmt: skip
-book_rules = inference.together({k: inference.Finding("", True, r.text) for k, r in rules.items()})
-print(book_rules.measured)
+for each in rules.values():
+    print(each.text)
 
 # %%
-turn = 2 * np.pi * np.arange(64) / 64
+turn = 2 * np.pi * np.arange(32) / 32
 EXTREMES = {"linf": np.array([[-1.0, -1], [-1, 1], [1, -1], [1, 1]]), "l2": np.stack([np.cos(turn), np.sin(turn)], 1)}
-SCALES = np.geomspace(1e-7, 100, 28)
+SCALES = np.geomspace(1e-7, 100, 15)
 
 
 def attacked(W, x, y, eps, norm):
@@ -215,7 +217,7 @@ def against_the_order(in_v, in_t):
 
 
 # %%
-wrong, backwards, off, moves = {"V": [], "T": []}, [], [], np.zeros(2, int)
+wrong, off, moves = {"V": [], "T": []}, [], np.zeros(2, int)
 for s in seeds:
     rng = np.random.default_rng(s)
     for K in (2, 3, 5):
@@ -228,7 +230,7 @@ for s in seeds:
             for name, count in zip(wrong, against_the_order(v, t)):
                 wrong[name].append(count)
             moves += against_the_order(v[::-1], t[::-1])
-            inner = 1 if kind == "linf" else np.cos(np.pi / 64)  # the 64 points leave this much of the circle's radius
+            inner = 1 if kind == "linf" else np.cos(np.pi / 32)  # the 32 points leave this much of the circle's radius
             for e, v_e, t_e in zip(grid, v, t):
                 tight, loose = ([f(W, x, y, eps=r * e, norm=kind) for f in (linear.in_v, linear.in_t)]
                                 for r in (1, inner))  # fmt: skip
@@ -248,12 +250,11 @@ book.check(
     "The test of order can fail: with eps in falling order it finds steps against the order",
     measured=f"{moves[0]} for V, {moves[1]} for T", holds=bool(moves.min() > 0),
 )  # fmt: skip
-book.check("V and T by formula agree with the attack and the search along directions", measured=f"{sum(off)} "
-           f"disagreements in {2 * len(off) // 2 * classifiers:,} comparisons", holds=sum(off) == 0)  # fmt: skip
+book.check("V and T by formula agree with the attack and the search along directions", holds=rules["formulas"](off))
 book.answer(
     "Is there a cleaner proof of Theorem 1?",
-    "Yes, one line each: a smaller ball lies in the larger one (V); the loss at a larger budget is nowhere smaller, and "
-    "the same at the origin (T). Independent tests of both, by an attack and by a search along directions, find "
+    "Yes, one line each: a smaller ball lies in the larger one (V); the loss at a larger budget is nowhere smaller, "
+    "and the same at the origin (T). Independent tests of both, by an attack and by a search along directions, find "
     f"{sum(wrong['V']) + sum(wrong['T'])} exceptions.",
     reviewer="A reviewer", n=n_text, source=toy,
 )  # fmt: skip
@@ -316,9 +317,9 @@ neither = sum(not linear.in_v(*case, eps=0, norm="l2") and not linear.in_t(*case
               for case in (two, three))  # fmt: skip
 book.answer(
     "Is T the complement of V?",
-    f"For one point and two classes it is: {single.neither.max():.3f} of the directions are in neither. In general it is "
-    f"not: for {len(points)} points up to {several.neither.max():.2f} of the directions are in neither, and {neither} of "
-    "2 counter-examples are confirmed. There are three regions: robust, useless, and a finite best scale.",
+    f"For one point and two classes it is: {single.neither.max():.3f} of the directions are in neither. In general it "
+    f"is not: for {len(points)} points up to {several.neither.max():.2f} of the directions are in neither, and "
+    f"{neither} of 2 counter-examples are confirmed. There are three regions: robust, useless, and a finite best scale.",
     reviewer="A reviewer", n=f"{directions:,} directions", source=toy,
 )  # fmt: skip
 
@@ -346,8 +347,8 @@ book.answer(
 # $S(W)=\sum_k\pi_k\|w_k-\bar w\|_q$:
 # $$2s^2/\overline{r^2}\;\le\;L_\epsilon(0)-\min L_\epsilon\;\le\;(\bar\epsilon-\epsilon)\,S(W^*).$$
 # *Left:* the second derivative of log-sum-exp is at most a quarter of the squared range, so
-# $L_\epsilon(\gamma W)\le L_\epsilon(0)-\gamma s+\gamma^2\overline{r^2}/8$; take the best $\gamma$. *Right:* $L_\epsilon$
-# is convex, so it is at least $L_\epsilon(0)$ plus the slope along $W^*$, and that slope is at least 0 at eps_bar and
+# $L_\epsilon(\gamma W)\le L_\epsilon(0)-\gamma s+\gamma^2\overline{r^2}/8$; take the best $\gamma$. *Right:*
+# $L_\epsilon$ is convex, so it is at least $L_\epsilon(0)$ plus the slope along $W^*$, and that slope is at least 0 at eps_bar and
 # falls by $S(W^*)$ per unit of eps. $S(W^*)$ itself goes to zero, as is measured here.
 
 # %%
@@ -355,7 +356,7 @@ rules = {
     "zero": inference.exact("largest ||W*|| at 1.1 eps_bar and beyond", tolerance=1e-5),
     "root": inference.exact("root of ||W*|| in units of eps_bar by the formula, minus 1; 2 classes", tolerance=5e-4),
     "root, 3 classes": inference.exact("the same for 3 classes, where the solver is less exact", tolerance=5e-3),
-    "square": inference.exact("power with which the gap closes over the last 4 %, minus 2", tolerance=0.1),
+    "bounds": inference.exact("by how much the gap of the loss is outside its bounds, nats", tolerance=0),
 }
 for each in rules.values():
     print(each.text)
@@ -411,8 +412,8 @@ for (upper, lower), (kind, part) in zip(axes.T, optima.groupby("norm", sort=Fals
 axes[0, 1].legend()
 book.save(
     fig, "01_optimum", optima, source=toy,
-    caption="The best classifier against the budget, in units of eps_bar by the formula: 18 (three classes) or 14 (two) "
-    "points in the plane, classes of unequal size. Top: its norm. Bottom: what it gains over a constant classifier, "
+    caption="The best classifier against the budget, in units of eps_bar by the formula: 18 (three classes) or 14 "
+    "(two) points in the plane, classes of unequal size. Top: its norm. Bottom: what it gains over a constant classifier, "
     "log-log; bands: the two bounds (no bias).",
 )  # fmt: skip
 
@@ -421,11 +422,10 @@ roots = []
 for (K, kind, bias), line in optima.groupby(["K", "norm", "bias"], sort=False):
     near = line[(line.ratio > 0.95) & (line.ratio < 1)]
     root = np.polynomial.Polynomial.fit(near["norm of W*"], near.ratio, 2)(0.0)
-    power = np.polyfit(np.log(1 - near.ratio), np.log(near["loss gap"]), 1)[0]
     above, below = line[line.ratio > 1.05]["norm of W*"].max(), line[line.ratio < 1]["norm of W*"].min()
-    roots.append((K, kind, bias, line.eps_bar.iloc[0], root - 1, power, above, below))
+    roots.append((K, kind, bias, line.eps_bar.iloc[0], root - 1, above, below))
 roots = pd.DataFrame(
-    roots, columns=["K", "norm", "bias", "eps_bar", "root / eps_bar - 1", "power", "||W*|| above", "||W*|| below"]
+    roots, columns=["K", "norm", "bias", "eps_bar", "root / eps_bar - 1", "||W*|| above", "||W*|| below"]
 )
 roots.round(5)
 
@@ -435,7 +435,8 @@ book.claim(
     "There is an eps_bar from which on the best parameters are zero", section="3.1, Theorem 1", believe=True,
     paper="from some budget on, the constant classifier is optimal", holds=rules["zero"](plain["||W*|| above"]),
     measured=f"||W*|| at most {plain['||W*|| above'].max():.0e} from 1.1 eps_bar on, at least "
-    f"{plain['||W*|| below'].min():.0e} below eps_bar (no bias)", n=f"{len(plain)} cases: K = 2, 3, both norms", source=toy,
+    f"{plain['||W*|| below'].min():.0e} below eps_bar (no bias)",
+    n=f"{len(plain)} cases: K = 2, 3, both norms", source=toy,
 )  # fmt: skip
 gain = [np.log(K) - entropy(np.bincount(classes(K)[1])) for K in (2, 3)]
 book.check(
@@ -445,11 +446,9 @@ book.check(
 for K, part in roots.groupby("K"):
     rule = rules["root" if K == 2 else "root, 3 classes"]
     book.check(f"eps_bar has the value of the formula ({K} classes)", holds=rule(part["root / eps_bar - 1"]))
-book.check("The loss gap closes with the square of the distance from eps_bar", holds=rules["square"](roots.power - 2))
 inside = optima.dropna()
-slack = np.r_[inside.lower - inside["loss gap"], inside["loss gap"] - inside.upper] - 2 * inside["certified gap"].max()
-book.check("The loss gap lies between its two bounds", measured=f"{(slack > 0).sum()} of {len(slack)} outside",
-           holds=bool((slack <= 0).all()))  # fmt: skip
+outside = np.r_[inside.lower - inside["loss gap"], inside["loss gap"] - inside.upper] - inside["certified gap"].max()
+book.check("The loss gap lies between its two bounds", holds=rules["bounds"](np.maximum(outside, 0)))
 
 # %% [markdown]
 # ## Three regimes of a separable set
@@ -594,8 +593,8 @@ axes[1].annotate("log 2", (0.0, np.log(2)), xytext=(0, -10), textcoords="offset 
 axes[1].get_legend().remove()
 book.save(
     fig, "01_sgd_digits", trained, source=digits.source, seeds=seeds,
-    caption=f"Linear classifiers of two digits after {sgd_steps:,} steps of SGD against the exact attack; mean and range "
-    f"of {len(seeds)} seed{'s' * (len(seeds) > 1)}, all training images. Dotted: eps_bar of each pair by the formula.",
+    caption=f"Linear classifiers of two digits after {sgd_steps:,} steps of SGD against the exact attack; mean and "
+    f"range of {len(seeds)} seed{'s' * (len(seeds) > 1)}, all training images. Dotted: eps_bar of each pair by the formula.",
 )  # fmt: skip
 
 
@@ -612,8 +611,8 @@ if nearest is not None and beyond is not None:
     norms = trained[trained.ratio >= beyond]["norm of w"].max() / trained["norm of w"].max()
     book.answer(
         "Do experiments with linear classifiers show the theorem?",
-        f"Does SGD on two digits beat the constant classifier at {nearest} eps_bar: {said[below.holds]} (loss minus log 2: "
-        f"{below.measured}). Does it end at the constant classifier at {beyond} eps_bar: {said[above.holds]} "
+        f"Does SGD on two digits beat the constant classifier at {nearest} eps_bar: {said[below.holds]} (loss minus "
+        f"log 2: {below.measured}). Does it end at the constant classifier at {beyond} eps_bar: {said[above.holds]} "
         f"({above.measured}); the weights there are at most {norms:.4f} of the largest.",
         reviewer="A reviewer", n=f"{len(pairs)} pairs of digits x {len(seeds)} seeds", source=digits.source,
     )  # fmt: skip
