@@ -1,8 +1,10 @@
 """What a notebook leaves: figures with the numbers drawn and their provenance, and rows of the ledgers."""
 
 import ast
+import base64
 import copy
 import hashlib
+import html
 import io
 import json
 import os
@@ -16,8 +18,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from IPython import get_ipython
+from IPython.display import HTML, Markdown, display
 from IPython.display import Image as Shown
-from IPython.display import Markdown, display
 from PIL import Image, ImageChops
 
 from . import claims, compute, recipes, runs
@@ -314,3 +316,33 @@ def _short(value):
 def _title(name):
     first = next(cell.source for cell in _cells(name) if cell.cell_type == "markdown")
     return first.splitlines()[0].lstrip("# ")
+
+
+def stepper(figs, labels, *, what):
+    """Pictures to step through with a slider: lives on a static page and in JupyterLab, and repeats byte for byte.
+
+    Args:
+        figs: matplotlib figures of one size, at most 7 inches wide; closed here.
+        labels: what is shown beside the slider, one text per figure.
+        what: the alternative text.
+    Returns:
+        An HTML object, to end a cell with. The first picture is what is seen without JavaScript.
+    """
+    pictures = []
+    for fig, label in zip(figs, labels, strict=True):
+        buffer, small = io.BytesIO(), io.BytesIO()
+        fig.savefig(buffer, dpi=100, metadata={"Software": None})
+        plt.close(fig)
+        few = Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        few.save(small, "png", optimize=True)
+        pictures.append(
+            f'<figure style="margin:0;display:{"none" if pictures else "block"}"><figcaption>{label}</figcaption>'
+            f'<img alt="{html.escape(f"{what}, {label}")}" width="{few.width * 96 // 100}" style="max-width:100%" '
+            f'src="data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}"></figure>'
+        )
+    show = "(f, i) => f.style.display = i == this.value ? 'block' : 'none'"
+    return HTML(
+        f'<div><input type="range" min="0" max="{len(pictures) - 1}" value="0" style="width:60%" '
+        f'aria-label="{html.escape(what)}" oninput="this.parentNode.querySelectorAll(\'figure\').forEach({show})">'
+        f"{''.join(pictures)}</div>"
+    )
