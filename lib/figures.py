@@ -336,7 +336,8 @@ def stepper(figs, labels, *, what):
         few = Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE)
         few.save(small, "png", optimize=True)
         pictures.append(
-            f'<figure style="margin:0;display:{"none" if pictures else "block"}"><figcaption>{label}</figcaption>'
+            f'<figure style="margin:0;display:{"none" if pictures else "block"}">'
+            f"<figcaption>{html.escape(label)}</figcaption>"
             f'<img alt="{html.escape(f"{what}, {label}")}" width="{few.width * 96 // 100}" style="max-width:100%" '
             f'src="data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}"></figure>'
         )

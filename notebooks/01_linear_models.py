@@ -39,7 +39,7 @@ seeds = [0, 1, 2, 3]
 slice_size = 201  # pixels along a side of a picture of parameter space
 directions = 4000  # directions for which fractions are counted
 classifiers = 50  # random classifiers in each test of monotonicity
-ratios = [0.6, 0.8, 0.9, 0.96, 0.97, 0.98, 0.99, 1.02, 1.1, 1.2]  # eps / eps_bar where the loss is minimised
+ratios = [0.6, 0.8, 0.96, 0.97, 0.98, 0.99, 1.1, 1.2]  # eps / eps_bar where the loss is minimised
 dataset = "mnist5k"
 pairs = [[0, 1], [3, 7], [4, 9]]
 sgd_ratios = [0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25]
@@ -319,7 +319,8 @@ book.answer(
     "Is T the complement of V?",
     f"For one point and two classes it is: {single.neither.max():.3f} of the directions are in neither. In general it "
     f"is not: for {len(points)} points up to {several.neither.max():.2f} of the directions are in neither, and "
-    f"{neither} of 2 counter-examples are confirmed. There are three regions: robust, useless, and a finite best scale.",
+    f"{neither} of 2 counter-examples are confirmed. There are three regions: robust, useless, and a finite best "
+    "scale.",
     reviewer="A reviewer", n=f"{directions:,} directions", source=toy,
 )  # fmt: skip
 
@@ -348,8 +349,8 @@ book.answer(
 # $$2s^2/\overline{r^2}\;\le\;L_\epsilon(0)-\min L_\epsilon\;\le\;(\bar\epsilon-\epsilon)\,S(W^*).$$
 # *Left:* the second derivative of log-sum-exp is at most a quarter of the squared range, so
 # $L_\epsilon(\gamma W)\le L_\epsilon(0)-\gamma s+\gamma^2\overline{r^2}/8$; take the best $\gamma$. *Right:*
-# $L_\epsilon$ is convex, so it is at least $L_\epsilon(0)$ plus the slope along $W^*$, and that slope is at least 0 at eps_bar and
-# falls by $S(W^*)$ per unit of eps. $S(W^*)$ itself goes to zero, as is measured here.
+# $L_\epsilon$ is convex, so it is at least $L_\epsilon(0)$ plus the slope along $W^*$, and that slope is
+# at least 0 at eps_bar and falls by $S(W^*)$ per unit of eps. $S(W^*)$ itself goes to zero, as is measured here.
 
 # %%
 rules = {
@@ -413,8 +414,8 @@ axes[0, 1].legend()
 book.save(
     fig, "01_optimum", optima, source=toy,
     caption="The best classifier against the budget, in units of eps_bar by the formula: 18 (three classes) or 14 "
-    "(two) points in the plane, classes of unequal size. Top: its norm. Bottom: what it gains over a constant classifier, "
-    "log-log; bands: the two bounds (no bias).",
+    "(two) points in the plane, classes of unequal size. Top: its norm. Bottom: what it gains over a constant "
+    "classifier, log-log; bands: the two bounds (no bias).",
 )  # fmt: skip
 
 # %%
@@ -594,7 +595,8 @@ axes[1].get_legend().remove()
 book.save(
     fig, "01_sgd_digits", trained, source=digits.source, seeds=seeds,
     caption=f"Linear classifiers of two digits after {sgd_steps:,} steps of SGD against the exact attack; mean and "
-    f"range of {len(seeds)} seed{'s' * (len(seeds) > 1)}, all training images. Dotted: eps_bar of each pair by the formula.",
+    f"range of {len(seeds)} seed{'s' * (len(seeds) > 1)}, all training images. Dotted: eps_bar of each pair by the "
+    "formula.",
 )  # fmt: skip
 
 

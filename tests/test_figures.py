@@ -252,3 +252,18 @@ class TestLedgers:
     )
     def test_verdicts(self, holds, verdict):
         assert claims.verdict(holds) == verdict
+
+
+def test_a_stepper_stands_alone_and_repeats():
+    def made():
+        figs = [plt.figure(figsize=(2, 1)) for _ in range(3)]
+        for i, fig in enumerate(figs):
+            fig.gca().plot([0, i])
+        return figures.stepper(figs, ["a", "b", "c < d"], what='the "ball"').data
+
+    page = made()
+    assert page == made() and not plt.get_fignums()
+    assert page.count("<img") == page.count("alt=") == 3 and page.count("display:block") == 1
+    assert "http" not in page and "c &lt; d" in page and "&quot;ball&quot;" in page
+    with pytest.raises(ValueError):
+        figures.stepper([plt.figure()], ["a", "b"], what="ball")
