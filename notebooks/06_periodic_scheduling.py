@@ -101,8 +101,9 @@ book.save(
 # ## At one learning rate
 #
 # As in the paper, first at one rate for all. A network is *on the plateau* if it errs on four digits in five and no
-# attack changes that; to leave it is to classify at all, and so it is judged by the clean error. Robust errors are by PGD from a random point of the ball, image by image, so that two arms are
-# compared on the same digits under the same seeds.
+# attack changes that; to leave it is to classify at all, and so it is judged by the clean error. Robust errors are by
+# PGD from a random point of the ball, image by image, so that two arms are compared on the same digits under the same
+# seeds.
 
 # %%
 escape = inference.difference("clean error at one learning rate, cosine minus constant", margin=margin)

@@ -192,8 +192,8 @@ axes[1].set(xlabel="largest eigenvalue of the Hessian")
 book.save(
     fig, "12_networks", table, source=source, seeds=[] if theirs else seeds,
     caption=f"{'The released networks' if theirs else 'Networks of our own in the released layout'}: errors on "
-    f"{images} test images (clean hollow, worst case over {', '.join(kinds[1:-1])} filled; dotted: guessing) and the largest "
-    f"eigenvalue of the Hessian at {sharp_images} attacked test images; a point per network.",
+    f"{images} test images (clean hollow, worst case over {', '.join(kinds[1:-1])} filled; dotted: guessing) and the "
+    f"largest eigenvalue of the Hessian at {sharp_images} attacked test images; a point per network.",
 )  # fmt: skip
 
 # %% [markdown]
