@@ -97,12 +97,15 @@ def weight_box(model, x, y, *, radius):
     Returns:
         WeightBox.
     Raises:
-        ValueError: as for `bounds`; another layer that has parameters, or a parameter that two layers share.
+        ValueError: as for `margin_bounds`; another layer that has parameters, or a parameter that two layers share.
     """
     (x, y, _), radius = check_inputs(x, y), check_eps(radius, name="radius", norm="l2")
     with torch.inference_mode(False), torch.no_grad():
         exact, low, high, squares, backs = _exact(model), x.double(), x.double(), [], []
-        _check_moving(exact)
+        _split(exact)
+        owned = [id(p) for layer in exact if _moves(layer) for p in layer.parameters()]
+        if owned != [id(p) for p in exact.parameters()]:  # which names a parameter once
+            raise ValueError("a box of weights takes nn.Linear and nn.Conv2d, not nested, that share no parameter")
         for layer in exact:
             low, high, back = _moving(layer, low, high, radius, squares) if _moves(layer) else _carry(layer, low, high)
             backs.insert(0, back)
@@ -119,16 +122,6 @@ def weight_box(model, x, y, *, radius):
 
 def _moves(layer):
     return type(layer) in (nn.Linear, nn.Conv2d)
-
-
-def _check_moving(model):
-    if type(model) is not nn.Sequential:
-        raise ValueError(f"the model must be an nn.Sequential, got {type(model).__name__}")
-    for name, layer in model.named_children():
-        if not _moves(layer) and any(True for _ in layer.parameters()):
-            raise ValueError(f"no bounds over a box of the weights of layer {layer} ({name}): not linear, or nested")
-    if sum(len(list(layer.parameters())) for layer in model) != len(list(model.parameters())):
-        raise ValueError("no bounds over a box of weights that two layers share")
 
 
 def _moving(layer, low, high, radius, squares):

@@ -20,8 +20,9 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from .attacks import channels_last, check_labels
+from .attacks import check_labels
 from .differentiate import as_module, differentiating, gradient, own
+from .fast import channels_last
 from .models import any_layout
 
 MAX_STEPS = 500  # of Lanczos, which keeps a vector (P,) for each
@@ -68,7 +69,7 @@ class Hessian:
 
     def _gradient(self, x, y):
         """Gradient (P,) of the summed loss, with the graph to differentiate it again."""
-        return _finite(loss_gradient(self._model, x, y, again=True)[1])
+        return _finite(loss_gradient(self._model, x, y, again=True))
 
     def _product(self, g, v):
         return _flat(gradient(g, [*self._model.parameters()], v, keep=True))
@@ -250,7 +251,9 @@ def spectral_density(model, x, y, *, num_probes=5, num_steps=60, width=None, gri
     if grid is None:
         grid = np.linspace(nodes.min() - 4 * width, nodes.max() + 4 * width, 1000)
     kernel = np.exp(-0.5 * ((grid[:, None, None] - nodes) / width) ** 2) / (width * math.sqrt(2 * math.pi))
-    density, half = _mean_and_half_width((kernel * weights).sum(-1))
+    each = (kernel * weights).sum(-1)
+    density = each.mean(-1)
+    half = student.ppf(0.975, num_probes - 1) * each.std(-1, ddof=1) / math.sqrt(num_probes)
     return Density(grid, density, np.maximum(density - half, 0), density + half, nodes, weights)
 
 
@@ -285,13 +288,6 @@ def _signs(hessian, generator):
     """A vector of random signs (P,), made on the CPU so that every device has the same."""
     signs = torch.randint(2, (hessian.size,), generator=generator) * 2 - 1
     return signs.to(hessian.device, hessian.dtype)
-
-
-def _mean_and_half_width(samples):
-    """Mean over the last axis and half the width of its 95 % confidence interval (Student)."""
-    num = samples.shape[-1]
-    half = student.ppf(0.975, num - 1) * samples.std(-1, ddof=1) / math.sqrt(num)
-    return samples.mean(-1), half
 
 
 def check(model, x, y):
@@ -335,14 +331,13 @@ def copied(model, name="the model"):
 
 
 def loss_gradient(model, x, y, *, again=False):
-    """The summed cross-entropy at (x, y) and its gradient (P,), for a `copied` model, inside `differentiating()`.
+    """Gradient (P,) of the summed cross-entropy at (x, y), for a `copied` model, inside `differentiating()`.
 
     again: keep the graph, to differentiate it again. Raises ValueError for what are no logits, or not finite.
     """
     logits = model(channels_last(x) if any_layout(model) else x)
     check_labels(logits, y)
-    loss = F.cross_entropy(logits, y, reduction="sum")
-    return loss, _flat(gradient(loss, [*model.parameters()], again=again))
+    return _flat(gradient(F.cross_entropy(logits, y, reduction="sum"), [*model.parameters()], again=again))
 
 
 def _finite(v):

@@ -23,30 +23,42 @@ def predict(model, x, *, batch_size=500):
     if len(x) == 0:
         raise ValueError("no inputs to evaluate")
     with torch.no_grad(), frozen(model, x, "full") as logits_of:
-        return torch.cat([logits_of(part.contiguous()) for part in own(x).split(batch_size)])
+        return torch.cat([logits_of(own(part).contiguous()) for part in x.split(batch_size)])
 
 
+@differentiating()
 def wrong(model, x, y, attack=None, *, batch_size=500):
     """The mask (N,) of images that are not given their label, as they are or by an attack.
 
     Args:
+        x, y: as for `attacks.pgd`; x may be `data.Images`, of which one batch is held at a time.
         attack: None, or a function (model, x, y) -> x_adv, such as `functools.partial(pgd, eps=..., stop_early=True)`.
             It is shown only the images that are classified rightly.
     Raises:
         ValueError: labels that do not match, logits that are not finite, and what the attack raises.
     """
-    x, y, _ = check_inputs(x, y)
-    mask = _wrong(predict(model, x, batch_size=batch_size), y)
-    if attack is not None:
-        for i in (~mask).nonzero().squeeze(1).split(batch_size):
-            if len(i):
-                mask[i] = _wrong(predict(model, attack(model, x[i], y[i]), batch_size=batch_size), y[i])
-    return mask
+    masks = []
+    for a, b in _batches(x, y, batch_size):
+        mask = _wrong(predict(model, a), b)
+        i = (~mask).nonzero().squeeze(1)
+        if attack is not None and len(i):
+            mask[i] = _wrong(predict(model, attack(model, a[i], b[i])), b[i])
+        masks.append(mask)
+    return torch.cat(masks)
 
 
 def _wrong(logits, y):
     check_labels(logits, y)
     return logits.argmax(1) != y
+
+
+def _batches(x, y, batch_size):
+    check_count("batch_size", batch_size, 1)
+    if len(x) == 0 or tuple(y.shape) != (len(x),):
+        raise ValueError(
+            f"y must have shape (N,), one label for each of N >= 1 images, got {tuple(y.shape)} for {len(x)}"
+        )
+    return (check_inputs(a, b)[:2] for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True))
 
 
 def error(model, x, y, *, batch_size=500):
@@ -64,11 +76,10 @@ def share(mask):
     return mask.double().mean().item()
 
 
+@differentiating()
 def attacked(model, x, y, attack, *, batch_size=500):
     """The attacked inputs (N, C, H, W), made batch by batch."""
-    if len(x) == 0:
-        raise ValueError("no inputs to attack")
-    return torch.cat([attack(model, a, b) for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True)])
+    return torch.cat([attack(model, a, b) for a, b in _batches(x, y, batch_size)])
 
 
 def evaluate(model, x, y, *, eps, step_size, num_steps, norm="linf", seed=0, batch_size=500):
@@ -79,13 +90,16 @@ def evaluate(model, x, y, *, eps, step_size, num_steps, norm="linf", seed=0, bat
     """
     generator = torch.Generator(x.device).manual_seed(seed)
     settings = {"eps": eps, "step_size": step_size, "num_steps": num_steps, "norm": norm, "generator": generator}
-    clean = wrong(model, x, y, batch_size=batch_size)
-    x_adv = attacked(model, x, y, lambda *batch: pgd(*batch, **settings), batch_size=batch_size)
-    logits = predict(model, x_adv, batch_size=batch_size)
+    clean, robust, losses = [], [], []
+    for a, b in _batches(x, y, batch_size):
+        logits = predict(model, pgd(model, a, b, **settings))
+        clean.append(_wrong(predict(model, a), b))
+        robust.append(clean[-1] | _wrong(logits, b))
+        losses.append(F.cross_entropy(logits.double(), b, reduction="none"))
     return {
-        "clean_error": share(clean),
-        "robust_error": share(clean | _wrong(logits, y)),
-        "robust_loss": F.cross_entropy(logits.double(), y).item(),
+        "clean_error": share(torch.cat(clean)),
+        "robust_error": share(torch.cat(robust)),
+        "robust_loss": torch.cat(losses).mean().item(),
     }
 
 

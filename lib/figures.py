@@ -32,7 +32,7 @@ SCHEDULE_COLOURS = dict(zip(("constant", "linear", "cosine", "cosine_misread"),
 
 def eps_colours(grid):
     """{eps: colour}: on one scale for all figures, from dark at 0 to light (but no yellow) at 0.4 and above."""
-    return {eps: mpl.colormaps["viridis"](0.85 * min(eps / 0.4, 1)) for eps in grid}
+    return {eps: mpl.colormaps["viridis"](0.8 * min(eps / 0.4, 1)) for eps in grid}
 
 
 class Book:
@@ -60,7 +60,7 @@ class Book:
         mpl.rcdefaults()  # not what the reader's matplotlibrc says
         sns.set_theme("paper", "whitegrid", "colorblind", rc={"figure.constrained_layout.use": True})
         if shell := get_ipython():
-            shell.set_custom_exc((NameError,), self._which_cell_first)
+            explain(shell, name)
         self.box = display(Markdown("*The answers stand here when all of it has run.*"), display_id=f"answers-{name}")
         if own:
             display(Markdown(f"**Your own settings** ({own}): what is written goes to `build/mine/figures`, and the "
@@ -202,10 +202,19 @@ class Book:
             "wall_time_s": round(time.monotonic() - self.started, 1),
         }
 
-    def _which_cell_first(self, shell, kind, error, trace, tb_offset=None):
+
+def explain(shell, name):
+    """Let a notebook's kernel say which section comes first where a name is missing, and what an interrupt keeps."""
+
+    def handle(shell, kind, error, trace, tb_offset=None):
+        if issubclass(kind, KeyboardInterrupt):
+            print("Interrupted. What was trained and measured is kept: run this cell again, and it goes on from there.")
+            return
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
-        if where := _assigned_in(self.name).get(error.name):
-            print(f"`{error.name}` is made in the section {where!r}: run its cells first.")
+        if where := _assigned_in(name).get(error.name):
+            print(f"`{error.name}` is made in the section {where!r}: run the cells from the top to there first.")
+
+    shell.set_custom_exc((NameError, KeyboardInterrupt), handle)
 
 
 def _made():

@@ -160,9 +160,7 @@ def difference(what, *, margin, expect="smaller", level=LEVEL):
             f"±{margin:g}; else undecided.")  # fmt: skip
 
     def test(a, b):
-        d = _differences(a, b)
-        mean, seed_error, image_error = _errors(d)
-        half = _half(len(d), seed_error, image_error, level)
+        d, (mean, half) = _differences(a, b), interval(a, b, level=level)
         measured = f"{mean:+.4g} [{mean - half:+.4g}, {mean + half:+.4g}]" if math.isfinite(half) else f"{mean:+.4g}"
         if abs(mean) + half < margin:
             outcome = "no difference"
@@ -176,6 +174,13 @@ def difference(what, *, margin, expect="smaller", level=LEVEL):
         return Finding(said, outcome == expect, measured)
 
     return Rule(text, test)
+
+
+def interval(a, b, *, level=LEVEL):
+    """Mean of a - b and half the width of its interval, as in `difference` (infinite for one seed)."""
+    d = _differences(a, b)
+    mean, seed_error, image_error = _errors(d)
+    return mean, _half(len(d), seed_error, image_error, level)
 
 
 def _differences(a, b):

@@ -120,26 +120,22 @@ def _loss_and_error(model, x, y, attack, batch_size):
         x = attacked(model, x, y, attack, batch_size=batch_size)
     logits = predict(model, x, batch_size=batch_size)
     loss = F.cross_entropy(logits.double(), y).item()
-    _check_finite(loss)
-    return loss, (logits.argmax(1) != y).double().mean().item()
-
-
-def _check_finite(loss):
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss} at some point: check the parameters there, the data and the steps")
+    return loss, (logits.argmax(1) != y).double().mean().item()
 
 
 def flat(model):
     """A copy of the parameters as one vector (P,)."""
-    return torch.cat([own(p).reshape(-1) for p in model.parameters()])
+    return torch.cat([own(p).clone().reshape(-1) for p in model.parameters()])  # no views of what inference mode made
 
 
+@differentiating()
 def move(model, theta):
     """Put the model at the point theta (P,): its own parameters get these numbers, and keep their type and layout."""
     parameters = list(model.parameters())
-    with torch.no_grad():
-        for p, piece in zip(parameters, theta.split([p.numel() for p in parameters]), strict=True):
-            p.copy_(piece.view_as(p))
+    for p, piece in zip(parameters, own(theta).split([p.numel() for p in parameters]), strict=True):
+        p.data.copy_(piece.view_as(p))
 
 
 class Scatter(NamedTuple):
@@ -194,7 +190,7 @@ def scatter(model, direction, distances, x, y, attack, *, symmetric=False, batch
 def _gradient(model, x, y, batch_size):
     """Gradient (P,) of the mean loss, in evaluation mode."""
     batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
-    return sum(loss_gradient(model, *batch)[1] for batch in batches) / len(x)
+    return sum(loss_gradient(model, *batch) for batch in batches) / len(x)
 
 
 def _mean_cosine(a, b):
@@ -246,15 +242,17 @@ class Curve:
         return moved
 
 
-@torch.no_grad()
+@differentiating()
 def _measure(model, x):
     """Give batch normalisation the mean and variance over x, each image counted once, all else in evaluation mode."""
     norms = [m.train() for m in model.modules() if isinstance(m, BatchNorm)]
+    for m in norms:
+        m.reset_running_stats()
     momenta, seen = [m.momentum for m in norms], 0
     for part in _parts(own(x).contiguous(), 500):
         seen += len(part)
         for m in norms:
-            m.momentum = len(part) / seen  # 1 at first: what was there is forgotten
+            m.momentum = len(part) / seen
         model(part)
     for m, momentum in zip(norms, momenta, strict=True):
         m.eval().momentum = momentum
@@ -310,14 +308,13 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
             move(moved, weights @ curve.points)
             if attack is not None:
                 inputs = attack(moved, inputs, labels)
-            loss, gradient = loss_gradient(moved, inputs, labels)
-            _check_finite(loss.item())
-            bends.grad = torch.outer(weights[1:-1], gradient / len(labels))
+            bends.grad = torch.outer(weights[1:-1], loss_gradient(moved, inputs, labels) / len(labels))
             optimizer.step()
     curve.points[1:-1] = bends.detach()
     return curve
 
 
+@differentiating()
 def along(curve, steps, x, y, *, attack=None, x_statistics=None, batch_size=500):
     """Loss and error at the points t of `steps` of a curve, under an attack made anew at each point if one is given.
 

@@ -9,6 +9,7 @@ non-decreasing activation, and this one applies the activation to a quarter of t
 """
 
 import math
+import pickle
 
 import torch
 from torch import nn
@@ -176,3 +177,46 @@ def build(name, *, seed, **settings):
 def num_parameters(model):
     """Number of scalar parameters."""
     return sum(p.numel() for p in model.parameters())
+
+
+RELEASED = {"lenet": 16, "vgg16": 8, "resnet18": 8}  # width factors of the paper's released networks
+
+
+def released(path, model, *, width=None):
+    """A network of the paper's released code, from its file: a plain `state_dict` as `torch.save` writes it.
+
+    The architectures hold the same tensors, in the same order and shapes, under other names; so they are copied in
+    order. The logits are then those of the released code.
+
+    Args:
+        path: of a .ckpt file.
+        model: "lenet", "vgg16" or "resnet18".
+        width: the width factor, by default the released networks' own.
+    Returns:
+        The model, in evaluation mode.
+    Raises:
+        ValueError: no file, or one that Git LFS has not fetched, that holds no tensors, or tensors of another width or
+            network; it names the file.
+    """
+    try:
+        with open(path, "rb") as file:
+            pointer = file.read(60).startswith(b"version https://git-lfs")
+        if pointer:
+            raise ValueError(f"{path} is a pointer of Git LFS, not the network: run `git lfs pull` in its repository")
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no file of tensors: {str(error).splitlines()[0]}") from error
+    tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
+    tensors = {k.removeprefix("module."): t for k, t in tensors.items() if isinstance(t, torch.Tensor)}
+    network = build(model, seed=0, **({} if model not in RELEASED else {"width": width or RELEASED[model]}))
+    own = network.state_dict()
+    shapes = [[tuple(t.shape) for t in state.values()] for state in (own, tensors)]
+    if shapes[0] != shapes[1]:
+        i = next((i for i, (a, b) in enumerate(zip(*shapes, strict=False)) if a != b), min(map(len, shapes)))
+        got, want = (f"{s[i]}" if i < len(s) else "nothing more" for s in (shapes[1], shapes[0]))
+        raise ValueError(f"{path} is no {model} of width {width or RELEASED[model]}: its tensor {i + 1} of "
+                         f"{len(tensors)} is {got}, not {want}")  # fmt: skip
+    network.load_state_dict(dict(zip(own, tensors.values(), strict=True)))
+    return network.eval()

@@ -3,7 +3,9 @@
 A recipe holds settings of `TrainConfig` and, beside them: dataset; images, how many of the first training and test
 images; set_aside, how many of the last training images are kept apart for choosing a learning rate; step_fraction,
 the attack's step size as a fraction of eps; stops, the value that a rising schedule goes towards, as a multiple of
-eps (it is clipped at eps). A notebook changes a recipe by its parameter `changes`, a profile by its section `recipes`.
+eps (it is clipped at eps); periods, the epochs at which a periodic arm begins again; plan, how networks are attacked
+for a table (what `cells.attacks` takes, and how many test images PGD and the others see). A notebook changes a recipe
+by its parameter `changes`, a profile by its section `recipes`.
 """
 
 from dataclasses import fields, replace
@@ -15,7 +17,8 @@ PAPER_STOPS = {"linear": 2.0, "cosine": 2.0, "cosine_misread": 2.0}
 CIFAR10 = dict(
     dataset="cifar10", images=[11000, 5000], set_aside=1000, width=2, step_fraction=0.5, num_steps=3, stops=PAPER_STOPS,
     epochs=32, batch_size=128, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-3, lr_drops=[0.5, 0.75],
-    augment=True, eval_every=8, eval_images=500, keep_every=4,
+    augment=True, eval_every=8, eval_images=500, keep_every=4, periods=[16, 24],
+    plan=dict(steps=10, step_fraction=0.25, pgd_images=5000, strong_steps=30, queries=300, strong_images=500),
 )  # fmt: skip
 RECIPES = {
     "lenet on mnist5k": dict(
@@ -23,15 +26,23 @@ RECIPES = {
         stops={"linear": 2.0, "cosine": 1.5}, epochs=5, batch_size=64, optimizer="adam", lr=3e-3, lr_drops=[0.8],
         eval_every=5, eval_images=500, keep_every=0,
     ),
+    "lenet on few digits": dict(
+        dataset="mnist5k", images=[None, None], set_aside=500, model="lenet", width=4, step_fraction=0.5, num_steps=3,
+        stops={"linear": 2.0, "cosine": 1.5, "cosine_misread": 1.5}, epochs=4, batch_size=64, optimizer="adam", lr=1e-2,
+        eval_every=1, eval_images=200, keep_every=1, periods=[2, 3],
+        plan=dict(steps=10, step_fraction=0.2, pgd_images=400, strong_steps=10, queries=100, strong_images=100),
+    ),
     "lenet on mnist": dict(
         dataset="mnist", images=[None, None], set_aside=1000, model="lenet", width=4, step_fraction=0.3, num_steps=5,
         stops={"linear": 2.0, "cosine": 1.5}, epochs=10, batch_size=128, optimizer="adam", lr=1e-3, eval_every=5,
-        eval_images=500, keep_every=2,
+        eval_images=500, keep_every=2, periods=[6, 8],
+        plan=dict(steps=40, step_fraction=0.05, pgd_images=2000, strong_steps=40, queries=500, strong_images=1000),
     ),
     "vgg16 on cifar10": dict(model="vgg16", **CIFAR10),
     "resnet18 on cifar10": dict(model="resnet18", **CIFAR10),
 }  # fmt: skip
-BESIDE = {"dataset", "images", "set_aside", "step_fraction", "stops"}  # settings that are no fields of TrainConfig
+# Settings that are no fields of TrainConfig:
+BESIDE = {"dataset", "images", "set_aside", "step_fraction", "stops", "periods", "plan"}
 KNOWN = BESIDE | {field.name for field in fields(TrainConfig)}
 
 
@@ -72,9 +83,8 @@ def load(settings):
     found, n = data.load(settings["dataset"]).first(*settings["images"]), settings.get("set_aside", 0)
     if not n:
         return found, None
-    rest = replace(found, x_train=found.x_train[:-n], y_train=found.y_train[:-n])
-    return rest, replace(rest, x_test=found.x_train[-n:], y_test=found.y_train[-n:],
-                         source=f"{found.source}, {n:,} training images set aside")  # fmt: skip
+    apart = found.set_aside(n)
+    return replace(found, x_train=apart.x_train, y_train=apart.y_train), apart
 
 
 def configure(settings, **changes):

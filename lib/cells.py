@@ -1,0 +1,267 @@
+"""Evidence that travels: what a trained network got wrong, image by image, as a small record that can be committed.
+
+A cell is one run in a table: a recipe at an eps, an arm, a learning rate, a seed. An arm is the name of a schedule of
+the budget, with "periodic " before it if it begins again. A cell's masks are of three networks, in the images for
+testing and in those set aside for choosing: "end", the last one; "ensemble", the mean of those at the ends of the
+periods, which of an arm without periods are its own checkpoints at the same epochs; "best", of all that the run kept
+the one with the least robust error on the images set aside. It stands in
+figures/<profile>/cells/<recipe>-eps<eps>/<arm>-lr<rate>-seed<seed>.json.
+"""
+
+import hashlib
+import json
+import re
+import time
+from dataclasses import asdict
+from decimal import ROUND_HALF_UP, Decimal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from . import compute, inference, recipes, runs, training
+from .attacks import autoattack, pgd
+from .evaluation import predict
+from .files import read_json, write_json
+from .models import Ensemble
+
+FIGURES = Path(__file__).resolve().parents[1] / "figures"
+ARM = ("schedule", "schedule_stop", "restarts", "lr", "seed")  # by these settings the cells of one row may differ
+
+
+def configure(settings, arm, **changes):
+    """The TrainConfig of an arm, such as "cosine" or "periodic cosine", under a recipe's settings."""
+    *again, schedule = arm.split()
+    if again not in ([], ["periodic"]):
+        raise ValueError(f"{arm!r} is no arm: it is the name of a schedule, or 'periodic' and one")
+    return recipes.configure(settings, schedule=schedule, restarts=settings["periods"] if again else (), **changes)
+
+
+def attacks(eps, seed, *, steps, step_fraction, strong_steps, queries):
+    """PGD from a point of the ball, and the stronger ones: {name: a function (model, x, y) -> x_adv}."""
+    common = {"eps": eps, "num_steps": strong_steps, "num_restarts": 1, "num_queries": queries, "seed": seed}
+    first = partial(pgd, eps=eps, step_size=step_fraction * eps, num_steps=steps, random_start="ball",
+                    generator=torch.Generator(compute.device()).manual_seed(seed))  # fmt: skip
+    apgd = f"APGD-{strong_steps}"
+    names = {f"{apgd} CE": "apgd-ce", f"{apgd} DLR": "apgd-dlr", f"Square-{queries}": "square"}
+    return {f"PGD-{steps}": first} | {k: partial(autoattack, attacks=(v,), **common) for k, v in names.items()}
+
+
+def wrong(model, x, y, attacks, *, batch_size=250):
+    """Masks (N,), True where an image is misclassified: "clean", and under each attack.
+
+    An image that is misclassified as it is counts as wrong under every attack, and no attack is spent on it.
+    """
+    clean = predict(model, x, batch_size=batch_size).argmax(1) != y
+    masks = {"clean": clean}
+    for name, attack in attacks.items():
+        masks[name] = clean.clone()
+        for i in (~clean).nonzero().squeeze(1).split(batch_size) if not clean.all() else ():
+            masks[name][i] = predict(model, attack(model, x[i], y[i])).argmax(1) != y[i]
+    return {name: mask.cpu().numpy() for name, mask in masks.items()}
+
+
+def make(recipe, settings, arm, data, aside, **changes):
+    """Train, or find, a run, and measure its cell; both are found again (`runs`).
+
+    Args:
+        recipe, settings: a recipe's name and its settings, with plan and periods.
+        arm: as for `configure`.
+        data, aside: of `recipes.load`.
+        changes: of the settings: eps, lr, seed.
+    Returns:
+        A dict, for `write`.
+    """
+    run, plan, periods = runs.run(configure(settings, arm, **changes), data), settings["plan"], settings["periods"]
+    facts = {"run": run.folder.name, "aside": aside and aside.fingerprint, "plan": plan, "periods": periods}
+    measured = runs.remember("cells", facts, lambda: _measure(run, data, aside, periods, **plan))
+    made = {"training": run.made, "attacks": measured["made"]}
+    return _asked(recipe, arm, run.config, data, settings) | {"masks": measured["masks"], "made": made}
+
+
+def _asked(recipe, arm, config, data, settings):
+    asked = {"recipe": recipe, "arm": arm, "config": asdict(config), "version": training.VERSION, "data": data.source,
+             "fingerprint": data.fingerprint, "plan": settings["plan"], "periods": settings["periods"]}  # fmt: skip
+    return json.loads(json.dumps(asked))  # tuples become lists, as they are read back
+
+
+def _measure(run, data, aside, periods, *, pgd_images, strong_images, **plan):
+    config, began, entries = run.config, time.monotonic(), []
+    (name, first), *others = attacks(config.eps, config.seed, **plan).items()
+
+    def look(network, epochs, part, images, chosen):
+        members = [run.model(epoch) for epoch in epochs]
+        net = (Ensemble(members) if len(members) > 1 else members[0]).to(compute.device())
+        masks = wrong(net, *(t.to(compute.device()) for t in images), chosen)
+        entries.extend({"network": network, "part": part, "epochs": epochs, "attack": attack, "n": len(mask),
+                        "wrong": np.packbits(mask).tobytes().hex()} for attack, mask in masks.items())  # fmt: skip
+        return masks[next(iter(chosen))].mean()
+
+    ends, step = [*periods, config.epochs], config.keep_every or config.epochs
+    networks = {"end": ends[-1:], "ensemble": ends}
+    if aside:
+        kept = sorted({*range(step, config.epochs, step), *config.restarts, config.epochs})
+        robust = {e: look(f"epoch {e}", [e], "aside", (aside.x_test, aside.y_test), {name: first}) for e in kept}
+        networks["best"] = [min(kept, key=robust.get)]
+    for network, epochs in networks.items():
+        look(network, epochs, "test", (data.x_test[:pgd_images], data.y_test[:pgd_images]), {name: first})
+    row = "ensemble" if config.restarts else "end"  # the network that stands in the paper's Table 1
+    look(row, networks[row], "strong", (data.x_test[:strong_images], data.y_test[:strong_images]), dict(others))
+    return {"masks": entries, "made": compute.made(time.monotonic() - began)}
+
+
+def path_of(folder, cell):
+    """Where a cell stands in the folder `cells` of a profile."""
+    config = cell["config"]
+    row = f"{cell['recipe']}-eps{config['eps']:.3g}".replace(" ", "-")
+    name = f"{cell['arm'].replace(' ', '-')}-lr{config['lr']:g}-seed{config['seed']}.json"
+    return Path(folder) / row / name
+
+
+def write(folder, cell):
+    """Write a cell; one that stands there and differs only in where it was made stays as it is. Returns its path."""
+    path = path_of(folder, cell)
+    if _there(path) != {**cell, "made": None}:
+        write_json(path, cell)
+    return path
+
+
+def stands(folder, recipe, settings, arm, data, **changes):
+    """Whether the folder has a cell of just this config, data and plan, wherever it was made (as for `make`)."""
+    asked = _asked(recipe, arm, configure(settings, arm, **changes), data, settings)
+    there = _there(path_of(folder, asked))
+    return {key: there.get(key) for key in asked} == asked
+
+
+def _there(path):
+    try:
+        return read_json(path) | {"made": None}
+    except (OSError, ValueError):
+        return {}  # missing or corrupted: made again
+
+
+def read(folders=None):
+    """All cells as one table, and what was left out of it.
+
+    Args:
+        folders: {profile: its folder of cells}; those in figures/ always come along.
+    Returns:
+        rows: DataFrame, a line per mask, in an order that the files decide and not the order in which they came:
+            profile, recipe, row (cells are compared and averaged within one only: all but arm, learning rate and seed
+            is equal there), arm, lr, seed, network, part ("test", "aside", or "strong": other attacks), kind ("clean",
+            "PGD", ...), attack, epochs, n, wrong (the mask), eps, source, device.
+        notes: sentences that name the cells left out: of another version, unreadable, or not what their name says.
+    """
+    folders = {path.parent.name: path for path in sorted(FIGURES.glob("*/cells"))} | (folders or {})
+    found, notes = [], []
+    for profile, folder in sorted(folders.items()):
+        for path in sorted(Path(folder).glob("*/*.json")):
+            where = f"{profile}/{path.parent.name}/{path.stem}"
+            try:
+                cell = read_json(path)
+                if cell["version"] != training.VERSION:
+                    raise ValueError(f"it is of version {cell['version']}, and this is {training.VERSION}")
+                if path_of(folder, cell) != path:
+                    raise ValueError("its name is another cell's")
+                found += _lines(profile, cell)
+            except (ValueError, KeyError, TypeError) as error:
+                notes.append(f"{where} is left out: {error}")
+    rows = _sorted(found)
+    return rows, notes + _mixed(rows)
+
+
+def table(cells, profile="here"):
+    """The rows, as of `read`, of cells that were just made."""
+    return _sorted([line for cell in cells for line in _lines(profile, cell)])
+
+
+def _sorted(lines):
+    return pd.DataFrame(lines, columns=COLUMNS).sort_values(COLUMNS[:9], ignore_index=True)
+
+
+COLUMNS = ["profile", "recipe", "row", "arm", "lr", "seed", "network", "part", "kind", "attack", "epochs", "n", "wrong",
+           "eps", "source", "device"]  # fmt: skip
+
+
+def _lines(profile, cell):
+    """The lines of a cell: what its row has in common is hashed, so that nothing unlike is averaged."""
+    config = cell["config"]
+    common = {key: value for key, value in config.items() if key not in ARM}
+    row = hashlib.sha256(json.dumps([common, cell["fingerprint"], cell["plan"]], sort_keys=True).encode()).hexdigest()
+    made = cell["made"]["training"]
+    about = {"profile": profile, "recipe": cell["recipe"], "row": f"{profile}-{row[:6]}", "arm": cell["arm"],
+             "lr": config["lr"], "seed": config["seed"], "eps": config["eps"], "source": cell["data"],
+             "device": f"{made['device']}, {made['precision']}"}  # fmt: skip
+    for entry in cell["masks"]:
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(entry["wrong"]), np.uint8), count=entry["n"]).astype(bool)
+        kind = re.sub(r"-\d+", "", entry["attack"])  # PGD-10 and PGD-40 are of one kind
+        yield about | entry | {"kind": kind, "wrong": bits}
+
+
+def _mixed(rows):
+    """A sentence for each recipe and eps of a profile whose cells are not of one kind, and so make several rows."""
+    kinds = rows.groupby(["profile", "recipe", "eps"])
+    return [f"{profile}: the cells of {recipe} at eps {eps:.3g} differ in data or settings, and are kept apart: "
+            + "; ".join(f"{row}: {part.groupby(['arm', 'lr', 'seed']).ngroups} cells, {part['source'].iloc[0]}"
+                        for row, part in group.groupby("row"))
+            for (profile, recipe, eps), group in kinds if group["row"].nunique() > 1]  # fmt: skip
+
+
+def masks(rows, arm, lr, network="end", part="test", kind="PGD"):
+    """{seed: mask} of an arm at a learning rate. rows: of one row. Raises ValueError where a seed has two."""
+    asked = {"arm": arm, "lr": lr, "network": network, "part": part, "kind": kind}
+    chosen = rows[np.logical_and.reduce([rows[column] == value for column, value in asked.items()])]
+    if chosen["seed"].duplicated().any():
+        raise ValueError(f"two masks of one seed: the cells are of more than one row ({', '.join(set(chosen['row']))})")
+    return dict(zip(chosen["seed"].tolist(), chosen["wrong"], strict=True))
+
+
+def pair(first, second):
+    """Of two dicts {seed: mask}: two arrays (seeds, images) of what both have, for `inference`, and the seeds."""
+    seeds = sorted(first.keys() & second.keys())
+    n = min([len(m[s]) for m in (first, second) for s in seeds], default=0)
+    return *(np.array([m[s][:n] for s in seeds]).reshape(len(seeds), n) for m in (first, second)), seeds
+
+
+def compare(rule, rows, first, second, unless=""):
+    """What a rule finds of two arms of a row, each as (arm, lr) or (arm, lr, network), paired by seed."""
+    a, b, seeds = pair(masks(rows, *first), masks(rows, *second))
+    none = inference.Finding("undecided", None, "nothing", "no cells of a common seed yet")
+    return rule(a, b, unless=unless) if seeds else none
+
+
+def rates(rows, arm):
+    """{learning rate: {seed: robust error of the arm's last network on the images set aside}}."""
+    part = rows[(rows["arm"] == arm) & (rows["part"] == "aside") & (rows["kind"] == "PGD")]
+    part = part.loc[part["epochs"].map(max).sort_values(kind="stable").index].groupby(["lr", "seed"])["wrong"].last()
+    return {lr: {s: float(part[lr, s].mean()) for s in part[lr].index} for lr in part.index.unique("lr")}
+
+
+def stuck(rows, arm, lr):
+    """How many runs of an arm are on the plateau: they err on four images in five, and no attack changes that."""
+    clean, attacked = (masks(rows, arm, lr, kind=kind) for kind in ("clean", "PGD"))
+    return sum(bool(clean[s].mean() >= 0.8 and attacked[s].mean() - clean[s].mean() <= 0.02) for s in clean)
+
+
+def notation(values):
+    """Mean and standard deviation of errors in per cent, as the paper's Table 1 has them: 1.23(4) is 1.23 +- 0.04.
+
+    Both have two decimals, and the bracket counts hundredths, however many: 12.30(125) is 12.30 +- 1.25. Halves are
+    rounded away from zero, as by hand. A single value has no standard deviation: 1.23. No value: an empty text.
+
+    Args:
+        values: shares in [0, 1], one per seed.
+    """
+    values = 100 * np.asarray(list(values), float)
+    if len(values) == 0:
+        return ""
+    mean = _round(values.mean())
+    return f"{mean}({_round(values.std(ddof=1)) * 100:.0f})" if len(values) > 1 else f"{mean}"
+
+
+def _round(value):
+    # Ten decimals first: what the sum of floats has lost must not decide a half.
+    exact = Decimal(f"{value:.10f}")
+    return exact.quantize(Decimal("0.01"), ROUND_HALF_UP)
