@@ -122,12 +122,12 @@ print("Clean error:", ", ".join(f"{name} {wrong.double().mean():.3f}" for name, 
 
 
 # %%
-def pgd(eps, *, norm="linf", **change):
-    """The reported attack, with changes."""
+def pgd(eps, *, norm="linf", stop_early=True, **change):
+    """The reported attack, with changes; by default a digit that fell is attacked no further."""
     how = reported | change
     step = how["step_fraction"] * eps
     return {"attack": "pgd", "eps": eps, "step_size": step if norm == "l2" else min(step, 1.0), "norm": norm,
-            "num_steps": how["num_steps"], "random_start": "ball", "stop_early": True}  # fmt: skip
+            "num_steps": how["num_steps"], "random_start": "ball", "stop_early": stop_early}  # fmt: skip
 
 
 def judged(rule, masks):
@@ -195,7 +195,7 @@ def settings_of(name, eps):
 def example(network, image, truth, name, eps):
     if name == "digit":
         return image
-    how = settings_of(name, eps)
+    how = pgd(eps, stop_early=False) if name == "PGD" else settings_of(name, eps)
     attack = audit.attack_by_name(how.pop("attack"), device=x.device, **how)
     return attack(network, image[None], truth[None])[0]
 
@@ -228,7 +228,7 @@ rows = []
 for (title, attacked), pair in zip(pairs.items(), axes.reshape(len(pairs), 2, -1)):
     made = {}
     for steps in shown_steps:
-        how = pgd(shown_eps, num_steps=steps)
+        how = pgd(shown_eps, num_steps=steps, stop_early=False)
         attack = audit.attack_by_name(how.pop("attack"), seed=first, device=x.device, **how)
         made[f"{steps} steps"] = attack(attacked, x[picked[:1]], y[picked[:1]])[0]
     rows += [{"network": title} | row for row in strip(pair, attacked, x[picked[0]], shown_eps, made)]
