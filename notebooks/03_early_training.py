@@ -120,7 +120,7 @@ for column, eps in zip(axes.T, eps_grid):
         label, change = few[1][i].item(), (picture - clean)[0]
         column[2 * i].imshow(picture[0], cmap="gray", vmin=0, vmax=1)
         column[2 * i].set_title(f"eps {eps:g}: called {given[i]}", color="C3" if given[i] != label else "black")
-        column[2 * i + 1].imshow(change, cmap="seismic", vmin=-max(eps, 1e-9), vmax=max(eps, 1e-9))
+        column[2 * i + 1].imshow(change, cmap="bwr", vmin=-max(eps, 1e-9), vmax=max(eps, 1e-9))
         column[2 * i + 1].set_title(f"$\\pm${eps:g}" if eps else "no change")
         rows.append({"eps": eps, "label": label, "given": given[i], "largest change": change.abs().max().item()})
 for ax in axes.flat:
