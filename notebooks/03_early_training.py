@@ -242,13 +242,13 @@ book.save(
 
 
 # %%
-def plateau(run):
-    below = (run.steps.robust_error < leaves_below).to_numpy()
+def plateau(errors):
+    below = np.asarray(errors) < leaves_below
     return float(below.argmax()) if below.any() else math.inf
 
 
 first = table({k: run.steps.gradient_norm[:first_steps].median() for k, run in trained.items()})
-lengths = table({k: plateau(run) for k, run in trained.items()})
+lengths = table({k: plateau(run.steps.robust_error) for k, run in trained.items()})
 book.claim(
     "Over the first mini-batches the gradient is smaller for larger eps",
     section="4.1",

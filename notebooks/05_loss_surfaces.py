@@ -212,6 +212,9 @@ book.save(
 )  # fmt: skip
 
 # %%
+straight = pd.DataFrame({"step": [0.0, *side_steps]}).assign(rise=lambda t: t.step / np.mean(side_steps[:2]))
+book.check("The reach of a straight rise is found between the points of the grid",
+           holds=inference.exact("error", tolerance=1e-9)(reach(straight) - np.mean(side_steps[:2])))  # fmt: skip
 reaches = lines.groupby(["direction", "loss", "seed", "eps"])[["step", "rise"]].apply(reach)
 for direction in ("random", "top eigenvector"):
     findings = {loss: rule_reach(np.log(reaches[direction, loss].unstack("eps").to_numpy()), unless=unless)
