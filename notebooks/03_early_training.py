@@ -177,7 +177,7 @@ starts = pd.DataFrame(
 fig, ax = plt.subplots(figsize=(4.5, 3))
 for _, group in starts.groupby("start"):
     ax.plot(group.eps, group.full, color="0.6", linewidth=1)
-ax.scatter(starts.eps, starts.full, color=[colours[e] for e in starts.eps], zorder=2)
+ax.scatter(starts.eps, starts.full, color=[colours[e] for e in starts.eps], zorder=2, clip_on=False)
 ax.set(xlabel="eps of the attack", ylabel="norm of the gradient", ylim=(0, None))
 many = f"{len(origins)} initial point{'s' * (len(origins) > 1)}"
 book.save(
@@ -303,7 +303,8 @@ for i in range(1, len(eps_grid)):
     axes[0].axvline(i * len(seeds), color="0.5", linewidth=0.5)
 axes[0].set(xlabel=f"eps ({n} each)", ylabel="class")
 axes[0].tick_params(rotation=0)
-axes[1].scatter([eps_grid.index(e) for e, _ in keys], [losses[k] for k in keys], c=[colours[e] for e, _ in keys])
+places, shades = [eps_grid.index(e) for e, _ in keys], [colours[e] for e, _ in keys]
+axes[1].scatter(places, [losses[k] for k in keys], c=shades, clip_on=False)
 axes[1].axhline(math.log(digits.num_classes), color="grey", linestyle=":")
 axes[1].text(0, math.log(digits.num_classes) - 0.05, f"log {digits.num_classes}", va="top", color="grey")
 axes[1].set(xlabel="eps", ylabel="adversarial loss on test digits", ylim=(0, None),
@@ -408,7 +409,7 @@ print("Every network is through at eps", ", ".join(f"{e:g}" for e in through) or
 ends = pd.DataFrame(rows, columns=["eps", "seed", "last_loss", "full", "batch"])
 fig, axes = plt.subplots(1, 2, figsize=(7, 3))
 for ax, column, title in zip(axes, ("full", "batch"), (f"all {len(x):,} images", f"{settings['batch_size']} images")):
-    ax.scatter(ends.eps, ends[column], color=[colours[e] for e in ends.eps])
+    ax.scatter(ends.eps, ends[column], color=[colours[e] for e in ends.eps], clip_on=False)
     ax.plot(ends.groupby("eps")[column].mean(), color="0.6", zorder=0)
     ax.set(xlabel="eps of training", ylabel=f"gradient norm, {title}", ylim=(0, None))
 if through:

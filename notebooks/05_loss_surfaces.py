@@ -131,7 +131,7 @@ sns.lineplot(drops, x="step", y="loss", hue="eps", palette=colours, errorbar=("p
 axes[0].axhline(chance, color="grey", linestyle=":")
 axes[0].set(xlabel="step along steepest descent", ylabel="adversarial loss", ylim=(None, chance + 0.4))
 for eps in start_grid:
-    axes[1].scatter([eps] * len(depth), depth[eps], color=colours[eps])
+    axes[1].scatter([eps] * len(depth), depth[eps], color=colours[eps], clip_on=False)
 axes[1].plot(depth.mean(), color="0.6", zorder=0)
 axes[1].set(xlabel="eps of the attack", ylabel="drop of the loss", ylim=(0, None))
 book.save(
