@@ -134,13 +134,12 @@ def tables(record):
     for m in record["models"]:
         for threads in sorted({s["threads"] for s in m["speed"]}):
             row = {s["against"]: s for s in m["speed"] if s["threads"] == threads}
+            repeats = row["full"]["repeats"]
             ratios = {
                 k: f"{s['ratio_median']:.2f} ({s['ratio_min']:.2f} to {s['ratio_max']:.2f})" for k, s in row.items()
             }
-            lines.append(
-                f"| {m['model']} | {threads} | {m['aim']} | {ratios['textbook']} | {ratios['foolbox']} | {ratios['full']} "
-                f"| {row['full']['repeats']} |"
-            )
+            columns = (m["model"], threads, m["aim"], *(ratios[peer] for peer in PEERS), repeats)
+            lines.append(f"| {' | '.join(map(str, columns))} |")
     kinds = ("textbook", "foolbox", "full", "pgd", "stop_early")
     lines += [
         "",

@@ -37,8 +37,8 @@ sys.path.insert(0, str(TOOLS))
 import gallery  # noqa: E402
 from layout import Layout  # noqa: E402
 
-CONFIG = TrainConfig(width=1, eps=0.1, step_size=0.05, num_steps=2, epochs=6, batch_size=20, eval_images=20, lr=1e-3,
-                     restarts=(3,), keep_every=2)  # fmt: skip
+CONFIG = TrainConfig(width=1, eps=0.1, step_size=0.05, num_steps=1, epochs=4, batch_size=20, eval_images=10, lr=1e-3,
+                     restarts=(2,), keep_every=3)  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["lib.runs", "pytest"])
 DONE = {}  # {drill: [how often tried, how often it ended well]}
@@ -62,7 +62,7 @@ def table():
     (ROOT / "build" / "drill.md").write_text(head + "\n".join(rows) + "\n")
 
 
-def noise(n=120):
+def noise(n=80):
     x = torch.rand(n, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     return data.Data(x[20:], torch.arange(n)[20:] % 10, x[:20], torch.arange(20) % 10, "noise")
 
@@ -88,7 +88,7 @@ def undisturbed(tmp_path_factory):
         process = CONTEXT.Process(target=train_in, args=[folder])
         process.start()
         process.join()
-    assert process.exitcode == 0 and len(content(folder)[0]) == 5  # after 0, 2, 3, 4 and 6 epochs
+    assert process.exitcode == 0 and len(content(folder)[0]) == 4  # after 0, 2, 3 and 4 epochs
     return folder, content(folder), time.monotonic() - start
 
 
@@ -98,7 +98,7 @@ def goes_on(folder, undisturbed):
     assert content(folder) == undisturbed[1]
 
 
-def cut_off(folder, epochs=4):
+def cut_off(folder, epochs=3):
     """A run that was interrupted after so many epochs."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         whole = training._State.train_epoch
@@ -258,6 +258,8 @@ def flip(at):
 FLIPS = {f"flip at {at}": flip(at) for at in (0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1)}
 CUTS = {f"cut to {part}": lambda c, part=part: c[: int(part * len(c))] for part in (0, 0.001, 0.5, 0.9)}
 HARMS = FLIPS | CUTS | {"one byte less": lambda c: c[:-1], "one byte more": lambda c: c + b"\1"}
+QUICK = ("flip at 0.01", "flip at 0.5", "flip at 0.99", "cut to 0.5")
+harms = pytest.mark.parametrize("harm", [harm if harm in QUICK else pytest.param(harm, marks=drill) for harm in HARMS])
 
 
 def spoil(path, harm):
@@ -276,11 +278,11 @@ def named_or_equal(path, read, expected):
 
 def everything(folder):
     run = train(CONFIG, noise(), folder=folder)
-    states = [[(k, v.tolist()) for k, v in run.model(epoch).state_dict().items()] for epoch in (0, 3, 6)]
-    return run.history.values.tolist(), run.steps.values.tolist(), run.made, states
+    states = [[(k, v.tolist()) for k, v in run.model(epoch).state_dict().items()] for epoch in (0, 3, 4)]
+    return run.history.values.tolist(), run.steps.values.tolist(), run.made["seconds"], states
 
 
-@pytest.mark.parametrize("harm", HARMS)
+@harms
 @pytest.mark.parametrize("name", ["model-3.safetensors", "run.json", "made.json"])
 def test_a_file_of_a_finished_run(tmp_path, undisturbed, name, harm):
     with tried(f"a byte or a cut in {name.replace('model-3', 'a model').replace('.safetensors', '')}"):
@@ -290,7 +292,7 @@ def test_a_file_of_a_finished_run(tmp_path, undisturbed, name, harm):
         named_or_equal(tmp_path / "run" / name, lambda: everything(tmp_path / "run"), expected)
 
 
-@pytest.mark.parametrize("harm", HARMS)
+@harms
 def test_a_checkpoint(tmp_path, undisturbed, harm):
     with tried("a byte or a cut in a checkpoint"):
         cut_off(tmp_path / "run")
@@ -298,7 +300,7 @@ def test_a_checkpoint(tmp_path, undisturbed, harm):
         goes_on(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("harm", HARMS)
+@harms
 def test_a_remembered_value(tmp_path, monkeypatch, harm):
     with tried("a byte or a cut in a remembered value"):
         monkeypatch.setenv("RUNS_DIR", str(tmp_path))
@@ -308,7 +310,7 @@ def test_a_remembered_value(tmp_path, monkeypatch, harm):
         named_or_equal(path, lambda: runs.remember("looks", {"a": 1}, lambda: None), value)
 
 
-@pytest.mark.parametrize("harm", HARMS)
+@harms
 @pytest.mark.parametrize("kind", ["png", "csv", "json", "claims.json"])
 def test_a_figure_a_table_a_record_a_ledger(tmp_path, kind, harm):
     from test_tools import add, claims, figure
@@ -327,7 +329,7 @@ def test_a_figure_a_table_a_record_a_ledger(tmp_path, kind, harm):
         named_or_equal(path, lambda: gallery.page(layout), expected)
 
 
-@pytest.mark.parametrize("harm", HARMS)
+@harms
 @pytest.mark.parametrize("kind", ["png", "jpg", "bmp"])
 def test_an_image(tmp_path, kind, harm):
     """A format without a checksum cannot tell a flipped bit from another picture: then it is another data set."""
@@ -354,7 +356,7 @@ def test_an_image(tmp_path, kind, harm):
 def grid_in(folder, seeds):
     os.environ["RUNS_DIR"] = str(folder)
     torch.set_num_threads(1)
-    found = runs.grid([replace(CONFIG, seed=seed, epochs=4) for seed in seeds], noise())
+    found = runs.grid([replace(CONFIG, seed=seed) for seed in seeds], noise())
     runs.remember("looks", {"runs": [run.folder.name for run in found]}, lambda: [run.made["seconds"] for run in found])
 
 
@@ -501,18 +503,17 @@ PATHS = [
     "$HOME",
     "-x",
     "a\\b",
-    "a\nb",
 ]
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", ["é ü 100% #1 a:b", "a\nb", *(pytest.param(path, marks=drill) for path in PATHS)])
 def test_a_folder_with_a_hard_name(tmp_path, monkeypatch, undisturbed, name):
     with tried("folders with spaces, accents, %, : and the like"):
         monkeypatch.setenv("RUNS_DIR", str(tmp_path / name))
         cut_off(runs.runs_dir() / f"lenet-constant-{runs.key(CONFIG, noise())}")
         run = runs.run(CONFIG, noise())
         assert content(run.folder) == undisturbed[1] and run.folder.parent == tmp_path / name
-        assert load_file(run.folder / "model-6.safetensors").keys() == run.model().state_dict().keys()
+        assert load_file(run.folder / "model-4.safetensors").keys() == run.model().state_dict().keys()
         assert runs.remember("looks", {"a": 1}, lambda: 1) == runs.remember("looks", {"a": 1}, lambda: 2) == 1
         for place in ("train/a", "train/b", "test/a", "test/b"):
             (tmp_path / name / "images" / place).mkdir(parents=True)

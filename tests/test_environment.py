@@ -249,6 +249,17 @@ def test_an_environment_copied_from_another_checkout_is_not_used(checkout, tmp_p
     assert other.where() == (str(other.folder / "lib" / "__init__.py"), ["venv", *INSTALLS])
 
 
+def test_another_lib_in_the_way_is_not_taken(checkout, tmp_path):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "__init__.py").write_text("raise RuntimeError('not ours')")
+    (tmp_path / "start.py").write_text("raise RuntimeError('not ours')")
+    checkout.env |= {"PYTHONPATH": str(tmp_path), "PYTHONSTARTUP": str(tmp_path / "start.py"), "PYTHONOPTIMIZE": "2"}
+    ours = str(checkout.folder / "lib" / "__init__.py")
+    look = "import lib, os, sys; print(lib.__file__, sys.flags.optimize, os.environ.get('PYTHONSTARTUP'))"
+    done = start(checkout.folder / "run_all.sh", "--python", "-c", look, env=checkout.env, cwd=tmp_path)
+    assert done.stdout.split() == [*ours.split(), "0", "None"], done.stderr
+
+
 def test_a_failed_set_up_shows_its_words_and_the_next_start_mends_it(checkout):
     (checkout.folder / "broken").touch()
     done = start(checkout.folder / "run_all.sh", "--setup", env=checkout.env)
