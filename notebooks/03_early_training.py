@@ -120,7 +120,7 @@ for column, eps in zip(axes.T, eps_grid):
         label, change = few[1][i].item(), (picture - clean)[0]
         column[2 * i].imshow(picture[0], cmap="gray", vmin=0, vmax=1)
         column[2 * i].set_title(f"eps {eps:g}: called {given[i]}", color="C3" if given[i] != label else "black")
-        column[2 * i + 1].imshow(change, cmap="seismic", vmin=-max(eps, 1e-9), vmax=max(eps, 1e-9))
+        column[2 * i + 1].imshow(change, cmap="bwr", vmin=-max(eps, 1e-9), vmax=max(eps, 1e-9))
         column[2 * i + 1].set_title(f"$\\pm${eps:g}" if eps else "no change")
         rows.append({"eps": eps, "label": label, "given": given[i], "largest change": change.abs().max().item()})
 for ax in axes.flat:
@@ -177,7 +177,7 @@ starts = pd.DataFrame(
 fig, ax = plt.subplots(figsize=(4.5, 3))
 for _, group in starts.groupby("start"):
     ax.plot(group.eps, group.full, color="0.6", linewidth=1)
-ax.scatter(starts.eps, starts.full, color=[colours[e] for e in starts.eps], zorder=2)
+ax.scatter(starts.eps, starts.full, color=[colours[e] for e in starts.eps], zorder=2, clip_on=False)
 ax.set(xlabel="eps of the attack", ylabel="norm of the gradient", ylim=(0, None))
 many = f"{len(origins)} initial point{'s' * (len(origins) > 1)}"
 book.save(
@@ -242,13 +242,13 @@ book.save(
 
 
 # %%
-def plateau(run):
-    below = (run.steps.robust_error < leaves_below).to_numpy()
+def plateau(errors):
+    below = np.asarray(errors) < leaves_below
     return float(below.argmax()) if below.any() else math.inf
 
 
 first = table({k: run.steps.gradient_norm[:first_steps].median() for k, run in trained.items()})
-lengths = table({k: plateau(run) for k, run in trained.items()})
+lengths = table({k: plateau(run.steps.robust_error) for k, run in trained.items()})
 book.claim(
     "Over the first mini-batches the gradient is smaller for larger eps",
     section="4.1",
@@ -303,7 +303,8 @@ for i in range(1, len(eps_grid)):
     axes[0].axvline(i * len(seeds), color="0.5", linewidth=0.5)
 axes[0].set(xlabel=f"eps ({n} each)", ylabel="class")
 axes[0].tick_params(rotation=0)
-axes[1].scatter([eps_grid.index(e) for e, _ in keys], [losses[k] for k in keys], c=[colours[e] for e, _ in keys])
+places, shades = [eps_grid.index(e) for e, _ in keys], [colours[e] for e, _ in keys]
+axes[1].scatter(places, [losses[k] for k in keys], c=shades, clip_on=False)
 axes[1].axhline(math.log(digits.num_classes), color="grey", linestyle=":")
 axes[1].text(0, math.log(digits.num_classes) - 0.05, f"log {digits.num_classes}", va="top", color="grey")
 axes[1].set(xlabel="eps", ylabel="adversarial loss on test digits", ylim=(0, None),
@@ -408,7 +409,7 @@ print("Every network is through at eps", ", ".join(f"{e:g}" for e in through) or
 ends = pd.DataFrame(rows, columns=["eps", "seed", "last_loss", "full", "batch"])
 fig, axes = plt.subplots(1, 2, figsize=(7, 3))
 for ax, column, title in zip(axes, ("full", "batch"), (f"all {len(x):,} images", f"{settings['batch_size']} images")):
-    ax.scatter(ends.eps, ends[column], color=[colours[e] for e in ends.eps])
+    ax.scatter(ends.eps, ends[column], color=[colours[e] for e in ends.eps], clip_on=False)
     ax.plot(ends.groupby("eps")[column].mean(), color="0.6", zorder=0)
     ax.set(xlabel="eps of training", ylabel=f"gradient norm, {title}", ylim=(0, None))
 if through:

@@ -218,7 +218,7 @@ titles = {"share": "smallest / largest eigenvalue", "gradient": "norm of the gra
           "relative": "sum x squared norm"}  # fmt: skip
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.6))
 for ax, (column, title) in zip(axes, titles.items()):
-    ax.scatter(ends.eps, ends[column], color=[colours[e] for e in ends.eps])
+    ax.scatter(ends.eps, ends[column], color=[colours[e] for e in ends.eps], clip_on=False)
     ax.plot(ends.groupby("eps")[column].mean(), color="0.6", zorder=0)
     ax.set(xlabel="eps of training", ylabel=title)
     ax.axhline(0, color="grey", linewidth=0.8)
@@ -346,13 +346,14 @@ both = pd.DataFrame(
     for e, s in keys
 )
 fig, ax = plt.subplots(figsize=(3.6, 3.2))
-ax.scatter(both.relu, both.softplus, color=[colours[e] for e in both.eps])
+ax.scatter(both.relu, both.softplus, color=[colours[e] for e in both.eps], clip_on=False)
 for eps, group in both.groupby("eps"):
     ax.annotate(f"eps {eps:g}", (group.relu.max(), group.softplus.min()), xytext=(6, -6), textcoords="offset points",
                 color=colours[eps], fontsize=8)  # fmt: skip
 ends_of = both[["relu", "softplus"]].to_numpy()
 ax.plot([ends_of.min(), ends_of.max()], [ends_of.min(), ends_of.max()], color="0.7", zorder=0)
 ax.set(xlabel="ReLU", ylabel=f"softplus, beta {smooth_beta:g}", xscale="log", yscale="log")
+ax.tick_params(which="minor", labelbottom=False, labelleft=False)
 book.save(
     fig, "04_softplus", both, source=images.source, seeds=seeds,
     caption=f"Sum of the top {smooth_k} Hessian eigenvalues of the same weights with ReLU and with softplus; a point "

@@ -131,7 +131,7 @@ sns.lineplot(drops, x="step", y="loss", hue="eps", palette=colours, errorbar=("p
 axes[0].axhline(chance, color="grey", linestyle=":")
 axes[0].set(xlabel="step along steepest descent", ylabel="adversarial loss", ylim=(None, chance + 0.4))
 for eps in start_grid:
-    axes[1].scatter([eps] * len(depth), depth[eps], color=colours[eps])
+    axes[1].scatter([eps] * len(depth), depth[eps], color=colours[eps], clip_on=False)
 axes[1].plot(depth.mean(), color="0.6", zorder=0)
 axes[1].set(xlabel="eps of the attack", ylabel="drop of the loss", ylim=(0, None))
 book.save(
@@ -212,6 +212,9 @@ book.save(
 )  # fmt: skip
 
 # %%
+straight = pd.DataFrame({"step": [0.0, *side_steps]}).assign(rise=lambda t: t.step / np.mean(side_steps[:2]))
+book.check("The reach of a straight rise is found between the points of the grid",
+           holds=inference.exact("error", tolerance=1e-9)(reach(straight) - np.mean(side_steps[:2])))  # fmt: skip
 reaches = lines.groupby(["direction", "loss", "seed", "eps"])[["step", "rise"]].apply(reach)
 for direction in ("random", "top eigenvector"):
     findings = {loss: rule_reach(np.log(reaches[direction, loss].unstack("eps").to_numpy()), unless=unless)

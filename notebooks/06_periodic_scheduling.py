@@ -101,11 +101,12 @@ book.save(
 # ## At one learning rate
 #
 # As in the paper, first at one rate for all. A network is *on the plateau* if it errs on four digits in five and no
-# attack changes that. Robust errors are by PGD from a random point of the ball, image by image, so that two arms are
-# compared on the same digits under the same seeds.
+# attack changes that; to leave it is to classify at all, and so it is judged by the clean error. Robust errors are by
+# PGD from a random point of the ball, image by image, so that two arms are compared on the same digits under the same
+# seeds.
 
 # %%
-escape = inference.difference("robust error at one learning rate, cosine minus constant", margin=margin)
+escape = inference.difference("clean error at one learning rate, cosine minus constant", margin=margin)
 escape
 
 # %%
@@ -135,12 +136,16 @@ book.save(
 # %%
 on = {arm: cells.stuck(rows, arm, lr) for arm in arms}
 cause = "" if on.get("constant") else "no constant run is on the plateau: nothing to leave"
-finding = cells.compare(escape, rows, ("cosine", lr), ("constant", lr), unless=cause)
+left, stayed = ((arm, lr, "end", "test", "clean") for arm in ("cosine", "constant"))
+finding = cells.compare(escape, rows, left, stayed, unless=cause)
+robust = inference.difference("robust error, cosine minus constant", margin=margin)
+gain = cells.compare(robust, rows, ("cosine", lr), ("constant", lr), unless=cause)
 paired = f"{n}, paired, {images} test digits, {attack}"
 book.claim(
     "A rising budget leaves the plateau on which a constant budget stays, at one learning rate",
     section="5", paper="LeNet at eps 0.4 does not train under a constant budget, and does under a rising one",
-    measured=f"on the plateau: {', '.join(f'{k} of {len(seeds[: arms[arm]])} {arm}' for arm, k in on.items())}; {finding.measured}",
+    measured=f"on the plateau: {', '.join(f'{k} of {len(seeds[: arms[a]])} {a}' for a, k in on.items())}; "
+    f"{finding.measured}",
     holds=finding, n=paired, source=digits.source, believe=True,
 )  # fmt: skip
 
@@ -203,8 +208,9 @@ book.claim(
 tell = {what: f"{f.outcome} ({f.measured.split(' (')[0]})" for what, f in findings.items()}
 book.answer(
     "How good is the schedule without periods and ensemble?",
-    f"One rise alone, against a constant budget: {finding.outcome} ({finding.measured.split(' (')[0]}). The last "
-    f"network of the periods, against that single rise: {tell['last period alone - single run']}.",
+    f"One rise alone, against a constant budget: clean error {finding.outcome} ({finding.measured.split(' (')[0]}), "
+    f"robust error {gain.outcome} ({gain.measured.split(' (')[0]}). The last network of the periods, against that "
+    f"single rise: {tell['last period alone - single run']}.",
     reviewer="Reviewer 4", n=paired, source=digits.source,
 )  # fmt: skip
 book.answer(

@@ -25,6 +25,10 @@
 # If the robustness is real, then no stronger, longer or blinder attack breaks many digits more than the one reported,
 # none of the usual signs of masking shows, and the better training stays better whatever the attack.
 #
+# *Change this, expect that:* give SimBA 4 queries, and its power check fails. Add `["ensemble", 0.4]` to the trials: in
+# so few epochs its last period is too short for this eps, and PGD breaks nine of ten digits. Make `test_images` 50, and
+# nothing can be told any more.
+#
 # A digit is *broken* if it is misclassified as it is, or after the attack. All attacks see the same digits.
 
 # %% tags=["parameters"]
@@ -36,14 +40,14 @@ trials = [["constant", 0.2], ["cosine", 0.2], ["ensemble", 0.2], ["cosine", 0.4]
 periods = [0.6]  # where the ensemble's budget begins anew, as fractions of the epochs
 test_images = 500
 control_images = 150  # for networks that are masked on purpose
-reported = {"num_steps": 20, "step_fraction": 0.2}  # the attack whose error is reported; step size as a share of eps
-step_fractions = [0.05, 0.1, 0.4]
+reported = {"num_steps": 20, "step_fraction": 0.4}  # the attack whose error is reported; step size as a share of eps
+step_fractions = [0.05, 0.1, 0.2, 0.8]
 step_counts = [1, 5, 50]
-restarts = {"each": 100, "claimed": 1000, "images": 100, "num_steps": 5, "step_fraction": 0.4}
+restarts = {"each": 100, "claimed": 1000, "images": 150, "num_steps": 4, "step_fraction": 0.5}
 other_steps = {"apgd-ce": 20, "apgd-dlr": 20, "apgd-t": 4}
 square_queries = 150
 simba = {"num_queries": 1000, "images": 100}
-eps_curve = [0.1, 0.2, 0.4, 0.6, 1.0]
+eps_curve = [0.1, 0.2, 0.4, 1.0]
 bound = 0.05  # a larger share of the digits matters
 margin = 0.02  # so does a larger difference of robust errors
 l2_radius = 3.0
@@ -118,12 +122,12 @@ print("Clean error:", ", ".join(f"{name} {wrong.double().mean():.3f}" for name, 
 
 
 # %%
-def pgd(eps, *, norm="linf", **change):
-    """The reported attack, with changes."""
+def pgd(eps, *, norm="linf", stop_early=True, **change):
+    """The reported attack, with changes; by default a digit that fell is attacked no further."""
     how = reported | change
     step = how["step_fraction"] * eps
     return {"attack": "pgd", "eps": eps, "step_size": step if norm == "l2" else min(step, 1.0), "norm": norm,
-            "num_steps": how["num_steps"], "random_start": "ball", "stop_early": True}  # fmt: skip
+            "num_steps": how["num_steps"], "random_start": "ball", "stop_early": stop_early}  # fmt: skip
 
 
 def judged(rule, masks):
@@ -191,7 +195,7 @@ def settings_of(name, eps):
 def example(network, image, truth, name, eps):
     if name == "digit":
         return image
-    how = settings_of(name, eps)
+    how = pgd(eps, stop_early=False) if name == "PGD" else settings_of(name, eps)
     attack = audit.attack_by_name(how.pop("attack"), device=x.device, **how)
     return attack(network, image[None], truth[None])[0]
 
@@ -215,7 +219,7 @@ book.save(
 
 # %% [markdown]
 # PGD step by step: the same digit on the undefended network and on the one above. Each picture continues the one before
-# it. *Change this, expect that:* with another digit in `picked`, the undefended network falls within the first steps.
+# it.
 
 # %%
 pairs = {"undefended": on_trial(trained["undefended", 0.0, first]).network, shown: network}
@@ -224,7 +228,7 @@ rows = []
 for (title, attacked), pair in zip(pairs.items(), axes.reshape(len(pairs), 2, -1)):
     made = {}
     for steps in shown_steps:
-        how = pgd(shown_eps, num_steps=steps)
+        how = pgd(shown_eps, num_steps=steps, stop_early=False)
         attack = audit.attack_by_name(how.pop("attack"), seed=first, device=x.device, **how)
         made[f"{steps} steps"] = attack(attacked, x[picked[:1]], y[picked[:1]])[0]
     rows += [{"network": title} | row for row in strip(pair, attacked, x[picked[0]], shown_eps, made)]
@@ -262,7 +266,7 @@ for name, subject in subjects.items():
     for what, masks in (("step size", by_size), ("steps", by_number)):
         gains[what][name] = audit.worst_case(masks) & ~base[name]
         rows += [{"network": name, "what": what, "number": k, "error": masks[k].mean()} for k in sorted(masks)]
-    gains["restarts"][name] = (falls[name] <= number) & ~(falls[name] <= 1)
+    gains["restarts"][name] = (falls[name] <= number) & ~base[name][: len(falls[name])]
     counted = np.unique(np.geomspace(1, number, 30).round().astype(int))
     rows += [{"network": name, "what": "restarts", "number": k, "error": (falls[name] <= k).mean()} for k in counted]
 tuning = pd.DataFrame(rows)
@@ -274,6 +278,9 @@ for ax, (what, group) in zip(axes, tuning.groupby("what", sort=False)):
     for name, part in group.groupby("network", sort=False):
         ax.plot(part.number, part.error, "o-", ms=2 if what == "restarts" else 4, color=colours[name], label=name)
     ax.set(xscale="log", ylim=(0, 1), xlabel="step size / eps" if what == "step size" else f"number of {what}")
+    ticks = [1, 10, 100, 1000] if what == "restarts" else sorted(set(group.number))
+    ax.set_xticks(ticks, [f"{k:g}" for k in ticks])
+    ax.minorticks_off()
 axes[0].set_ylabel("robust error")
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(subjects))
 book.save(
@@ -507,7 +514,7 @@ book.check(f"At eps {max(eps_curve):g} every digit is broken on every network th
 # ## 4. "And in another norm?" The method under l2
 #
 # Does a rising budget help because the ball is a cube? Both budgets are trained and attacked in an l2 ball, everything
-# else being equal. *Change this, expect that:* with `l2_radius = 4.0` the constant budget stays on its plateau.
+# else being equal.
 
 # %%
 l2_attacks = {"PGD": pgd(l2_radius, norm="l2"), "APGD-CE": settings_of("APGD-CE", l2_radius) | {"norm": "l2"}}

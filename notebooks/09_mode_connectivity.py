@@ -177,14 +177,15 @@ for eps in curve_grid:
     lines = np.concatenate([here[c, "line"][p] for c, p in judged])
     curves = np.concatenate([here[c, "curve"][p] for c, p in judged])
     flat = min(here["loss", "line"]) < least_barrier or min(lines) <= 0
+    share = curves / np.maximum(lines, 1e-9)
     texts = [f"{c} on {p} images {here[c, 'curve'][p].mean():.3f} against {here[c, 'line'][p].mean():.3f}"
              for c, p in judged]  # fmt: skip
     book.claim(
         f"Two networks are connected by a curve of low {'adversarial ' if eps else ''}loss (eps {eps:g})",
         section="Appendix C",
         paper="networks from adversarial training are connected by curves of low loss",
-        measured=f"mean barriers, curve against line: {'; '.join(texts)}; largest share {max(curves / lines):.3f}",
-        holds=rule(curves / lines, unless="the straight line has next to no barrier" if flat else ""),
+        measured=f"mean barriers, curve against line: {'; '.join(texts)}; largest share {max(share):.3f}",
+        holds=rule(share, unless="the straight line has next to no barrier" if flat else ""),
         n=n,
         source=images.source,
     )

@@ -1,0 +1,214 @@
+"""Cells against hand-made ones: whatever comes in whatever order, and what does not belong is named."""
+
+import json
+import shutil
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from lib import cells, inference, recipes, training
+from lib.attacks import pgd
+from lib.cells import compare, masks, notation, pair, path_of, rates, read, stuck, table, wrong, write
+from lib.evaluation import error, predict, robust_error
+from lib.models import Ensemble
+from lib.runs import run
+from lib.training import TrainConfig
+
+
+@pytest.mark.parametrize("values, text", [
+    ([0.0119, 0.0123, 0.0127], "1.23(4)"),  # 1.23 +- 0.04
+    ([0.5, 0.5, 0.5], "50.00(0)"),
+    ([0.1], "10.00"),
+    ([], ""),
+    ([0.0, 0.01], "0.50(71)"),  # a spread larger than the value: 0.5 +- 0.7071
+    ([0.0, 1.0], "50.00(7071)"),
+    ([0.11, 0.1230, 0.136], "12.30(130)"),
+    ([0.01225], "1.23"),  # a half, away from zero
+    ([0.01235], "1.24"),
+    ([0.1, 0.2, 0.7], "33.33(3215)"),
+    ([0.29, 0.29, 0.29], "29.00(0)"),  # 100 * 0.29 is below 29 in binary
+    ([1.0, 1.0], "100.00(0)"),
+])  # fmt: skip
+def test_notation(values, text):
+    assert notation(values) == text == notation(pd.Series(values, dtype=float))
+
+
+class Bright(nn.Module):
+    """Class 1 where the mean pixel is above a half, else 0."""
+
+    def forward(self, x):
+        z = x.flatten(1).mean(1) - 0.5
+        return torch.stack([-z, z], 1)
+
+
+def test_masks_by_hand():
+    x = torch.tensor([0.2, 0.45, 0.55, 0.8]).view(4, 1, 1, 1).expand(4, 1, 2, 2).contiguous()
+    y = torch.tensor([0, 0, 1, 0])  # the last one is wrong as it is
+    seen = []
+
+    def up(model, x, y):
+        seen.append(len(x))
+        return x + 0.1  # turns the second
+
+    found = wrong(Bright(), x, y, {"up": up, "down": lambda model, x, y: x - 0.1})
+    assert {k: v.tolist() for k, v in found.items()} == {
+        "clean": [False, False, False, True],
+        "up": [False, True, False, True],
+        "down": [False, False, True, True],
+    }
+    assert seen == [3]  # no attack on what is wrong already
+    found = wrong(Bright(), x, (x.mean((1, 2, 3)) < 0.5).long(), {"up": up})  # nothing left to attack
+    assert found["up"].all() and seen == [3]
+
+
+def test_masks_are_those_of_evaluation():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    x, y = torch.rand(40, 1, 4, 4), torch.randint(3, (40,))
+    attack = partial(pgd, eps=0.1, step_size=0.05, num_steps=5, random_start=False)
+    found = wrong(net, x, y, {"pgd": attack}, batch_size=7)
+    assert found["clean"].mean() == error(net, x, y)
+    # A wrong image may be attacked back to its class: the definition counts it, for x itself is in the ball.
+    assert found["pgd"].mean() >= robust_error(net, x, y, attack)
+
+
+PLAN = {"steps": 1, "step_fraction": 0.5, "pgd_images": 8, "strong_steps": 1, "queries": 2, "strong_images": 4}
+CONFIG = TrainConfig(eps=0.4, step_size=0.2, num_steps=1, epochs=4, lr=0.1)
+
+
+def cell(arm="cosine", seed=0, lr=0.1, data="digits", wrong_images=(0, 3), **changes):
+    """A cell as `make` would return it, with masks of 12 images."""
+    config = {**training.asdict(CONFIG), "schedule": arm.split()[-1], "seed": seed, "lr": lr}
+    mask = np.isin(np.arange(12), wrong_images)
+    entry = {"n": 12, "wrong": np.packbits(mask).tobytes().hex()}
+    entries = [
+        entry | {"network": network, "part": part, "epochs": [4], "attack": attack}
+        for network, part in (("end", "test"), ("epoch 4", "aside"))
+        for attack in ("clean", "PGD-1")
+    ]
+    made = {"device": "a machine", "precision": "float32"}
+    about = {"recipe": "lenet on mnist", "arm": arm, "version": training.VERSION, "data": data, "fingerprint": data,
+             "plan": PLAN, "periods": [2, 3], "masks": entries, "made": {"training": made, "attacks": made}}  # fmt: skip
+    return json.loads(json.dumps({**about, "config": config, **changes}))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "FIGURES", tmp_path / "figures")
+    return tmp_path / "figures" / "overnight" / "cells"
+
+
+def as_bytes(rows):
+    return rows.assign(wrong=[w.tolist() for w in rows["wrong"]]).to_csv().encode()
+
+
+def test_any_order_gives_equal_bytes(folder, tmp_path):
+    made = [cell(arm, seed, lr) for arm in ("constant", "cosine") for seed in (0, 1) for lr in (0.1, 0.03)]
+    for one in made:
+        write(folder, one)
+    first, notes = read()
+    assert not notes and len(first) == 8 * 4
+    files = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.json")}
+    shutil.rmtree(folder)
+    for one in reversed(made):
+        write(folder, one)
+    assert as_bytes(read()[0]) == as_bytes(first) == as_bytes(table(made[3:] + made[:3], "overnight"))
+    assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.json")} == files
+    assert masks(first, "cosine", 0.1)[1].tolist() == [i in (0, 3) for i in range(12)]
+
+
+def test_a_cell_made_again_elsewhere_stays_as_it_is(folder):
+    path = write(folder, cell())
+    before = path.read_bytes()
+    write(folder, cell(made={"training": {"device": "another", "precision": "bfloat16"}}))
+    assert path.read_bytes() == before
+    write(folder, cell(wrong_images=(1,)))
+    assert path.read_bytes() != before
+
+
+def test_what_does_not_belong_is_named_and_left_out(folder):
+    good = write(folder, cell(seed=0))
+    write(folder, cell(seed=1, version=training.VERSION + 1))
+    write(folder, cell(seed=2)).write_text("{")
+    shutil.copy(good, good.with_name("constant-lr0.1-seed0.json"))
+    write(folder, {k: v for k, v in cell(seed=3).items() if k != "masks"})
+    rows, notes = read()
+    assert set(rows["seed"]) == {0} and set(rows["arm"]) == {"cosine"}
+    causes = ("constant-lr0.1-seed0 is left out: its name is another cell's",
+              f"cosine-lr0.1-seed1 is left out: it is of version {training.VERSION + 1}, and this is {training.VERSION}",
+              "cosine-lr0.1-seed2 is left out: ", "cosine-lr0.1-seed3 is left out: 'masks'")  # fmt: skip
+    assert len(notes) == len(causes) and all(c in note for c, note in zip(causes, notes, strict=True)), notes
+
+
+@pytest.mark.parametrize("changes", [
+    {"data": "digits, copied"}, {"plan": PLAN | {"steps": 2}},
+    {"config": training.asdict(CONFIG) | {"schedule": "cosine", "seed": 1, "epochs": 8}},
+])  # fmt: skip
+def test_unlike_cells_are_rows_apart(folder, changes):
+    write(folder, cell(seed=0))
+    write(folder, cell(seed=2))
+    write(folder, cell(seed=1, **changes))
+    rows, notes = read()
+    assert sorted(part["seed"].nunique() for _, part in rows.groupby("row")) == [1, 2]
+    assert len(notes) == 1 and "are kept apart" in notes[0] and changes.get("data", "digits") in notes[0]
+
+
+def test_profiles_are_rows_apart_and_two_masks_of_a_seed_are_refused(folder):
+    write(folder, cell())
+    other = folder.parents[1] / "gpu" / "cells"
+    write(other, cell(wrong_images=(5,)))
+    rows, notes = read()
+    assert rows["row"].nunique() == 2 and not notes
+    with pytest.raises(ValueError, match="two masks of one seed: the cells are of more than one row"):
+        masks(rows, "cosine", 0.1)
+
+
+def test_comparisons_by_hand():
+    rows = table([cell("cosine", s, wrong_images=(0,)) for s in (0, 1, 2)]
+                 + [cell("constant", s, wrong_images=range(12)) for s in (1, 2, 3)]
+                 + [cell("constant", 1, lr=0.03, wrong_images=(1, 2))])  # fmt: skip
+    a, b, seeds = pair(masks(rows, "cosine", 0.1), masks(rows, "constant", 0.1))
+    assert seeds == [1, 2] and a.shape == b.shape == (2, 12) and a.sum() == 2 and b.all()
+    rule = inference.difference("error", margin=0.1)
+    assert compare(rule, rows, ("cosine", 0.1), ("constant", 0.1)) == rule(a, b)
+    assert compare(rule, rows, ("cosine", 0.1), ("linear", 0.1)).why == "no cells of a common seed yet"
+    assert (stuck(rows, "constant", 0.1), stuck(rows, "constant", 0.03), stuck(rows, "cosine", 0.1)) == (3, 0, 0)
+    assert rates(rows, "constant") == {0.03: {1: 2 / 12}, 0.1: {1: 1.0, 2: 1.0, 3: 1.0}}
+
+
+def test_an_unknown_arm():
+    with pytest.raises(ValueError, match="'cyclic cosine' is no arm"):
+        cells.configure(recipes.get("lenet on few digits"), "cyclic cosine", eps=0.4, seed=0)
+    config = cells.configure(recipes.get("lenet on few digits"), "periodic cosine", eps=0.4, seed=0)
+    assert config.restarts == (2, 3) and config.schedule_stop == 0.6
+
+
+def test_a_cell_holds_what_its_networks_do(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    changes = {"width": 1, "images": [100, 20], "set_aside": 20, "epochs": 3, "periods": [1, 2], "num_steps": 1,
+               "plan": PLAN}  # fmt: skip
+    settings = recipes.get("lenet on few digits") | changes
+    data, aside = recipes.load(settings)
+    args = "lenet on few digits", settings, "periodic cosine", data, aside
+    made = cells.make(*args, eps=0.4, seed=1)
+    assert not cells.stands(folder, *args[:4], eps=0.4, seed=1)
+    path = write(folder, made)
+    assert path == path_of(folder, made) and path.stem == "periodic-cosine-lr0.01-seed1"
+    assert cells.stands(folder, *args[:4], eps=0.4, seed=1)
+    assert not cells.stands(folder, *args[:4], eps=0.3, seed=1)
+    assert {**cells.make(*args, eps=0.4, seed=1), "made": 0} == {**made, "made": 0}
+    trained = run(cells.configure(settings, "periodic cosine", eps=0.4, seed=1), data)
+    rows = table([made])
+    for network, epochs in (("end", [3]), ("ensemble", [1, 2, 3])):
+        expected = predict(Ensemble([trained.model(e) for e in epochs]), data.x_test[:8]).argmax(1) != data.y_test[:8]
+        assert masks(rows, "periodic cosine", 0.01, network, kind="clean")[1].tolist() == expected.tolist()
+    best = rows[(rows.part == "aside") & (rows.kind == "PGD")]
+    errors = {e[0]: w.mean() for e, w in zip(best["epochs"], best["wrong"], strict=True)}
+    assert set(errors) == {1, 2, 3} and rates(rows, "periodic cosine") == {0.01: {1: errors[3]}}
+    chosen = rows[(rows.network == "best") & (rows.kind == "PGD")]["epochs"].iloc[0]
+    assert errors[chosen[0]] == min(errors.values())
+    assert set(rows[rows.part == "strong"]["kind"]) == {"clean", "APGD CE", "APGD DLR", "Square"}
