@@ -231,12 +231,17 @@ class TestBudget:
         train(replace(BASE, eps=2.0, norm="l2", start="ball", schedule="constant"), stripes(50), folder=tmp_path)
         assert {(s["eps"], s["norm"], s["random_start"]) for s in seen} == {(2.0, "l2", "ball")}
 
-    def test_a_restart_begins_everything_anew_in_the_same_step(self, tmp_path, monkeypatch):
-        seen, plain = [], training._State.step
+    def test_a_restart_begins_budget_and_rate_anew_and_keeps_the_optimizers_state(self, tmp_path, monkeypatch):
+        seen, momenta, plain = [], [], training._State.step
 
         def spy(state, x, y, eps, generator):
-            seen.append((eps, state.optimizer.param_groups[0]["lr"], len(state.optimizer.state)))
-            return plain(state, x, y, eps, generator)
+            now = [s["momentum_buffer"].clone() for s in state.optimizer.state.values()]
+            if now:  # between two steps nothing touches them, restart or not
+                assert all(torch.equal(a, b) for a, b in zip(now, momenta[-1], strict=True))
+            seen.append((eps, state.optimizer.param_groups[0]["lr"], len(now)))
+            result = plain(state, x, y, eps, generator)
+            momenta.append([s["momentum_buffer"].clone() for s in state.optimizer.state.values()])
+            return result
 
         monkeypatch.setattr(training._State, "step", spy)
         config = replace(
@@ -245,11 +250,12 @@ class TestBudget:
         run = train(config, stripes(100), folder=tmp_path / "run")
         n = len(list(models.lenet(1).parameters()))
         # Two mini-batches an epoch. The budget rises over each period, and the rate falls in the middle of each.
-        two = [(0.0, 0.01, 0), (0.05, 0.01, n), (0.1, 0.001, n), (0.15, 0.001, n)]
-        one = [(0.0, 0.01, 0), (0.1, 0.001, n)]
-        assert [tuple(map(pytest.approx, s)) for s in two + one + two] == seen
+        two = [(0.0, 0.01, n), (0.05, 0.01, n), (0.1, 0.001, n), (0.15, 0.001, n)]
+        one = [(0.0, 0.01, n), (0.1, 0.001, n)]
+        assert [tuple(map(pytest.approx, s)) for s in [(0.0, 0.01, 0), *two[1:], *one, *two]] == seen
         assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-            "model-0.safetensors", "model-2.safetensors", "model-3.safetensors", "model-5.safetensors", "run.json"
+            "made.json", "model-0.safetensors", "model-2.safetensors", "model-3.safetensors", "model-5.safetensors",
+            "run.json",
         ]  # fmt: skip
         # What is kept at a period's end is what a run that ends there gives.
         short = train(replace(config, epochs=2, restarts=()), stripes(100), folder=tmp_path / "short")
