@@ -4,17 +4,19 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Usage: ./run_all.sh [NOTEBOOK ...] [--profile NAME] [-j N] [--timeout S] [--list]
+Usage: ./run_all.sh [NOTEBOOK ...] [--profile NAME] [-j N] [--timeout S] [--list] [--dry-run]
+       ./run_all.sh --lab [arguments]        JupyterLab on the notebooks
        ./run_all.sh --test [pytest arguments]
        ./run_all.sh --python ARGUMENTS       any other command, such as benchmarks/bench_curvature.py
        ./run_all.sh --setup                  only make the environment
 
-  NOTEBOOK    name or beginning of a name, such as 03 (default: all)
+  NOTEBOOK    name, number or beginning of a name, such as 3 (default: all)
   --profile   size of the experiments: quick, laptop, gpu, gpu-cifar, paper or tiny (default: quick, which rewrites
               notebooks/*.ipynb and figures/quick/; the others write build/PROFILE/*.ipynb and figures/PROFILE/, tiny
-              only build/tiny/)
+              only build/tiny/); or a file of your own, my.yaml, which writes only build/my/
   -j N        notebooks side by side (default: 2)
   --timeout S seconds that a cell may take
+  --dry-run   say what would be trained and what would be found, and run nothing
   --list      name the notebooks and the profiles
 
 The environment is the active one if it fits pyproject.toml, else .venv, made by uv or by Python 3.11 to 3.13.
@@ -48,15 +50,20 @@ new_venv() {
   step "$python" -m venv .venv || fail
 }
 
-# -c: pyproject.toml says what is needed, the lock only at which version.
+# Nothing without its hash: every package by the lock (the builder of this project is one), then the project alone.
+# uv is several times as fast as pip, and itself takes a few seconds to get.
 install() {
   local uv=uv
   if ! command -v uv >/dev/null; then
-    uv=.venv/bin/uv  # a few seconds to get it, and it is several times as fast as pip
-    [ -x "$uv" ] || step "$python" -m pip install uv || true
+    uv=.venv/bin/uv
+    sed -n '/^uv==/,/[^\\]$/p' requirements.lock >build/uv.lock
+    [ -x "$uv" ] || step "$python" -m pip install --require-hashes -r build/uv.lock || true
   fi
-  step "$uv" pip install --python "$python" -c requirements.lock -e '.[dev]' ||
-    step "$python" -m pip install -c requirements.lock -e '.[dev]'
+  install_by "$uv" pip install --python "$python" || install_by "$python" -m pip install
+}
+
+install_by() {
+  step "$@" --require-hashes -r requirements.lock && step "$@" --no-deps --no-build-isolation -e .
 }
 
 # The stamp is written last: without it .venv is half made, with another first line it belongs to another checkout.
@@ -110,16 +117,27 @@ root=$(cd -P "$(dirname "$script")" && pwd)
 range=$(sed -n 's/^requires-python = "\(.*\)"$/\1/p' "$root/pyproject.toml")
 log=build/setup.log
 
+# Whatever the reader's shell sets for other programs, `lib` is ours and packages are the environment's.
+case ${PYTHONPATH-}: in "$root:"*) PYTHONPATH=$root ;; *) unset PYTHONPATH ;; esac
+unset PYTHONSTARTUP PYTHONOPTIMIZE PYTHONHOME PYTHONINSPECT
+export PYTHONNOUSERSITE=1
+
 mode=run dev=
 case ${1-} in
   -h | --help) usage; exit ;;
   --setup | --test | --python) mode=${1#--} dev=--dev; shift ;;
+  --lab) mode=lab dev=--lab; shift ;;
 esac
 here=$PWD
 cd "$root"
 choose_python $dev
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONHASHSEED=0
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONHASHSEED=0 PYTHONPATH=$root
 case $mode in
+  lab)
+    export PYTHONSTARTUP=$root/tools/lab/startup.py
+    export JUPYTER_CONFIG_PATH="$root/tools/lab${JUPYTER_CONFIG_PATH:+:$JUPYTER_CONFIG_PATH}"
+    exec "$python" -m jupyterlab --ServerApp.root_dir="$root/notebooks" "$@"
+    ;;
   setup) echo "environment: $python" ;;
   test) exec "$python" -m pytest -n 2 --dist loadfile "$@" ;;
   python) exec "$python" "$@" ;;

@@ -1,15 +1,17 @@
 """How much faster `lib.attacks.pgd` is than a textbook loop and than foolbox, and whether it is as strong.
 
-    python benchmarks/bench_pgd.py [--threads 2 1] [--repeats 3] [--models lenet resnet18]
+    python benchmarks/bench_pgd.py [--threads 1] [--repeats 3] [--models "lenet w=4" ...]
 
-The three take turns in one process, on one trained model and one batch, so that what else the machine does falls on
-all of them; a ratio is taken within each turn. The result goes to pgd.json and, as a table, into README.md.
+All take turns in one process, on one trained model and one batch, so that what else the machine does falls on all of
+them; a ratio is taken within each turn, of CPU seconds. "full" is `pgd` with precision="full": "auto", the default,
+must never be slower. The result goes to pgd.json and, as a table, into README.md.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 
@@ -25,10 +27,16 @@ from lib.files import write_json
 from lib.training import TrainConfig, train
 
 BATCH, STEPS = 128, 10
-SETTINGS = {  # the data, the attack, the number of attacked test images, and a short training against a weaker attack
-    "lenet": {"data": "mnist5k", "eps": 0.2, "n": 1000, "width": 16, "epochs": 2, "lr": 1e-3},
-    "resnet18": {"data": "mnistm", "eps": 8 / 255, "n": 384, "width": 8, "epochs": 1, "lr": 1e-3},
+DIGITS = {"model": "lenet", "data": "mnist5k", "eps": 0.2, "images": 2000, "epochs": 2}
+COLOURS = {"data": "mnistm", "eps": 8 / 255, "images": 1000, "epochs": 2}
+SETTINGS = {  # the data, the attack, and a short training against a weaker attack
+    "lenet w=4": DIGITS | {"width": 4, "aim": 2.7},
+    "lenet w=16": DIGITS | {"width": 16, "aim": 2.2},
+    "vgg16 w=2": COLOURS | {"model": "vgg16", "width": 2, "aim": 2.3},
+    "resnet18 w=2": COLOURS | {"model": "resnet18", "width": 2, "aim": 2.0},
+    "resnet18 w=8": COLOURS | {"model": "resnet18", "width": 8, "aim": 1.75, "images": 500},
 }
+PEERS = ("textbook", "foolbox", "full")
 
 
 def textbook(model, x, y, *, eps, step_size):
@@ -50,30 +58,32 @@ def by_foolbox(model, x, y, *, eps, step_size):
     return attack.run(foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilon=eps)
 
 
-def trained(name, settings, digits):
+def trained(settings, digits):
     """The model after a short adversarial training with half the budget."""
     eps = settings["eps"] / 2
+    digits = replace(digits, x_train=digits.x_train[: settings["images"]], y_train=digits.y_train[: settings["images"]])
     config = TrainConfig(
-        model=name, width=settings["width"], eps=eps, step_size=eps, num_steps=1, schedule="linear",
-        epochs=settings["epochs"], lr=settings["lr"], eval_images=100, eval_every=settings["epochs"],
+        model=settings["model"], width=settings["width"], eps=eps, step_size=eps, num_steps=1, schedule="linear",
+        epochs=settings["epochs"], lr=1e-3, eval_images=100, eval_every=settings["epochs"],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         return train(config, digits, folder=folder).model()
 
 
 def seconds(attack, *batch):
-    start = time.perf_counter()
+    start = time.process_time()
     attack(*batch)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def compare_speed(model, batch, attacks, threads, repeats):
-    """Seconds of each attack, turn by turn, after one turn to warm up."""
+    """CPU seconds of each attack, turn by turn, after one step of each to warm up."""
     torch.set_num_threads(threads)
-    turns = [{name: seconds(attack, model, *batch) for name, attack in attacks.items()} for _ in range(repeats + 1)]
-    turns = turns[1:]
+    for attack in attacks.values():
+        attack(model, *(t[:8] for t in batch))
+    turns = [{name: seconds(attack, model, *batch) for name, attack in attacks.items()} for _ in range(repeats)]
     rows = []
-    for peer in ("textbook", "foolbox"):
+    for peer in PEERS:
         ratios = [turn[peer] / turn["pgd"] for turn in turns]
         rows.append({
             "against": peer, "threads": threads, "repeats": repeats,
@@ -88,23 +98,26 @@ def compare_strength(model, x, y, attacks):
     return {"clean_error": error(model, x, y), "robust_error": found, "n": len(x)}
 
 
-def measure(name, threads, repeats):
+def measure(name, threads, repeats, images):
     torch.set_num_threads(max(threads))
     settings = SETTINGS[name]
     digits = data.load(settings["data"])
-    model = trained(name, settings, digits)
+    model = trained(settings, digits)
     budget = {"eps": settings["eps"], "step_size": settings["eps"] / 4}
     torch.manual_seed(0)
+    ours = partial(pgd, num_steps=STEPS, **budget)
     attacks = {
         "textbook": partial(textbook, **budget),
         "foolbox": partial(by_foolbox, **budget),
-        "pgd": partial(pgd, num_steps=STEPS, **budget),
+        "full": partial(ours, precision="full"),
+        "pgd": ours,
     }
     batch = digits.x_test[:BATCH], digits.y_test[:BATCH]
     speed = [row for t in threads for row in compare_speed(model, batch, attacks, t, repeats)]
     torch.set_num_threads(max(threads))
-    strength = compare_strength(model, digits.x_test[: settings["n"]], digits.y_test[: settings["n"]], attacks)
-    return {"model": name, "width": settings["width"], **budget, "source": digits.source, "speed": speed, **strength}
+    attacks["stop_early"] = partial(ours, stop_early=True)
+    strength = compare_strength(model, digits.x_test[:images], digits.y_test[:images], attacks)
+    return {"model": name, "aim": settings["aim"], **budget, "source": digits.source, "speed": speed, **strength}
 
 
 def tables(record):
@@ -115,24 +128,27 @@ def tables(record):
         f"PyTorch {record['versions']['torch']}, foolbox {record['versions']['foolbox']}; "
         f"batch {record['batch']}, {record['steps']} steps.",
         "",
-        "| model | against | threads | times faster: median (min to max) | repeats |",
-        "|---|---|---|---|---|",
-    ]
-    for m in record["models"]:
-        for s in m["speed"]:
-            ratios = f"{s['ratio_median']:.1f} ({s['ratio_min']:.1f} to {s['ratio_max']:.1f})"
-            lines.append(
-                f"| {m['model']} w={m['width']} | {s['against']} | {s['threads']} | {ratios} | {s['repeats']} |"
-            )
-    lines += [
-        "",
-        "| model | eps | n | clean error | robust error: textbook | foolbox | pgd |",
+        "| model | threads | aim | textbook / pgd: median (min to max) | foolbox / pgd | full / auto | repeats |",
         "|---|---|---|---|---|---|---|",
     ]
     for m in record["models"]:
-        errors = " | ".join(f"{100 * m['robust_error'][k]:.1f} %" for k in ("textbook", "foolbox", "pgd"))
-        clean = f"{100 * m['clean_error']:.1f} %"
-        lines.append(f"| {m['model']} w={m['width']} | {m['eps']:.3g} | {m['n']:,} | {clean} | {errors} |")
+        for threads in sorted({s["threads"] for s in m["speed"]}):
+            row = {s["against"]: s for s in m["speed"] if s["threads"] == threads}
+            repeats = row["full"]["repeats"]
+            ratios = {
+                k: f"{s['ratio_median']:.2f} ({s['ratio_min']:.2f} to {s['ratio_max']:.2f})" for k, s in row.items()
+            }
+            columns = (m["model"], threads, m["aim"], *(ratios[peer] for peer in PEERS), repeats)
+            lines.append(f"| {' | '.join(map(str, columns))} |")
+    kinds = ("textbook", "foolbox", "full", "pgd", "stop_early")
+    lines += [
+        "",
+        f"| model | eps | n | clean error | robust error: {' | '.join(kinds)} |",
+        "|---|---|---|---" + "|---" * len(kinds) + "|",
+    ]
+    for m in record["models"]:
+        errors = " | ".join(f"{100 * m['robust_error'][k]:.1f} %" for k in kinds)
+        lines.append(f"| {m['model']} | {m['eps']:.3g} | {m['n']:,} | {100 * m['clean_error']:.1f} % | {errors} |")
     return "\n".join(lines)
 
 
@@ -143,8 +159,9 @@ def write(record):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--images", type=int, default=256, help="attacked for the robust error")
     parser.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     given = parser.parse_args()
     record = {
@@ -154,7 +171,7 @@ def main():
         "models": [],
     }  # fmt: skip
     for name in given.models:
-        record["models"].append(measure(name, given.threads, given.repeats))
+        record["models"].append(measure(name, given.threads, given.repeats, given.images))
         write(record)
     print(tables(record))
 

@@ -5,17 +5,22 @@ All take `(model, x, y, *, eps, ...)` and return `x_adv`: detached, inside the b
 batch-normalisation buffers are afterwards as they were before, whatever happens in between.
 """
 
-import logging
-import sys
 import warnings
 from contextlib import contextmanager
+from functools import partial
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
-from pyautoattack import AutoAttack
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from pyautoattack.fab_pt import FABAttack_PT
+from pyautoattack.square import SquareAttack
 from torch.func import functional_call
 
 from .compute import fast_dtype
+from .differentiate import as_module, check_logits, differentiating, gradient, own
+from .fast import as_function, channels_last  # noqa: F401 (imported from here by others)
+from .models import any_layout
 
 NORMS = ("linf", "l2")
 
@@ -33,8 +38,7 @@ def project(delta, *, eps, norm="linf"):
         ValueError: unknown norm, eps negative or NaN.
     """
     check_norm(norm)
-    if not eps >= 0:
-        raise ValueError(f"eps must not be negative or NaN, got {eps}")
+    eps = check_eps(eps, norm="l2")  # perturbations have no range
     if norm == "linf":
         return delta.clamp(-eps, eps)
     return delta * (eps / _l2(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1)
@@ -48,9 +52,10 @@ def fgsm(model, x, y, *, eps, norm="linf"):
     return pgd(model, x, y, eps=eps, step_size=eps, num_steps=1, norm=norm, random_start=False)
 
 
+@differentiating()
 def pgd(
     model, x, y, *, eps, step_size, num_steps, norm="linf", num_restarts=1, random_start=True, loss="ce",
-    generator=None, precision="auto",
+    generator=None, precision="auto", stop_early=False,
 ):  # fmt: skip
     """L-inf or L2 projected gradient ascent on the loss (Madry et al. 2018, arXiv:1706.06083).
 
@@ -67,59 +72,68 @@ def pgd(
             start), "ball" at one of the whole ball, False at x itself.
         loss: "ce" (cross entropy) or "margin" (largest other logit minus the true one).
         generator: torch.Generator on x's device for the starts; without one, the global generator.
-        precision: "auto" runs the model in bfloat16 where this machine gains by it (perturbation and loss stay in
-            x's type); "full" never does.
+        precision: "auto" runs this library's own layers in bfloat16 where this machine gains by it (perturbation and
+            loss stay in x's type); "full" never does.
+        stop_early: an image that is misclassified is moved no further and started no more. The same images fall,
+            in fewer steps; the loss of the fallen is not maximised.
     Returns:
-        x_adv (B, C, H, W), detached, ||x_adv - x|| <= eps, in [0, 1].
+        x_adv (B, C, H, W), detached, in [0, 1], ||x_adv - x|| <= eps (exactly, if it is computed in float64).
     Raises:
-        ValueError: eps or step_size negative, NaN or (linf) above 1; x not floating, not in [0, 1] or not
+        ValueError: eps or step_size negative, NaN or (linf) above 1; x not float32 or float64, not in [0, 1] or not
             (B, C, H, W); labels that do not match; unknown norm, loss or precision; a model that returns NaN,
-            infinities or the wrong shape.
+            infinities or no logits (B, classes), or is of another type than x.
     """
-    check_inputs(x, y, eps, norm)
-    check_eps(step_size, name="step_size", norm=norm)
-    _check_count("num_steps", num_steps, 0)
-    _check_count("num_restarts", num_restarts, 1)
+    x, y, eps = check_inputs(x, y, eps, norm)
+    step_size = check_eps(step_size, name="step_size", norm=norm)
+    check_count("num_steps", num_steps, 0)
+    check_count("num_restarts", num_restarts, 1)
     check_start(random_start)
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}")
-    best = None
-    with frozen(model, x, precision) as logits_of:
+    with frozen(model, x, precision) as logits_of, frozen(model, x, "full") as exact_logits_of:
         if eps == 0:
-            return x.detach().clone()
-        for _ in range(num_restarts):
-            x_adv = _ascend(logits_of, x, y, eps, step_size, num_steps, norm, random_start, LOSSES[loss], generator)
-            if num_restarts == 1:
-                return x_adv
-            # The choice among the end points is made in full precision, as the evaluation will be.
-            with torch.no_grad(), frozen(model, x, "full") as exact_logits_of:
+            return x.clone()
+
+        def judge(x_adv, y):  # in full precision, as the evaluation will be
+            with torch.no_grad():
                 logits = exact_logits_of(x_adv)
             check_labels(logits, y)
-            new = (x_adv, logits.argmax(1) != y, LOSSES[loss](logits, y))
+            return x_adv, logits.argmax(1) != y, LOSSES[loss](logits, y)
+
+        def ascend(x_adv, y, limits):
+            out, i = x_adv.clone(), torch.arange(len(y), device=y.device)  # i: the images that are being moved
+            for _ in range(num_steps):
+                g, wrong = _gradient(logits_of, x_adv, y, LOSSES[loss])
+                if stop_early and wrong.any():
+                    wrong[wrong.clone()] = judge(x_adv[wrong], y[wrong])[1]
+                    out[i[wrong]] = x_adv[wrong]
+                    i, x_adv, y, g, *limits = (t[~wrong] for t in (i, x_adv, y, g, *limits))
+                    if not len(i):
+                        break
+                x_adv = _into(x_adv.add_(g.sign_() if norm == "linf" else _unit(g), alpha=step_size), limits, eps, norm)
+            out[i] = x_adv
+            return out
+
+        limits, best = _limits(x, eps, norm), None
+        for _ in range(num_restarts):
+            x_adv = x.clone()
+            if random_start:
+                radius = eps if random_start == "ball" else min(step_size, eps)
+                x_adv = _into(x_adv.add_(_start(x, radius, norm, generator)), limits, eps, norm)
+            left = slice(None)
+            if stop_early and best:
+                x_adv, left = torch.where(_wide(best[1], x), best[0], x_adv), (~best[1]).nonzero().squeeze(1)
+                if not len(left):
+                    break
+            x_adv[left] = ascend(x_adv[left], y[left], [t[left] for t in limits])
+            if num_restarts == 1:
+                return x_adv
+            new = judge(x_adv, y)
             best = new if best is None else _stronger(best, new)
     return best[0]
 
 
-def _ascend(logits_of, x, y, eps, step_size, num_steps, norm, random_start, loss, generator):
-    x = channels_last(x.detach())
-    x_adv = x.clone()
-    if random_start:
-        radius = eps if random_start == "ball" else min(step_size, eps)
-        x_adv = _into(x_adv + _start(x, radius, norm, generator), x, eps, norm)
-    for _ in range(num_steps):
-        x_adv.requires_grad_(True)
-        with torch.enable_grad():
-            logits = logits_of(x_adv)
-            check_labels(logits, y)
-            (g,) = torch.autograd.grad(loss(logits, y).sum(), x_adv)
-        if not torch.isfinite(g).all():  # asked here, because the sign of NaN is 0
-            raise ValueError("the gradient of the model's loss is NaN or infinite at some input")
-        with torch.no_grad():
-            g = g.sign_() if norm == "linf" else _unit(g)
-            x_adv = _into(x_adv.detach().add_(g, alpha=step_size), x, eps, norm)
-    return x_adv.contiguous()
-
-
+@differentiating()
 def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
     """SimBA, a black-box attack that sees probabilities only (Guo et al. 2019, arXiv:1905.07121), image by image.
 
@@ -135,9 +149,9 @@ def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
     Raises:
         ValueError: as for `pgd`; num_queries below 1.
     """
-    check_inputs(x, y, eps, norm)
-    _check_count("num_queries", num_queries, 1)
-    x_adv, size = x.detach().clone(), x[0].numel()
+    x, y, eps = check_inputs(x, y, eps, norm)
+    check_count("num_queries", num_queries, 1)
+    x_adv, size, limits = x.clone(), x[0].numel(), _limits(x, eps, norm)
     order = torch.rand(len(x), size, generator=generator, device=x.device).argsort(1)
     turn = torch.zeros_like(y)  # each image's own place in its order, two turns (up, down) for each value
     with torch.no_grad(), frozen(model, x, "full") as logits_of:
@@ -155,7 +169,7 @@ def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
             where = order[i, turn[i] // 2 % size][:, None]
             step = (1 - 2 * (turn[i] % 2))[:, None] * (2 * eps if norm == "linf" else 0.2)
             moved = x_adv[i].flatten(1).scatter_add(1, where, step.to(x.dtype)).view_as(x[i])
-            moved = _into(moved, x[i], eps, norm)
+            moved = _into(moved, [t[i] for t in limits], eps, norm)
             score, right = look(moved, y[i])
             falls = score < best[i]
             x_adv[i], best[i] = torch.where(_wide(falls, x), moved, x_adv[i]), torch.minimum(score, best[i])
@@ -164,6 +178,7 @@ def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
     return x_adv
 
 
+@differentiating()
 def autoattack(
     model, x, y, *, eps, norm="linf", attacks=("apgd-ce", "apgd-dlr", "square"), num_steps=100, num_restarts=5,
     num_queries=5000, seed=0, batch_size=256,
@@ -181,56 +196,108 @@ def autoattack(
     Raises:
         ValueError: as for `pgd`; an unknown attack, or too few classes for it ("apgd-dlr" needs 3, "apgd-t" 4).
     """
-    check_inputs(x, y, eps, norm)
+    x, y, eps = check_inputs(x, y, eps, norm)
     for name, value in (("num_steps", num_steps), ("num_restarts", num_restarts), ("num_queries", num_queries)):
-        _check_count(name, value, 1)
+        check_count(name, value, 1)
     unknown = [a for a in attacks if a not in LEAST_CLASSES]
     if unknown or not attacks:
         raise ValueError(f"unknown attack {unknown}: choose some of {', '.join(LEAST_CLASSES)}")
-    with frozen(model, x, "full") as logits_of:
-        with torch.no_grad():
-            logits = logits_of(x[:1])
-        check_labels(logits, y[:1])
-        classes = logits.shape[1]
+    where, limits, x_adv = [x.device] if x.is_cuda else [], _limits(x, eps, norm), x.clone()
+    with (
+        frozen(model, x, "full") as logits_of,
+        torch.random.fork_rng(devices=where), torch.no_grad(), warnings.catch_warnings(action="ignore"),
+    ):  # fmt: skip
+        run, image = partial(_Guarded.apply, logits_of, x.dtype), x.float()
+        logits = torch.cat([run(part) for part in image.split(batch_size)])
+        check_labels(logits, y)
+        classes, standing = logits.shape[1], logits.argmax(1) == y
         for attack in attacks:
             if classes < LEAST_CLASSES[attack]:
                 raise ValueError(f"{attack} needs at least {LEAST_CLASSES[attack]} classes, the model has {classes}")
         if eps == 0:
-            return x.detach().clone()
-        with _left_alone(x.device):
-            runner = AutoAttack(logits_of, attacks=list(attacks), version="custom", eps=eps, seed=seed,
-                                norm={"linf": "Linf", "l2": "L2"}[norm], device=x.device)  # fmt: skip
-            for part in (runner.apgd, runner.apgd_targeted, runner.fab):
-                part.n_iter, part.n_target_classes = num_steps, min(9, classes - 1)
-            runner.apgd.n_restarts = runner.fab.n_restarts = num_restarts
-            runner.square.n_queries, runner.square.rescale_schedule = num_queries, num_queries < 5000
-            x_adv, _ = runner.run_standard_evaluation(x, y, batch_size=batch_size)
-    return _into(x_adv.detach(), x, eps, norm)
+            return x_adv
+        ball = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed, "device": x.device}
+        targets = {"n_restarts": 1, "n_target_classes": min(9, classes - 1)}
+        steps, starts = {"n_iter": num_steps}, {"n_restarts": num_restarts}
+        squares = {"p_init": 0.8, "n_queries": num_queries, "resc_schedule": num_queries < 5000}
+        make = {  # all settings at once, since the constructors derive others from them
+            "apgd-ce": partial(APGDAttack, loss="ce", rho=0.75, **steps, **starts),
+            "apgd-dlr": partial(APGDAttack, loss="dlr", rho=0.75, **steps, **starts),
+            "apgd-t": partial(APGDAttack_targeted, rho=0.75, **steps, **targets),
+            "fab": partial(FABAttack_PT, **steps, **starts),
+            "fab-t": partial(FABAttack_PT, targeted=True, **steps, **targets),
+            "square": partial(SquareAttack, **squares),
+        }
+        for attack in attacks:
+            runner = make[attack](run, **ball)
+            for i in standing.nonzero().squeeze(1).split(batch_size):
+                if len(i):
+                    try:
+                        found = runner.perturb(image[i], y[i]).to(x.dtype)
+                    except (RuntimeError, ZeroDivisionError) as error:  # the model itself has run on all images above
+                        what = f"{attack} under {norm} cannot attack images of {tuple(x.shape[1:])} with such logits"
+                        raise ValueError(f"{what}: {error}") from error
+                    found = torch.where(found.isfinite(), found, x[i])
+                    found = _into(found, [t[i] for t in limits], eps, norm)
+                    fell = logits_of(found).argmax(1) != y[i]
+                    x_adv[i[fell]], standing[i[fell]] = found[fell], False
+    return x_adv
 
 
 LEAST_CLASSES = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "fab": 2, "fab-t": 2, "square": 2}
 
 
-@contextmanager
-def _left_alone(where):
-    """pyautoattack reseeds the global generators, ends any tracing (coverage, debuggers) and warns on stderr."""
-    trace, logger = sys.gettrace(), logging.getLogger("auto-attack")
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = was_disabled
-        sys.settrace(trace)
+class _Guarded(torch.autograd.Function):
+    """A model as pyautoattack needs it, whatever it is: float32 in and out, logits that are finite and its own to
+    overwrite, gradients that are contiguous, zero where there are none, and end in nobody's `.grad` but its own."""
+
+    @staticmethod
+    def forward(ctx, logits_of, dtype, x):
+        with torch.set_grad_enabled(ctx.needs_input_grad[2]):
+            ctx.x = x.detach().to(dtype).requires_grad_(ctx.needs_input_grad[2])
+            ctx.logits = logits_of(ctx.x)
+        if not torch.isfinite(ctx.logits).all():
+            raise ValueError("the model returned NaN or infinite logits")
+        return ctx.logits.detach().to(torch.float32, copy=True)
+
+    @staticmethod
+    def backward(ctx, g):
+        (g,) = gradient(ctx.logits, [ctx.x], g.to(ctx.x.dtype), keep=True)
+        return None, None, g.float().contiguous()
 
 
-def _into(x_adv, x, eps, norm):
-    """Back into the ball and the box. Both sets are convex; for L2 the clamp after the projection stays in the ball
-    because x itself is in the box, so clamping moves no coordinate away from x."""
+def _gradient(logits_of, x_adv, y, loss):
+    """The gradient of the loss at x_adv, and which images are misclassified there."""
+    leaf = x_adv.detach().requires_grad_()
+    logits = logits_of(leaf)
+    check_labels(logits, y)
+    (g,) = gradient(loss(logits, y).sum(), [leaf])
+    if not torch.isfinite(g.sum()) and not torch.isfinite(g).all():  # asked here, because the sign of NaN is 0
+        raise ValueError("the gradient of the model's loss is NaN or infinite at some input")
+    return g, logits.detach().argmax(1) != y
+
+
+def _limits(x, eps, norm):
+    """What `_into` needs to know of the ball and the box, image by image: tensors like x.
+
+    For linf their smallest and largest points in x's type that are within eps of x, to the last digit.
+    """
+    if norm == "l2":
+        return [x]
+    wide = x.double()
+    low, high = (wide - eps).clamp_min(0).to(x.dtype), (wide + eps).clamp_max(1).to(x.dtype)
+    return [torch.where((t.double() - wide).abs() > eps, t.nextafter(x), t) for t in (low, high)]
+
+
+def _into(x_adv, limits, eps, norm):
+    """Back into the ball and the box; x_adv is changed. Both sets are convex; for L2 the clamp after the projection
+    stays in the ball because x itself is in the box, so clamping moves no coordinate away from x."""
     if norm == "linf":
-        return torch.min(torch.max(x_adv, x - eps), x + eps).clamp_(0, 1)
-    return (x + project(x_adv - x, eps=eps, norm=norm)).clamp_(0, 1)
+        return x_adv.clamp_(*limits)
+    x = limits[0].double()
+    rounding = torch.finfo(x_adv.dtype).eps * x[0].numel() ** 0.5  # more than that of the pixels in x_adv's type
+    delta = project(x_adv.double().sub_(x), eps=max(eps - rounding, 0.0), norm=norm)
+    return x_adv.copy_(delta.add_(x)).clamp_(0, 1)
 
 
 def _unit(g):
@@ -264,48 +331,50 @@ LOSSES = {"ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"), 
 
 @contextmanager
 def frozen(model, x, precision="auto"):
-    """The model as a function of its input alone: evaluation mode, constant parameters, the fastest exact-enough type.
+    """The model as a function of its input alone: evaluation mode, constant parameters.
 
-    Yields a function x -> logits in x's type. The parameters enter as detached copies, converted once and not at
-    every call, so no flag of the model has to be touched; only the mode is, and it is put back.
+    Yields a function x -> logits (B, classes) in x's type. The parameters enter as detached copies, so no flag of the
+    model has to be touched; only the mode is, and it is put back. Models made of nothing but this library's own layers
+    (`models.any_layout`) are evaluated by `fast`, with "auto" in bfloat16 where this machine gains by it; any other
+    sees what it would see without us.
+
+    Raises ValueError for what is no nn.Module, an unknown precision, a model of another type or device than x; the
+    function, for an output that is not logits.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
+    model = as_module(model)
     if precision not in ("auto", "full"):
         raise ValueError(f"unknown precision {precision!r}: choose auto or full")
-    low = fast_dtype(x.device) if precision == "auto" and x.dtype == torch.float32 else None
-    constants = {k: _constant(p, low) for k, p in model.named_parameters()}
+    tensors = {k: own(t) for k, t in (*model.named_parameters(), *model.named_buffers())}
+    kind = "{0.dtype} on {0.device}".format
+    others = {kind(t) for t in tensors.values() if t.is_floating_point()} - {kind(x)}
+    mismatch = f"a model of {' and '.join(sorted(others))} does not take images of {kind(x)}"
+    modes = []
+    if any_layout(model):
+        if others:
+            raise ValueError(mismatch)
+        low = fast_dtype(x.device) if precision == "auto" and x.dtype == torch.float32 else None
+        run = as_function(model, low)
+    else:
+        modes = [(m, m.training) for m in model.modules()]
+        run = partial(functional_call, model, tensors)
 
     def logits_of(inputs):
-        with torch.autocast(x.device.type, dtype=low, enabled=low is not None):
-            return functional_call(model, constants, (inputs,)).to(x.dtype)
+        try:
+            logits = run(inputs)
+        except RuntimeError as error:
+            if not others:
+                raise
+            raise ValueError(f"{mismatch}: {error}") from error  # models may cast by themselves, so only now
+        check_logits(logits, len(inputs))
+        return logits.to(x.dtype)
 
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
+        if modes:
+            model.eval()
         yield logits_of
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _constant(p, low):
-    # Weights of layers go to the low type; the vectors (biases, batch normalisation) stay, as autocast wants them.
-    p = p.detach()
-    return channels_last(p if low is None or p.dim() < 2 else p.to(low))
-
-
-def channels_last(t):
-    """t with its channels last in memory, if it has 4 dimensions: the layout that CPUs and GPUs convolve fastest.
-
-    With one channel both layouts are the same memory, and PyTorch takes it for the slow one unless the strides say
-    otherwise: pooling what comes out of the first convolution of digits is then several times slower.
-    """
-    if t.dim() != 4:
-        return t
-    t = t.contiguous(memory_format=torch.channels_last)
-    _, c, h, w = t.shape
-    return t.as_strided(t.shape, (h * w, 1, w, 1)) if c == 1 else t
 
 
 def _wide(t, x):
@@ -317,13 +386,14 @@ def _l2(t):
 
 
 def check_eps(eps, *, name="eps", norm="linf"):
-    """Raise ValueError unless eps is a number >= 0 and, for "linf", at most 1."""
-    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
+    """eps as a float. Raises ValueError unless it is a number >= 0 and, for "linf", at most 1."""
+    if not isinstance(eps, Real) or isinstance(eps, bool):
         raise ValueError(f"{name} must be a number, got {type(eps).__name__}")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{name} must be finite and not negative, got {eps}")
     if norm == "linf" and eps > 1:
         raise ValueError(f"{name} is a fraction of the pixel range, so at most 1: write 8/255, not 8 (got {eps})")
+    return float(eps)
 
 
 def check_norm(norm):
@@ -332,8 +402,9 @@ def check_norm(norm):
         raise ValueError(f"unknown norm {norm!r}: choose linf or l2")
 
 
-def _check_count(name, value, least):
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def check_count(name, value, least):
+    """Raise ValueError unless value is a whole number of at least `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
@@ -343,14 +414,18 @@ def check_start(start):
         raise ValueError(f"unknown random_start {start!r}: choose True or 'step', 'ball', or False")
 
 
-def check_inputs(x, y, eps, norm="linf"):
-    """Raise ValueError unless x is a batch of images in [0, 1], y its labels (int64) and eps a radius of the norm."""
+def check_inputs(x, y, eps=0, norm="linf"):
+    """x and y as constants of ours: detached, contiguous, usable whatever mode they were made in; and eps, a float.
+
+    Raises ValueError unless x is a batch of images in [0, 1], y its labels (int64) and eps a radius of the norm.
+    """
     check_norm(norm)
-    check_eps(eps, norm=norm)
+    eps = check_eps(eps, norm=norm)
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or len(x) == 0:
         raise ValueError(f"x must be a tensor (B, C, H, W) with B >= 1, got {getattr(x, 'shape', type(x).__name__)}")
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floating with pixels in [0, 1], got {x.dtype}: divide by 255 first")
+    if x.dtype not in (torch.float32, torch.float64):  # coarser types round x + eps by more than a small eps
+        advice = "convert it, and the model" if x.is_floating_point() else "divide by 255 first"
+        raise ValueError(f"x must be float32 or float64 with pixels in [0, 1], got {x.dtype}: {advice}")
     low, high = x.aminmax()
     if not (low >= 0 and high <= 1):
         raise ValueError(f"x must lie in [0, 1], got values from {low:.4g} to {high:.4g}")
@@ -359,12 +434,12 @@ def check_inputs(x, y, eps, norm="linf"):
             f"y must be int64 labels of shape ({len(x)},), got {getattr(y, 'dtype', type(y).__name__)} "
             f"{tuple(getattr(y, 'shape', ()))}"
         )
+    return own(x).contiguous(), own(y).contiguous(), eps
 
 
 def check_labels(logits, y):
-    """Raise ValueError unless the logits are finite and belong to these labels."""
-    if logits.dim() != 2 or len(logits) != len(y):
-        raise ValueError(f"the model must return logits ({len(y)}, classes), got {tuple(logits.shape)}")
+    """Raise ValueError unless the logits (`check_logits`) are finite and belong to these labels."""
+    check_logits(logits, len(y))
     low, high = y.aminmax()
     if low < 0 or high >= logits.shape[1]:
         raise ValueError(f"labels run from {low} to {high}, but the model has {logits.shape[1]} classes")

@@ -4,25 +4,22 @@ A result is a mask: one boolean per image, True where the image or its attacked 
 of several attacks on the same images can be put together and compared image by image. Robust error is a mask's mean.
 
 A model whose gradients are useless looks robust to every attack that follows them. The signs of it are listed by
-Athalye et al. (2018, arXiv:1802.00420) and Carlini et al. (2019, arXiv:1902.06705); `signs` tests for them.
+Athalye et al. (2018, arXiv:1802.00420) and Carlini et al. (2019, arXiv:1902.06705); `signs` looks for them.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import nn
 
 from . import runs
-from .attacks import LEAST_CLASSES, autoattack, check_inputs, check_labels, fgsm, frozen, pgd, simba
-from .evaluation import predict
-
-ALPHA = 0.01  # a sign counts as seen if noise alone would show as much in fewer than this share of cases
-FLAT_SHARE = 0.05  # of the images; so many may have a gradient of zero, since a few are classified beyond all doubt
+from .attacks import LEAST_CLASSES, autoattack, check_count, check_inputs, check_labels, fgsm, frozen, pgd, simba
+from .differentiate import differentiating, gradient
+from .evaluation import wrong
 
 
 def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
@@ -41,26 +38,25 @@ def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
         ValueError: num_restarts or batch_size below 1, no images, and whatever the attack raises.
     """
     for name, value in (("num_restarts", num_restarts), ("batch_size", batch_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-    check_inputs(x, y, 0)
-    falls = torch.where(predict(model, x, batch_size=batch_size).argmax(1) == y, num_restarts + 1, 0)
+        check_count(name, value, 1)
+    x, y, _ = check_inputs(x, y)
+    falls = torch.where(wrong(model, x, y, batch_size=batch_size), 0, num_restarts + 1)
     done = 0
     while done < num_restarts and len(left := (falls > done).nonzero().squeeze(1)):
         copies = min(max(1, batch_size // len(left)), num_restarts - done)
         for part in left.repeat(copies).view(copies, -1).split(max(1, batch_size // copies), dim=1):
             i = part.flatten()
-            wrong = predict(model, attack(model, x[i], y[i]), batch_size=batch_size).argmax(1) != y[i]
+            fell = wrong(model, attack(model, x[i], y[i]), y[i], batch_size=batch_size)
             restart = torch.arange(done + 1, done + copies + 1, device=x.device)[:, None]
-            first = torch.where(wrong.view(copies, -1), restart, num_restarts + 1).amin(0)
+            first = torch.where(fell.view(copies, -1), restart, num_restarts + 1).amin(0)
             falls[part[0]] = first
         done += copies
     return falls.tolist()
 
 
 def broken(model, x, y, attack, *, batch_size=500):
-    """The mask of one attack: True where the image or its attacked version is misclassified. See `first_falls`."""
-    return [fall <= 1 for fall in first_falls(model, x, y, attack, batch_size=batch_size)]
+    """The mask of one attack as a list: True where the image or its attacked version is misclassified."""
+    return wrong(model, x, y, attack, batch_size=batch_size).tolist()
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ class Subject:
                 made, function = function, lambda _model, x, y: made(source.network, x, y)
             return first_falls(self.network, self.x, self.y, function, num_restarts=restarts)
 
-        return runs.remember("attacks", facts | {"source": source and source.facts}, compute, code=("audit.py",))
+        return runs.remember("attacks", facts | {"source": source and source.facts}, compute)
 
     def mask(self, attack, **settings):
         """The mask of an attack, arguments as for `falls`: an array of N booleans."""
@@ -112,16 +108,17 @@ def attack_by_name(name, *, seed=0, device="cpu", **settings):
     return partial({"pgd": pgd, "simba": simba}[name], **settings, generator=generator)
 
 
+@differentiating()
 def flat(model, x, y, *, batch_size=500):
     """The mask of images whose loss has a gradient of exactly zero, so that no attack can follow it."""
-    check_inputs(x, y, 0)
+    x, y, _ = check_inputs(x, y)
     parts = []
     for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        with frozen(model, a, "full") as logits_of, torch.enable_grad():
-            a = a.detach().requires_grad_(True)
+        with frozen(model, a, "full") as logits_of:
+            a = a.clone().requires_grad_()
             logits = logits_of(a)
             check_labels(logits, b)
-            (g,) = torch.autograd.grad(F.cross_entropy(logits, b, reduction="sum"), a)
+            (g,) = gradient(F.cross_entropy(logits, b, reduction="sum"), [a])
         parts += (g.flatten(1) == 0).all(1).tolist()
     return parts
 
@@ -148,51 +145,30 @@ def _checked(masks):
 
 
 def signs(reported, rivals, by_eps, flat):
-    """The usual signs of gradient masking, each as a test.
+    """The usual signs of gradient masking, each as the images that show it: `inference.at_most` judges their share.
 
-    A rival that should be weaker than the reported attack is stronger, one-sidedly, by the exact sign test on the
-    images that only one of the two breaks (McNemar). The same test asks whether the robust error falls from one eps to
-    the next. At the largest eps every image must break. Flat images are tested against the share FLAT_SHARE, by the
-    binomial distribution. The level of each test is ALPHA.
+    A rival that should be weaker breaks an image that the reported attack does not. An image that falls at one eps
+    stands at the next one. An image stands at the largest eps. The loss is flat at an image.
 
     Args:
         reported: the mask of the attack whose robust error is reported, an iterated gradient attack.
-        rivals: masks by name on the same images: attacks without gradients, of a single step, from another model.
-        by_eps: masks of the gradient attack by eps; at the largest eps the ball holds the whole box.
+        rivals: masks by name: attacks without gradients, of a single step, from another model; on the same images, or
+            on the first of them.
+        by_eps: masks of the gradient attack by eps; at the largest eps the ball should hold the whole box.
         flat: the mask of `flat`.
     Returns:
-        A DataFrame of one row for each sign: "sign", "for" and "against" (numbers of images), "n" (images that could
-        be either), "p" (None for the exact one) and "passed", which is False where the sign is seen.
+        {sign: mask}; of the steps from one eps to the next, only that with the most images.
     Raises:
         ValueError: masks of unequal length, no rivals, or fewer than two eps.
     """
     if not len(rivals) or len(by_eps) < 2:
         raise ValueError(f"needs at least one rival and two eps, got {len(rivals)} and {len(by_eps)}")
     grid = sorted(by_eps)
-    flat, reported, *others = _checked({"flat": flat, "reported": reported, **rivals}).values()
-    curve = list(_checked({eps: by_eps[eps] for eps in grid}).values())
-    rows = [compare(f"{name} breaks more", rival, reported) for name, rival in zip(rivals, others, strict=True)]
-    falls = [compare(f"robust error falls from eps {grid[i]:g} to {grid[i + 1]:g}", curve[i], curve[i + 1])
-             for i in range(len(grid) - 1)]  # fmt: skip
-    rows.append(min(falls, key=lambda row: row["p"]))  # the worst of them
-    standing = int((~curve[-1]).sum())
-    rows.append({"sign": f"some images stand at eps {grid[-1]:g}", "for": standing, "against": int(curve[-1].sum()),
-                 "n": len(curve[-1]), "p": None, "passed": standing == 0})  # fmt: skip
-    p = stats.binomtest(int(flat.sum()), len(flat), FLAT_SHARE, alternative="greater").pvalue
-    rows.append({"sign": "the loss is flat at the image", "for": int(flat.sum()), "against": int((~flat).sum()),
-                 "n": len(flat), "p": p, "passed": p >= ALPHA})  # fmt: skip
-    return pd.DataFrame(rows).astype({"passed": bool})
-
-
-def compare(sign, stronger, weaker):
-    """Does `stronger` break more images than `weaker`? The exact one-sided sign test on the images that differ.
-
-    Returns a row of `signs`; "passed" is False where it does, beyond what noise alone shows at level ALPHA.
-    """
-    stronger, weaker = _checked({"stronger": stronger, "weaker": weaker}).values()
-    more, less = int((stronger & ~weaker).sum()), int((weaker & ~stronger).sum())
-    p = stats.binomtest(more, more + less, alternative="greater").pvalue if more + less else 1.0
-    return {"sign": sign, "for": more, "against": less, "n": more + less, "p": p, "passed": p >= ALPHA}
+    flat, reported, *curve = _checked({"flat": flat, "reported": reported} | {e: by_eps[e] for e in grid}).values()
+    rivals = {name: _checked({name: mask, "reported": reported[: len(mask)]})[name] for name, mask in rivals.items()}
+    found = {f"only {name} breaks it": mask & ~reported[: len(mask)] for name, mask in rivals.items()}
+    found["it stands again at a larger eps"] = max((a & ~b for a, b in pairwise(curve)), key=np.sum)
+    return found | {f"it stands at eps {grid[-1]:g}": ~curve[-1], "its loss is flat": flat}
 
 
 class Masked(nn.Module):

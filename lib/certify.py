@@ -10,14 +10,15 @@ Bounds are computed in float64, rounded to nearest. They are proofs for the netw
 to the rounding of float64; the logits that the same weights give in float32 can differ from it in the seventh digit.
 """
 
-import copy
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, vjp
 
-from .attacks import check_inputs, check_labels
+from .attacks import check_eps, check_inputs, check_labels
+from .curvature import copied
 from .models import ACTIVATIONS, BasicBlock
 
 
@@ -33,11 +34,11 @@ def bounds(model, x, *, eps, batch_size=500):
     Raises:
         ValueError: a layer without a rule (named); eps negative, NaN or above 1; x outside [0, 1].
     """
-    check_inputs(x, torch.zeros(len(x), dtype=torch.int64), eps)
-    exact = _exact(model)
-    with torch.no_grad():
+    x, _, eps = check_inputs(x, torch.zeros(len(x), dtype=torch.int64), eps)
+    with torch.inference_mode(False), torch.no_grad():
+        exact = _exact(model)
         parts = [_carry(exact, *_box(part.double(), eps))[:2] for part in x.split(batch_size)]
-    return tuple(torch.cat(ends) for ends in zip(*parts, strict=True))
+        return tuple(torch.cat(ends) for ends in zip(*parts, strict=True))
 
 
 def margin_bounds(model, x, y, *, eps, batch_size=500):
@@ -69,8 +70,86 @@ def local_lipschitz(model, x, y, *, eps, batch_size=50):
     return _in_batches(_gradient_norms, model, x, y, eps, batch_size)
 
 
+class WeightBox(NamedTuple):
+    """Bounds at all weights of a box: logits (N, classes), float64; mean cross-entropy (nats), floats.
+
+    gradient: upper bound of the Euclidean norm of the loss's gradient with respect to the parameters, hence of the
+    loss's Lipschitz constant: |L(a) - L(b)| <= gradient ||a - b||_2 for all a, b in the box.
+    """
+
+    logits_low: torch.Tensor
+    logits_high: torch.Tensor
+    loss_low: float
+    loss_high: float
+    gradient: float
+
+
+def weight_box(model, x, y, *, radius):
+    """Interval bounds where the inputs are fixed and every parameter moves by at most `radius`, on its own.
+
+    The same arithmetic as for pixels, with weights that are intervals too: the product of two intervals with centres
+    a, b and radii r, s lies within |a| s + r |b| + r s of a b. At radius 0 all bounds are the exact values.
+
+    Args:
+        model: an nn.Sequential of parameterless layers in RULES, nn.Linear and nn.Conv2d, in evaluation mode here.
+        x: inputs (N, C, H, W), floating, in [0, 1]. y: labels (N,), int64. All at once.
+        radius: in the units of the parameters, >= 0.
+    Returns:
+        WeightBox.
+    Raises:
+        ValueError: as for `margin_bounds`; another layer that has parameters, or a parameter that two layers share.
+    """
+    (x, y, _), radius = check_inputs(x, y), check_eps(radius, name="radius", norm="l2")
+    with torch.inference_mode(False), torch.no_grad():
+        exact, low, high, squares, backs = _exact(model), x.double(), x.double(), [], []
+        _split(exact)
+        owned = [id(p) for layer in exact if _moves(layer) for p in layer.parameters()]
+        if owned != [id(p) for p in exact.parameters()]:  # which names a parameter once
+            raise ValueError("a box of weights takes nn.Linear and nn.Conv2d, not nested, that share no parameter")
+        for layer in exact:
+            low, high, back = _moving(layer, low, high, radius, squares) if _moves(layer) else _carry(layer, low, high)
+            backs.insert(0, back)
+        check_labels(low, y)
+        own = torch.eye(low.shape[1], dtype=torch.bool, device=low.device)  # a class and its rivals at opposite ends
+        p_low, p_high = (torch.where(own, a[:, None], b[:, None]).log_softmax(2).diagonal(dim1=1, dim2=2)
+                         for a, b in ((low, high), (high, low)))  # fmt: skip
+        loss_high, loss_low = (F.nll_loss(p, y).item() for p in (p_low, p_high))
+        g = [(p.exp() - F.one_hot(y, len(own)))[None] / len(y) for p in (p_low, p_high)]
+        for back in backs:
+            g = back(*g)
+        return WeightBox(low, high, loss_low, loss_high, sum(squares) ** 0.5)
+
+
+def _moves(layer):
+    return type(layer) in (nn.Linear, nn.Conv2d)
+
+
+def _moving(layer, low, high, radius, squares):
+    """As `_carry`, where the layer's parameters move too; `back` adds the squared norm of their gradient to squares."""
+    own, middle, spread = dict(layer.named_parameters()), (low + high) / 2, (high - low) / 2
+    reach = {k: (p.abs() if k == "weight" else 0) + torch.full_like(p, radius) for k, p in own.items()}
+    move = {k: torch.full_like(p, radius if k == "weight" else 0) for k, p in own.items()}
+
+    def call(h, parameters):
+        return functional_call(layer, parameters, (h,))
+
+    def back(g_low, g_high):
+        g, g_spread = (g_low[0] + g_high[0]) / 2, (g_high[0] - g_low[0]) / 2
+        (to_h, to_own), (h_1, own_1), (h_2, own_2) = (
+            vjp(call, *point)[1](v)
+            for v, point in ((g, (middle, own)), (g_spread, (middle.abs() + spread, reach)), (g.abs(), (spread, move)))
+        )
+        largest = {k: to_own[k].abs() + own_1[k] + (own_2[k] if k == "weight" else 0) for k in own}
+        squares.append(sum(t.square().sum().item() for t in largest.values()))
+        return (to_h - h_1 - h_2)[None], (to_h + h_1 + h_2)[None]
+
+    centre, half = call(middle, own), call(spread, reach) + call(middle.abs(), move)
+    return centre - half, centre + half, back
+
+
 def worst_margins(model, x, y, *, eps):
     """As `margin_bounds`, in the model's own type and mode, at once, differentiable in the parameters: for training."""
+    check_layers(model)
     body, last = _split(model)
     low, high, _ = _carry(body, *_box(x, eps))
     logits = last((low + high) / 2)
@@ -86,18 +165,45 @@ def _gradient_norms(model, x, y, *, eps):
 
 
 def _in_batches(bound, model, x, y, eps, batch_size):
-    check_inputs(x, y, eps)
-    exact = _exact(model)
-    with torch.no_grad():
+    x, y, eps = check_inputs(x, y, eps)
+    with torch.inference_mode(False), torch.no_grad():
+        exact = _exact(model)
         check_labels(exact(x[:1].double()).expand(len(y), -1), y)
         batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
         return torch.cat([bound(exact, a.double(), b, eps=eps) for a, b in batches])
 
 
 def _exact(model):
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
-    return copy.deepcopy(model).double().eval()
+    """A copy in float64 and evaluation mode, all of whose layers have a rule."""
+    exact = copied(model).double().eval()
+    check_layers(exact)
+    return exact
+
+
+def check_layers(model):
+    """Raise ValueError, naming the layer, unless each has a rule in the mode that it is in."""
+    for name, layer in model.named_modules():
+        objection = _objection(layer)
+        if objection:
+            kind = str(layer).splitlines()[0].removesuffix("(")
+            raise ValueError(f"no interval bounds for layer {kind} ({name or 'the model itself'}): {objection}")
+
+
+def _objection(layer):
+    if type(layer) not in RULES:  # a subclass may compute something else
+        known = ", ".join(k.__name__ for k in RULES)
+        return f"known are {known} (a fixed normalisation is a BatchNorm2d with its mean and variance)"
+    if layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer):
+        return "hooks, such as those of weight_norm, or a forward of its own change what it computes"
+    if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) and (layer.training or layer.running_mean is None):
+        return "by the statistics of a batch it mixes the inputs"
+    if isinstance(layer, nn.Dropout) and layer.training:
+        return "in training mode it is random"
+    if isinstance(layer, nn.ELU) and not 0 <= layer.alpha <= 1:
+        return "it is convex for alpha from 0 to 1 only"
+    if isinstance(layer, nn.MaxPool2d) and (layer.ceil_mode or layer.return_indices):
+        return "neither ceil_mode nor return_indices are known"
+    return None
 
 
 def _split(model):
@@ -121,8 +227,6 @@ def _carry(layer, low, high):
     Returns the box's image, low and high, and `back`: it takes bounds (K, N, ...) of K gradients with respect to the
     layer's output, at every point of the box, to bounds of those with respect to its input.
     """
-    if type(layer) not in RULES:  # a subclass may compute something else
-        raise ValueError(f"no interval bounds for layer {layer}: known are {', '.join(k.__name__ for k in RULES)}")
     return RULES[type(layer)](layer, low, high)
 
 
@@ -154,8 +258,6 @@ def _block(block, low, high):
 
 
 def _affine(layer, low, high):
-    if isinstance(layer, nn.BatchNorm2d) and (layer.training or layer.running_mean is None):
-        raise ValueError(f"no interval bounds for {layer} by the statistics of a batch: it mixes the inputs")
     change = {"weight": torch.abs, "bias": torch.zeros_like, "running_mean": torch.zeros_like}
     tensors = {k: change[k](t) for k, t in [*layer.named_parameters(), *layer.named_buffers()] if k in change}
 
@@ -173,8 +275,6 @@ def _affine(layer, low, high):
 
 def _convex(layer, low, high):
     """Non-decreasing and convex: so is the activation's derivative non-decreasing, and its ends are at the ends."""
-    if isinstance(layer, nn.ELU) and not 0 <= layer.alpha <= 1:
-        raise ValueError(f"no interval bounds for layer {layer}: it is convex for alpha from 0 to 1 only")
 
     def value(t):
         return layer(t.clone())  # it may work in place
@@ -187,8 +287,6 @@ def _convex(layer, low, high):
 
 
 def _max_pool(layer, low, high):
-    if layer.ceil_mode or layer.return_indices:
-        raise ValueError(f"no interval bounds for layer {layer}: neither ceil_mode nor return_indices are known")
     size = {k: getattr(layer, k) for k in ("kernel_size", "stride", "dilation")}
     rows, columns = layer.padding if isinstance(layer.padding, tuple) else (layer.padding, layer.padding)
 
@@ -213,9 +311,8 @@ def _max_pool(layer, low, high):
 RULES = {
     nn.Sequential: _sequential,
     BasicBlock: _block,
-    **dict.fromkeys(
-        (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity), _affine
-    ),
+    **dict.fromkeys((nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+                     nn.Flatten, nn.Identity, nn.Dropout), _affine),
     **dict.fromkeys(ACTIVATIONS.values(), _convex),
     nn.MaxPool2d: _max_pool,
-}
+}  # fmt: skip

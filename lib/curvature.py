@@ -3,9 +3,11 @@
 The loss is the mean cross-entropy over the data as a function of all parameters of the model, in evaluation mode, so
 that batch normalisation is a fixed affine map. The inputs are constants: adversarial inputs made beforehand give the
 Hessian of the adversarial training loss at fixed adversarial inputs, the one studied in Section 4.2 of Liu et al.
-(2020, arXiv:2006.08403). A vector of length P lists the parameters in the order of `model.parameters()`.
+(2020, arXiv:2006.08403). A vector of length P lists the parameters in the order of `model.parameters()`; one that is
+reached by two ways is one. A measurement works on a deep copy of the model, which it leaves as it was.
 """
 
+import copy
 import math
 from functools import partial
 from itertools import chain, islice
@@ -16,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student
-from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from .attacks import channels_last
+from .attacks import check_labels
+from .differentiate import as_module, differentiating, gradient, own
+from .fast import channels_last
+from .models import any_layout
 
 MAX_STEPS = 500  # of Lanczos, which keeps a vector (P,) for each
 
@@ -43,59 +48,59 @@ class Hessian:
             that differ when repeated (with the layer whose output differs, where there is one).
     """
 
+    @differentiating(twice=True)
     def __init__(self, model, x, y, *, batch_size=500, kept_batches=4, dtype=torch.float32):
-        check(model, x, y)
+        x, y = check(model, x, y)
         self.dtype, self.device = dtype, x.device
-        self._model, self._count = model, len(x)
-        self._parameters = {k: _cast(p, dtype).clone().requires_grad_() for k, p in model.named_parameters()}
-        self._buffers = {k: _cast(b, dtype) for k, b in model.named_buffers()}
-        self.size = sum(p.numel() for p in self._parameters.values())
-        batches = list(zip(_cast(x, dtype).split(batch_size), y.split(batch_size), strict=True))
-        self._check_repeatable(*batches[0])
+        self._model, self._count = copied(model).to(dtype), len(x)
+        self.size = sum(p.numel() for p in self._model.parameters())
+        batches = list(zip(x.to(dtype).split(batch_size), y.split(batch_size), strict=True))
+        self._check(*batches[0])
         self._kept = [self._gradient(*batch) for batch in batches[:kept_batches]]
         self._others = batches[kept_batches:]
 
+    @differentiating(twice=True)
     def __call__(self, v):
         """H v, a tensor (P,), for v (P,)."""
         v, total = v.to(self.device, self.dtype), torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        for gradient in chain(self._kept, (self._gradient(*batch) for batch in self._others)):
-            total += self._product(gradient, v)
+        for g in chain(self._kept, (self._gradient(*batch) for batch in self._others)):
+            total += self._product(g, v)
         return _finite(total).div_(self._count)
 
     def _gradient(self, x, y):
         """Gradient (P,) of the summed loss, with the graph to differentiate it again."""
-        with torch.enable_grad():
-            logits = functional_call(self._model, (self._parameters, self._buffers), (channels_last(x),))
-            loss = F.cross_entropy(logits, y, reduction="sum")
-            pieces = torch.autograd.grad(loss, [*self._parameters.values()], create_graph=True, materialize_grads=True)
-            return _finite(_flat(pieces))
+        return _finite(loss_gradient(self._model, x, y, again=True))
 
-    def _product(self, gradient, v):
-        pieces = torch.autograd.grad(
-            gradient, [*self._parameters.values()], v, retain_graph=True, materialize_grads=True
-        )
-        return _flat(pieces)
+    def _product(self, g, v):
+        return _flat(gradient(g, [*self._model.parameters()], v, keep=True))
 
-    def _check_repeatable(self, x, y):
+    def _check(self, x, y):
         # A graph that is kept freezes any noise, so this compares two products made afresh.
         v = torch.ones(self.size, dtype=self.dtype, device=self.device)
-        first, second = (self._product(self._gradient(x, y), v) for _ in range(2))
+        g, again = self._gradient(x, y), self._gradient(x, y)
+        first, second = self._product(g, v), self._product(again, v)
+        eps, square = torch.finfo(self.dtype).eps, first @ first
         difference = ((first - second).norm() / first.norm().clamp_min(torch.finfo(self.dtype).tiny)).item()
-        if difference > 1e3 * torch.finfo(self.dtype).eps:
+        if difference > 1e3 * eps:
             raise ValueError(
                 f"the Hessian is not deterministic: two products with one vector differ by {difference:.2g} of their "
                 f"norm, because of {self._noisy_layer(x)}. Make that deterministic"
+            )
+        if abs(v @ self._product(g, first) - square) > 30 * eps**0.5 * square:
+            raise ValueError(
+                f"the Hessian is not symmetric: some layer's second derivative is wrong (that of weight_norm is, in "
+                f"PyTorch), or {self.dtype} does not resolve it: then use dtype=torch.float64"
             )
 
     def _noisy_layer(self, x):
         names, runs = {m: f"layer {k!r} ({type(m).__name__})" for k, m in self._model.named_modules()}, ([], [])
         for run in runs:
             hooks = [m.register_forward_hook(lambda m, _, out, run=run: run.append((names[m], out))) for m in names]
-            with torch.no_grad():
-                functional_call(self._model, (self._parameters, self._buffers), (x,))
+            self._model(x)
             for hook in hooks:
                 hook.remove()
-        changed = [name for (name, a), (_, b) in zip(*runs, strict=True) if not torch.equal(a, b)]
+        tensors = ((name, a, b) for (name, a), (_, b) in zip(*runs, strict=True) if isinstance(a, torch.Tensor))
+        changed = [name for name, a, b in tensors if not torch.equal(a, b)]
         return changed[0] if changed else "a backward pass that is not repeatable"
 
 
@@ -107,7 +112,7 @@ class Eigenpairs(NamedTuple):
     residuals: torch.Tensor
 
 
-def top_eigenpairs(model, x, y, k=20, *, tolerance=5e-4, seed=0, **operator):
+def top_eigenpairs(model, x, y, k=20, *, num_smallest=0, tolerance=5e-4, seed=0, **operator):
     """The k algebraically largest eigenvalues of the Hessian and their eigenvectors, by Lanczos.
 
     Not by scipy's `eigsh`: that made as many products (64, here 61, for the top 20 of a LeNet of 207,000 parameters)
@@ -116,24 +121,27 @@ def top_eigenpairs(model, x, y, k=20, *, tolerance=5e-4, seed=0, **operator):
 
     Args:
         model, x, y, operator: as for `Hessian`.
+        num_smallest: how many of the algebraically smallest come after them, from the same products.
         tolerance: largest residual ||H v - value v||, as a fraction of the largest |value|.
         seed: of the vector from which Lanczos starts.
     Returns:
-        Eigenpairs, on the device of x. The sign of a vector is arbitrary. As with every method that starts from one
-        vector, copies of an exactly multiple eigenvalue can be missed as long as fewer than P steps are made.
+        Eigenpairs (k + num_smallest), on the device of x. The sign of a vector is arbitrary. As with every method that
+        starts from one vector, copies of an exactly multiple eigenvalue can be missed as long as fewer than P steps
+        are made.
     Raises:
-        ValueError: as for `Hessian`; k not in 1..P.
+        ValueError: as for `Hessian`; k or k + num_smallest not in 1..P.
         RuntimeError: tolerance not reached in MAX_STEPS steps, or below what the dtype resolves.
     """
     hessian = Hessian(model, x, y, **operator)
-    if not 1 <= k <= hessian.size:
-        raise ValueError(f"k must lie in 1..{hessian.size}, the number of parameters, got {k}")
+    if not 1 <= k <= k + num_smallest <= hessian.size:
+        raise ValueError(f"k must lie in 1..{hessian.size}, the number of parameters, got {k} + {num_smallest}")
     generator = torch.Generator().manual_seed(seed)
     for basis, diagonal, off_diagonal in _lanczos(hessian, _normal(hessian, generator), generator):
         steps = len(basis)
-        if steps < min(2 * k + 20, hessian.size) or (steps % 5 and steps < hessian.size):
+        if steps < min(2 * (k + num_smallest) + 20, hessian.size) or (steps % 5 and steps < hessian.size):
             continue
-        values, mixing = (a[..., ::-1][..., :k] for a in eigh_tridiagonal(diagonal, off_diagonal[:-1]))
+        wanted = np.r_[-1 : -k - 1 : -1, num_smallest - 1 : -1 : -1]
+        values, mixing = (a[..., wanted] for a in eigh_tridiagonal(diagonal, off_diagonal[:-1]))
         scale = max(abs(values).max(), np.finfo(float).tiny)
         residuals = abs(off_diagonal[-1] * mixing[-1]) / scale  # exact, by the recurrence
         if residuals.max() <= 0.9 * tolerance or steps == hessian.size:
@@ -143,7 +151,7 @@ def top_eigenpairs(model, x, y, k=20, *, tolerance=5e-4, seed=0, **operator):
                 f"residual {residuals.max():.2g} after {steps} steps, above the tolerance {tolerance:.2g}"
             )
     as_tensor = partial(torch.tensor, dtype=hessian.dtype, device=hessian.device)
-    pairs = Eigenpairs(as_tensor(values.copy()), as_tensor(mixing.T.copy()) @ basis, as_tensor(residuals.copy()))
+    pairs = Eigenpairs(as_tensor(values), as_tensor(mixing.T) @ basis, as_tensor(residuals))
     _check_residual(hessian, pairs, int(residuals.argmax()), scale, tolerance)
     return pairs
 
@@ -243,7 +251,9 @@ def spectral_density(model, x, y, *, num_probes=5, num_steps=60, width=None, gri
     if grid is None:
         grid = np.linspace(nodes.min() - 4 * width, nodes.max() + 4 * width, 1000)
     kernel = np.exp(-0.5 * ((grid[:, None, None] - nodes) / width) ** 2) / (width * math.sqrt(2 * math.pi))
-    density, half = _mean_and_half_width((kernel * weights).sum(-1))
+    each = (kernel * weights).sum(-1)
+    density = each.mean(-1)
+    half = student.ppf(0.975, num_probes - 1) * each.std(-1, ddof=1) / math.sqrt(num_probes)
     return Density(grid, density, np.maximum(density - half, 0), density + half, nodes, weights)
 
 
@@ -280,33 +290,60 @@ def _signs(hessian, generator):
     return signs.to(hessian.device, hessian.dtype)
 
 
-def _mean_and_half_width(samples):
-    """Mean over the last axis and half the width of its 95 % confidence interval (Student)."""
-    num = samples.shape[-1]
-    half = student.ppf(0.975, num - 1) * samples.std(-1, ddof=1) / math.sqrt(num)
-    return samples.mean(-1), half
-
-
 def check(model, x, y):
-    """Raise ValueError for no data, labels that do not match, or a model in training mode."""
+    """x and y as constants of ours, contiguous.
+
+    Raises ValueError for no data, labels that do not match, and a model whose loss is no function of the parameters
+    alone: in training mode, or with batch normalisation by the statistics of the batch.
+    """
     if len(x) == 0:
         raise ValueError("no data: the mean loss of 0 inputs is undefined")
     if y.dtype != torch.int64 or y.shape != x.shape[:1]:
         raise ValueError(f"y must be int64 labels of shape ({len(x)},), got {y.dtype} {tuple(y.shape)}")
-    training = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
-    if training:
-        raise ValueError(f"the model is in training mode (module {training[0]!r}): call model.eval() first")
+    for name, m in as_module(model).named_modules():
+        if m.training:
+            raise ValueError(f"the model is in training mode (module {name or type(m).__name__!r}): call model.eval()")
+        if isinstance(m, BatchNorm) and m.running_mean is None:
+            raise ValueError(f"module {name!r} ({type(m).__name__}) has no running statistics: the loss of one image "
+                             "depends on the others")  # fmt: skip
+    return own(x).contiguous(), own(y).contiguous()
+
+
+def copied(model, name="the model"):
+    """A deep copy of the model, ready to be differentiated, with its channels last where that is free (`any_layout`).
+
+    Tensors that it keeps with a graph (an activation, a normalised weight) are cut off from it. torch.compile's
+    wrapper is left out. Raises ValueError, naming the module, for what cannot be copied.
+    """
+    model = as_module(model)
+    kept = [t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor) and not t.is_leaf]
+    with torch.inference_mode(False):
+        try:
+            result = copy.deepcopy(model, {id(t): t.detach().clone() for t in kept}).requires_grad_(True)
+        except Exception as error:
+            for inner, child in model.named_children():
+                copied(child, f"module {inner!r}")  # the innermost speaks
+            raise ValueError(f"{name} ({type(model).__name__}) cannot be copied: {error}") from error
+        if any_layout(result):
+            for p in result.parameters():
+                p.data = channels_last(p.data)
+    return result
+
+
+def loss_gradient(model, x, y, *, again=False):
+    """Gradient (P,) of the summed cross-entropy at (x, y), for a `copied` model, inside `differentiating()`.
+
+    again: keep the graph, to differentiate it again. Raises ValueError for what are no logits, or not finite.
+    """
+    logits = model(channels_last(x) if any_layout(model) else x)
+    check_labels(logits, y)
+    return _flat(gradient(F.cross_entropy(logits, y, reduction="sum"), [*model.parameters()], again=again))
 
 
 def _finite(v):
     if not torch.isfinite(v).all():
         raise ValueError("the loss or its gradient is NaN or infinite: check the model's parameters and inputs")
     return v
-
-
-def _cast(t, dtype):
-    t = t.detach()
-    return channels_last(t.to(dtype)) if t.is_floating_point() else t
 
 
 def _flat(pieces):

@@ -1,17 +1,17 @@
 """Image data as tensors in [0, 1], each with a `source` that says what the pixels really are.
 
-Where `load` looks: "mnist5k" is inside an installed package and needs nothing. "mnist" and "cifar10" are looked for
-in the data folder (DATA_DIR, by default data/), in the official layout and then, for CIFAR-10, as a folder of images
-called cifar10, cifar10-jpeg or cifar10-6k; then they are downloaded, and so is "fashionmnist". "mnistm" is made here.
-Anything else is the path of a folder {train,test}/<class>/*.png|jpg. Its images are held in memory if they fit into
-HELD_BYTES; else they stay on disk (`Images`) and every batch is decoded when it is asked for.
+Where `load` looks: "mnist5k" is inside an installed package and needs nothing. "mnist", "fashionmnist" and "cifar10"
+are looked for in the data folder (DATA_DIR, by default data/), in the official layout and then, for CIFAR-10, as a
+folder of images called cifar10, cifar10-jpeg or cifar10-6k; then they are downloaded. "mnistm" is made here. Anything
+else is the path of a folder {train,test}/<class>/*.png|jpg. Its images are held in memory if they fit into HELD_BYTES;
+else they stay on disk (`Images`) and every batch is decoded when it is asked for.
 
 torchvision is imported where it is used: it takes seconds, and the offline sets do without it.
 """
 
 import hashlib
-import math
 import os
+import re
 import socket
 import warnings
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from .files import folder_from_environment
 
@@ -33,7 +33,7 @@ MNIST_SHA256 = {  # of the unpacked files
 }
 CPU = torch.device("cpu")
 HELD_BYTES = 2 * 2**30  # a folder whose images are larger than this, as float32, is read from disk batch by batch
-GIVE_SIZE = ": `image_folder(path, size=224)` cuts them to one size"
+KINDS = {".png": "lossless copies", ".jpg": "JPEG copies", ".jpeg": "JPEG copies"}
 
 
 class DataNotFound(FileNotFoundError):
@@ -41,7 +41,7 @@ class DataNotFound(FileNotFoundError):
 
 
 class DataCorrupted(ValueError):
-    """A data file is not what it should be; the message names it."""
+    """What is there is not what it should be; the message names it. No other set is taken in its place."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,8 @@ class Data:
         for t in (self.x_train, self.y_train, self.x_test, self.y_test):
             h.update(str(tuple(t.shape)).encode())
             if isinstance(t, Images):
-                h.update(f"files, size {t.size}".encode())
-                for file in t.files:
-                    h.update(hashlib.sha256(Path(file).read_bytes()).digest())
+                files = b"".join(hashlib.sha256(Path(file).read_bytes()).digest() for file in t.files)
+                h.update(f"files as shown, size {t.size}".encode() + files)
             else:
                 h.update(t.contiguous().numpy().tobytes())
         return h.hexdigest()[:16]
@@ -124,6 +123,14 @@ class Data:
             return self
         return Data(*part, f"{self.source}, the first {len(part[0]):,} + {len(part[2]):,}")
 
+    def set_aside(self, n):
+        """Training images to choose by (a learning rate, say), so that no test image has a part in the choice: the
+        last n take the place of the test part, and the source says so. Raises ValueError unless some are left."""
+        if not 1 <= n < len(self.y_train):
+            raise ValueError(f"cannot set aside {n} of {len(self.y_train)} training images")
+        parts = self.x_train[:-n], self.y_train[:-n], self.x_train[-n:], self.y_train[-n:]
+        return Data(*parts, f"{self.source}, {n:,} training images set aside")
+
     def rgb(self):
         """Grey images as networks for small colour images take them: three equal channels, a black border up to
         32 x 32. Colour images stay as they are."""
@@ -134,9 +141,8 @@ class Data:
 
 
 def _rgb(x):
-    top, left = ((32 - side) // 2 for side in x.shape[2:])
-    bottom, right = 32 - x.shape[2] - top, 32 - x.shape[3] - left
-    return torch.nn.functional.pad(x, [max(side, 0) for side in (left, right, top, bottom)]).repeat(1, 3, 1, 1)
+    h, w = (max(32 - side, 0) for side in x.shape[2:])
+    return torch.nn.functional.pad(x, [w // 2, w - w // 2, h // 2, h - h // 2]).repeat(1, 3, 1, 1)
 
 
 def data_dir():
@@ -160,10 +166,8 @@ def load(name, *, fallback=None):
     try:
         if name in LOADERS:
             return LOADERS[name]()
-        if Path(name).is_dir():
-            return image_folder(name)
-        if os.sep in str(name):
-            raise DataNotFound(f"no folder {name}: it should hold train/<class>/*.png and test/<class>/*.png")
+        if Path(name).expanduser().is_dir() or os.sep in str(name):
+            return image_folder(Path(name).expanduser())
         raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(LOADERS)}, or the path of a folder")
     except DataNotFound as error:
         if fallback is None:
@@ -185,81 +189,92 @@ def mnist5k():
 
 def mnist():
     """MNIST, 60,000 + 10,000 digits (LeCun et al. 1998)."""
-    from torchvision import datasets
-
-    _refuse_altered(data_dir() / "MNIST" / "raw", MNIST_SHA256, "sha256")
-    return _grey(datasets.MNIST, "MNIST")
+    return _grey("MNIST", "MNIST", MNIST_SHA256)
 
 
 def fashionmnist():
     """Fashion-MNIST, 60,000 + 10,000 pictures of clothes (Xiao et al. 2017, arXiv:1708.07747)."""
-    from torchvision import datasets
-
-    return _grey(datasets.FashionMNIST, "Fashion-MNIST")
+    return _grey("FashionMNIST", "Fashion-MNIST", dict.fromkeys(MNIST_SHA256))
 
 
-def _grey(kind, title):
+def _grey(kind, title, digests):
     parts = []
-    for part in _official(kind, data_dir(), f"{kind.__name__}/raw/*-ubyte"):
-        if len(part.data) != len(part.targets):
-            n = f"{len(part.data)} images and {len(part.targets)} labels"
-            raise DataCorrupted(f"{part.raw_folder} has {n}: delete it and run again")
+    for part in _official(kind, f"{kind}/raw", digests):
+        if (n := len(part.data)) != (m := len(part.targets)):
+            raise DataCorrupted(f"{part.raw_folder} has {n} images and {m} labels: delete it and run again")
         parts += [part.data[:, None].float() / 255, part.targets.long()]
     return Data(*parts, f"{title} (60,000 + 10,000)")
 
 
 def cifar10():
     """CIFAR-10, 50,000 + 10,000 photographs (Krizhevsky 2009), or what part of it the data folder holds as images."""
-    from torchvision import datasets
+    from torchvision.datasets import CIFAR10
 
     root = data_dir()
-    if not (root / "cifar-10-batches-py").exists():
-        for name in ("cifar10", "cifar10-jpeg", "cifar10-6k"):  # the whole of it before a part
-            if (root / name).is_dir():
-                return image_folder(root / name, title="CIFAR-10")
-    md5 = dict([*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list])
-    _refuse_altered(root / "cifar-10-batches-py", md5, "md5")
-    parts = []
-    for part in _official(datasets.CIFAR10, root, "cifar-10-batches-py/* or an image folder cifar10/{train,test}"):
+    places = (root / name for name in ("cifar10", "cifar10-jpeg", "cifar10-6k"))  # the whole of it before a part
+    copies = [place for place in places if place.is_dir()]
+    if copies and not (root / CIFAR10.base_folder).exists():
+        return image_folder(copies[0], title="CIFAR-10")
+    digests, parts = dict([*CIFAR10.train_list, *CIFAR10.test_list]), []
+    for part in _official("CIFAR10", CIFAR10.base_folder, digests, also=" (or images: cifar10/{train,test}/<class>/*)"):
         pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).float() / 255
         parts += [pixels.contiguous(), torch.tensor(part.targets)]
     return Data(*parts, "CIFAR-10 (50,000 + 10,000)")
 
 
-def _refuse_altered(folder, digests, algorithm):
-    """Checked before torchvision looks: it takes an altered file for a missing one, and downloads."""
-    for name, digest in digests.items():
-        path = folder / name
-        if path.exists() and hashlib.new(algorithm, path.read_bytes()).hexdigest() != digest:
-            raise DataCorrupted(f"{path} is truncated or altered: delete it and run again")
+def _official(kind, place, digests, also=""):
+    """Both parts by torchvision: from the data folder, else downloaded (checksums are torchvision's).
 
+    digests: of the files in the folder `place`, sha256 or md5, None where it is not known. They are checked before
+    torchvision looks: it takes an altered file for a missing one, and downloads.
+    """
+    from torchvision import datasets
 
-def _official(kind, root, layout):
-    """Both parts by torchvision: from the folder, else downloaded (checksums are torchvision's)."""
-    before = socket.getdefaulttimeout()
+    root, title, kind = data_dir(), kind, getattr(datasets, kind)
+    for path, digest in ((root / place / name, digest) for name, digest in digests.items()):
+        if digest and path.exists():
+            found = hashlib.new("sha256" if len(digest) == 64 else "md5", path.read_bytes())
+            if found.hexdigest() != digest:
+                raise DataCorrupted(f"{path} is truncated or altered: delete it and run again")
     try:
         return kind(root, train=True), kind(root, train=False)
-    except (ValueError, AssertionError, EOFError, OSError, KeyError, RuntimeError) as error:
+    except Exception as error:
         if "Dataset not found" not in str(error):  # torchvision's words
-            raise DataCorrupted(f"a file of {kind.__name__} in {root} cannot be read: delete it ({error})") from error
+            raise DataCorrupted(f"a file of {title} in {root} cannot be read: delete it ({error})") from error
+    before = socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(20)
         return kind(root, train=True, download=True), kind(root, train=False)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # whatever a connection that breaks off, or a web page in place of a file, brings about
+        why = "what came is a web page or a part of the file" if "corrupted" in str(error) else _line(error)
+        what = f"Put {', '.join(digests)} into {root / place}{also}, or set DATA_DIR to the folder that has {place}"
         raise DataNotFound(
-            f"{kind.__name__} is not in {root} and cannot be downloaded ({_first_line(error)}). "
-            f"Put {layout} there, or set DATA_DIR to the folder that has it"
+            f"{title} is not in {root} and cannot be downloaded: {why}. {what}{_elsewhere(root, place, digests)}"
         ) from error
     finally:
         socket.setdefaulttimeout(before)
 
 
-def _first_line(error):
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _elsewhere(root, place, names):
+    """What is in the data folder under other names or in other places, and where it should be."""
+    found = {_letters(path): path for path in root.rglob("*") if path.is_file()}
+    missing = [path for path in (root / place / name for name in names) if not path.exists()]
+    return "".join(f"; {found[_letters(path)]} should be {path}" for path in missing if _letters(path) in found)
+
+
+def _letters(path):
+    return re.sub(r"\.gz$|[^a-z0-9]", "", path.name.lower())
+
+
+def _line(error):
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def image_folder(path, *, title=None, size=None, held_bytes=HELD_BYTES):
     """A folder {train,test}/<class>/*.png|jpg, in the order of the files' numbers if they have any.
+
+    Images are taken as a viewer shows them: upright (EXIF), in 8-bit RGB, transparent places on white. Whatever the
+    name of which begins with a dot is passed over, as the notes of file managers and notebooks are.
 
     Args:
         path: the folder.
@@ -268,111 +283,113 @@ def image_folder(path, *, title=None, size=None, held_bytes=HELD_BYTES):
             crop: the shorter side is resized to 8/7 of it (256 for 224), then the centre is cut out.
         held_bytes: images that take more than this as float32 stay on disk, as `Images`.
     Raises:
-        DataNotFound: train/ or test/ is missing or holds no images.
-        DataCorrupted: images that cannot be read (counted, the first one named) or differ in size. Of images that
-            stay on disk only the headers are read here, each once; damage further on comes up when it is decoded.
+        DataNotFound: there is no such folder.
+        DataCorrupted: train/ or test/ is missing or holds no images; images that cannot be read, or whose numbers have
+            no agreed white (counted, the first one named), or that differ in size. Of images that stay on disk only
+            the headers are read here; damage further on comes up when it is decoded.
         ValueError: fewer than two classes, or classes that differ between train and test; a size below 1.
     """
-    from torchvision import datasets
-
     path = Path(path)
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
-    parts, classes = [], []
-    for part in ("train", "test"):
-        try:
-            folder = datasets.ImageFolder(path / part)
-        except FileNotFoundError as error:
-            raise DataNotFound(f"{path / part} should hold <class>/*.png or *.jpg: {_first_line(error)}") from error
-        classes.append(folder.classes)
-        order = _order(folder)
-        files = tuple(folder.samples[i][0] for i in order.tolist())
-        parts += [Images(files, size), torch.tensor(folder.targets)[order]]
-    if classes[0] != classes[1] or len(classes[0]) < 2:
-        raise ValueError(f"{path} needs the same two or more classes in train and test, got {classes}")
-    x_train, y_train, x_test, y_test = parts
-    if sum(12 * len(x) * _pixels(x) for x in (x_train, x_test)) > held_bytes:
-        _check_headers(x_train), _check_headers(x_test)
-    else:
-        x_train, x_test = _decode(x_train.files, size), _decode(x_test.files, size)
-    if x_train.shape[1:] != x_test.shape[1:]:
-        raise DataCorrupted(f"the images in {path}/train and test differ in size{GIVE_SIZE}")
-    suffixes = {Path(file).suffix.lower() for file in (*parts[0].files, *parts[2].files)}
-    kind = "lossless copies" if suffixes == {".png"} else "JPEG copies"
+    (x_train, y_train, classes), (x_test, y_test, others) = (_part(path / part, size) for part in ("train", "test"))
+    if classes != others or len(classes) < 2:
+        raise ValueError(f"{path} needs the same two or more classes in train and test, got {[classes, others]}")
+    files = (*x_train.files, *x_test.files)
+    sizes = _read(_shown_size, files, strict=False)
+    if size is None and len(set(sizes)) > 1:
+        some = ", ".join(f"{w} x {h}" for w, h in sorted(set(sizes))[:4])
+        raise DataCorrupted(f"the images in {path} differ in size ({some}): `image_folder(path, size=224)` cuts them")
+    if 12 * sum(size**2 if size else w * h for w, h in sizes) <= held_bytes:
+        x_train, x_test = _decode(files, size).split([len(y_train), len(y_test)])
+    elif len(sizes) < len(files):
+        _read(_shown_size, files)  # says which
+    kinds = {KINDS.get(suffix, f"{suffix} files") for suffix in {Path(file).suffix.lower() for file in files}}
     crop = f", cut to {size} x {size}" if size else ""
-    name = f"{title or path.name} ({kind}, {len(y_train):,} + {len(y_test):,}{crop})"
+    name = f"{title or path.name} ({' and '.join(sorted(kinds))}, {len(y_train):,} + {len(y_test):,}{crop})"
     return Data(x_train, y_train, x_test, y_test, name)
 
 
-def _order(folder):
+def _part(folder, size):
+    """Images, labels and class names of train/ or test/."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    def valid(file):
+        hidden = any(part.startswith(".") for part in Path(file).relative_to(folder).parts)
+        return not hidden and file.lower().endswith(IMG_EXTENSIONS)
+
+    try:
+        classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+        samples = make_dataset(folder, {name: k for k, name in enumerate(classes)}, is_valid_file=valid)
+    except (OSError, ValueError) as error:
+        what = DataCorrupted if folder.parent.is_dir() else DataNotFound
+        raise what(f"{folder} should hold <class>/*.png or *.jpg: {_line(error)}") from error
+    files, labels = zip(*(samples[i] for i in _order(samples)), strict=True)
+    return Images(files, size), torch.tensor(labels), classes
+
+
+def _order(samples):
     """Of its numbers, where every file is named by a number of its own (a copy of CIFAR-10 in the official order).
 
     Else a fixed permutation, as for numbers that go through class after class: `first` is to be a fair sample.
     """
-    stems = [Path(file).stem for file, _ in folder.samples]
+    stems = [Path(file).stem for file, _ in samples]
     if all(stem.isdecimal() for stem in stems) and len({int(stem) for stem in stems}) == len(stems):
         order = sorted(range(len(stems)), key=lambda i: int(stems[i]))
-        labels = [folder.targets[i] for i in order]
+        labels = [samples[i][1] for i in order]
         if labels != sorted(labels):
-            return torch.tensor(order)
-    return torch.randperm(len(folder), generator=torch.Generator().manual_seed(0))
+            return order
+    return torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def _decode(files, size=None):
     """The images in these files as a tensor (N, 3, H, W), float32 in [0, 1]."""
-    from torchvision.datasets.folder import pil_loader
-    from torchvision.transforms import functional as transforms
+    from torchvision import transforms
 
-    def decode(file):
-        image = pil_loader(file)
-        if size is not None:
-            image = transforms.center_crop(transforms.resize(image, round(size * 8 / 7)), size)
-        return transforms.pil_to_tensor(image)
-
-    images = _read(decode, files)
-    _check_sizes(files, {(image.shape[2], image.shape[1]) for image in images})
+    cut = [transforms.Resize(round(size * 8 / 7)), transforms.CenterCrop(size)] if size else []
+    images = _read(transforms.Compose([_shown, *cut, transforms.PILToTensor()]), files)
     return torch.stack(images).float().div_(255)
 
 
-def _read(reader, files):
-    """What the reader makes of each file; DataCorrupted when it cannot read some."""
-    images, unreadable = [], []
+def _read(reader, files, strict=True):
+    """What the reader makes of each file that can be read. Raises DataCorrupted if some cannot, where strict."""
+    found, errors = [], []
     for file in files:
         try:
-            images.append(reader(file))
-        except OSError:
-            unreadable.append(file)
-    if unreadable:
-        raise DataCorrupted(f"{len(unreadable)} of {len(files)} images cannot be read, the first is {unreadable[0]}")
-    return images
+            found.append(reader(file))
+        except Exception as error:  # Pillow's differ by format
+            errors.append(f"{file} ({_line(error)})")
+    if errors and strict:
+        raise DataCorrupted(f"{len(errors)} of {len(files)} images cannot be read, the first is {errors[0]}")
+    return found
 
 
-def _check_headers(images):
-    sizes = set(_read(_header, images.files))
-    if images.size is None:
-        _check_sizes(images.files, sizes)
+def _open(file):
+    image = Image.open(file)
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError("its numbers have 32 bits, and none of them is white by agreement: save it with 8 or 16")
+    return image
 
 
-def _check_sizes(files, sizes):
-    if len(sizes) > 1:
-        folder = Path(files[0]).parents[1]
-        raise DataCorrupted(f"the images in {folder} differ in size: {sorted(sizes)[:4]}{GIVE_SIZE}")
+def _shown_size(file):
+    """Width and height of the upright picture, by its header."""
+    with _open(
+        file
+    ) as image:  # the getexif of PNG would decode it all, and the size of TIFF is that of the upright one
+        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5 and image.format != "TIFF"
+        return image.size[::-1] if turned else image.size
 
 
-def _header(file):
-    """Width and height."""
-    with Image.open(file) as image:
-        return image.size
-
-
-def _pixels(images):
-    """Of the first image that can be opened, as it will be decoded; 0 if none can."""
-    for file in images.files:
-        try:
-            return images.size**2 if images.size else math.prod(_header(file))
-        except OSError:
-            continue
-    return 0
+def _shown(file):
+    """The picture as a viewer shows it: see `image_folder`."""
+    with _open(file) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16 bits
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
 def mnistm():

@@ -1,82 +1,106 @@
 """Error and robust error of a classifier, in batches and in full precision.
 
-error: the share of inputs x that are classified wrongly. robust error: the share of inputs for which an attack finds
-a wrongly classified x' with ||x' - x|| <= eps; a lower bound of the true robust error, since an attack can fail.
+Both are means of a mask (`wrong`), one boolean per image. error: the image is classified wrongly. robust error: it is,
+or an attack finds an x' with ||x' - x|| <= eps that is; a lower bound of the true robust error, since an attack can
+fail.
 """
 
 import torch
 import torch.nn.functional as F
 
-from .attacks import frozen, pgd
+from .attacks import check_count, check_inputs, check_labels, frozen, pgd
+from .differentiate import as_module, differentiating, own
 from .models import ACTIVATIONS
 
 
+@differentiating()
 def predict(model, x, *, batch_size=500):
     """Logits (N, classes) of the model in evaluation mode, without gradient, in x's type.
 
-    Raises ValueError for no inputs at all.
+    Raises ValueError for no inputs at all, and for a model that returns no logits.
     """
+    check_count("batch_size", batch_size, 1)
     if len(x) == 0:
         raise ValueError("no inputs to evaluate")
     with torch.no_grad(), frozen(model, x, "full") as logits_of:
-        return torch.cat([logits_of(part) for part in x.split(batch_size)])
+        return torch.cat([logits_of(own(part).contiguous()) for part in x.split(batch_size)])
+
+
+@differentiating()
+def wrong(model, x, y, attack=None, *, batch_size=500):
+    """The mask (N,) of images that are not given their label, as they are or by an attack.
+
+    Args:
+        x, y: as for `attacks.pgd`; x may be `data.Images`, of which one batch is held at a time.
+        attack: None, or a function (model, x, y) -> x_adv, such as `functools.partial(pgd, eps=..., stop_early=True)`.
+            It is shown only the images that are classified rightly.
+    Raises:
+        ValueError: labels that do not match, logits that are not finite, and what the attack raises.
+    """
+    masks = []
+    for a, b in _batches(x, y, batch_size):
+        mask = _wrong(predict(model, a), b)
+        i = (~mask).nonzero().squeeze(1)
+        if attack is not None and len(i):
+            mask[i] = _wrong(predict(model, attack(model, a[i], b[i])), b[i])
+        masks.append(mask)
+    return torch.cat(masks)
+
+
+def _wrong(logits, y):
+    check_labels(logits, y)
+    return logits.argmax(1) != y
+
+
+def _batches(x, y, batch_size):
+    check_count("batch_size", batch_size, 1)
+    if len(x) == 0 or tuple(y.shape) != (len(x),):
+        raise ValueError(
+            f"y must have shape (N,), one label for each of N >= 1 images, got {tuple(y.shape)} for {len(x)}"
+        )
+    return (check_inputs(a, b)[:2] for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True))
 
 
 def error(model, x, y, *, batch_size=500):
     """Share of the inputs (N, C, H, W) that are not given their label (N,): a float in [0, 1]."""
-    return _share_wrong(predict(model, x, batch_size=batch_size), y)
+    return share(wrong(model, x, y, batch_size=batch_size))
 
 
 def robust_error(model, x, y, attack, *, batch_size=500):
-    """Share of the inputs whose attacked version is not given their label: a float in [0, 1].
-
-    Args:
-        attack: a function (model, x, y) -> x_adv, such as `functools.partial(pgd, eps=..., ...)`.
-    """
-    return _share_wrong(_attacked_logits(model, x, y, attack, batch_size), y)
+    """Share of the inputs that are not given their label, as they are or by an attack (as for `wrong`)."""
+    return share(wrong(model, x, y, attack, batch_size=batch_size))
 
 
+def share(mask):
+    """The mean of a mask, a float."""
+    return mask.double().mean().item()
+
+
+@differentiating()
 def attacked(model, x, y, attack, *, batch_size=500):
     """The attacked inputs (N, C, H, W), made batch by batch."""
-    return torch.cat(list(_attacked_batches(model, x, y, attack, batch_size)))
-
-
-def _attacked_batches(model, x, y, attack, batch_size):
-    if len(x) == 0:
-        raise ValueError("no inputs to attack")
-    return (attack(model, a, b) for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True))
-
-
-def _attacked_logits(model, x, y, attack, batch_size):
-    """Logits (N, classes) at the attacked inputs, of which only one batch is held at a time."""
-    batches = _attacked_batches(model, x, y, attack, batch_size)
-    return torch.cat([predict(model, part, batch_size=batch_size) for part in batches])
+    return torch.cat([attack(model, a, b) for a, b in _batches(x, y, batch_size)])
 
 
 def evaluate(model, x, y, *, eps, step_size, num_steps, norm="linf", seed=0, batch_size=500):
     """Clean error, robust error and mean adversarial loss under `pgd` from one seeded random start.
 
     Returns:
-        {"clean_error", "robust_error", "robust_loss"}, floats; the loss in nats.
+        {"clean_error", "robust_error", "robust_loss"}, floats; the loss, over all images, in nats.
     """
     generator = torch.Generator(x.device).manual_seed(seed)
-
-    def attack(model, x, y):
-        settings = {"eps": eps, "step_size": step_size, "num_steps": num_steps, "norm": norm}
-        return pgd(model, x, y, **settings, generator=generator)
-
-    logits = _attacked_logits(model, x, y, attack, batch_size)
+    settings = {"eps": eps, "step_size": step_size, "num_steps": num_steps, "norm": norm, "generator": generator}
+    clean, robust, losses = [], [], []
+    for a, b in _batches(x, y, batch_size):
+        logits = predict(model, pgd(model, a, b, **settings))
+        clean.append(_wrong(predict(model, a), b))
+        robust.append(clean[-1] | _wrong(logits, b))
+        losses.append(F.cross_entropy(logits.double(), b, reduction="none"))
     return {
-        "clean_error": error(model, x, y, batch_size=batch_size),
-        "robust_error": _share_wrong(logits, y),
-        "robust_loss": F.cross_entropy(logits.double(), y).item(),
+        "clean_error": share(torch.cat(clean)),
+        "robust_error": share(torch.cat(robust)),
+        "robust_loss": torch.cat(losses).mean().item(),
     }
-
-
-def _share_wrong(logits, y):
-    if y.shape != logits.shape[:1]:
-        raise ValueError(f"y must have shape ({len(logits)},), got {tuple(y.shape)}")
-    return (logits.argmax(1) != y).double().mean().item()
 
 
 def unit_activity(model, x, *, batch_size=500):
@@ -86,30 +110,35 @@ def unit_activity(model, x, *, batch_size=500):
         model: an nn.Module whose activations are modules of their own (as in `models`).
         x: inputs (N, C, H, W).
     Returns:
-        A list of dicts {"layer", "units", "dead", "constant"}: dead is the share of units (channel and place) that are
-        0 for every input, constant the share whose value is the same for every input, to 1e-6. A layer with constant
-        share 1 is degenerate: nothing of the input gets past it.
+        A list of dicts {"layer", "units", "dead", "constant"}, in the order of use: dead is the share of units (channel
+        and place) that are 0 for every input, constant the share whose value is the same for every input, to 1e-6. A
+        layer with constant share 1 is degenerate: nothing of the input gets past it. A module that is used several
+        times in a pass is several layers ("2", "2 again", ...), one that is not used is none.
     """
-    low, high = {}, {}
+    low, high, used = {}, {}, []
+
+    def note(name, values):
+        low[name] = torch.minimum(low.get(name, values), values).amin(0, keepdim=True)
+        high[name] = torch.maximum(high.get(name, values), values).amax(0, keepdim=True)
 
     def watch(name):
         def hook(_module, _inputs, output):
-            for store, extreme in ((low, output.amin(0)), (high, output.amax(0))):
-                other = store.get(name, extreme)
-                store[name] = torch.minimum(other, extreme) if store is low else torch.maximum(other, extreme)
+            used.append(name)
+            note(name + " again" * (used.count(name) - 1), output.detach())
 
         return hook
 
+    model = as_module(model)
     kinds = tuple(ACTIVATIONS.values())
-    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
-    hooks.append(model.register_forward_hook(watch("logits")))
+    hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
+    hooks.append(model.register_forward_pre_hook(lambda *_: used.clear()))
     try:
-        predict(model, x, batch_size=batch_size)
+        logits = predict(model, x, batch_size=batch_size)
     finally:
         for hook in hooks:
             hook.remove()
-    return [_activity(name, low[name], high[name]) for name in [*names, "logits"]]
+    note("logits", logits)
+    return [_activity(name, low[name], high[name]) for name in low]
 
 
 def _activity(name, low, high):

@@ -1,8 +1,10 @@
 """What a notebook leaves: figures with the numbers drawn and their provenance, and rows of the ledgers."""
 
 import ast
+import base64
 import copy
 import hashlib
+import html
 import io
 import json
 import os
@@ -16,8 +18,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from IPython import get_ipython
+from IPython.display import HTML, Markdown, display
 from IPython.display import Image as Shown
-from IPython.display import Markdown, display
 from PIL import Image, ImageChops
 
 from . import claims, compute, recipes, runs
@@ -32,7 +34,7 @@ SCHEDULE_COLOURS = dict(zip(("constant", "linear", "cosine", "cosine_misread"),
 
 def eps_colours(grid):
     """{eps: colour}: on one scale for all figures, from dark at 0 to light (but no yellow) at 0.4 and above."""
-    return {eps: mpl.colormaps["viridis"](0.85 * min(eps / 0.4, 1)) for eps in grid}
+    return {eps: mpl.colormaps["viridis"](0.8 * min(eps / 0.4, 1)) for eps in grid}
 
 
 class Book:
@@ -60,7 +62,7 @@ class Book:
         mpl.rcdefaults()  # not what the reader's matplotlibrc says
         sns.set_theme("paper", "whitegrid", "colorblind", rc={"figure.constrained_layout.use": True})
         if shell := get_ipython():
-            shell.set_custom_exc((NameError,), self._which_cell_first)
+            explain(shell, name)
         self.box = display(Markdown("*The answers stand here when all of it has run.*"), display_id=f"answers-{name}")
         if own:
             display(Markdown(f"**Your own settings** ({own}): what is written goes to `build/mine/figures`, and the "
@@ -202,10 +204,19 @@ class Book:
             "wall_time_s": round(time.monotonic() - self.started, 1),
         }
 
-    def _which_cell_first(self, shell, kind, error, trace, tb_offset=None):
+
+def explain(shell, name):
+    """Let a notebook's kernel say which section comes first where a name is missing, and what an interrupt keeps."""
+
+    def handle(shell, kind, error, trace, tb_offset=None):
+        if issubclass(kind, KeyboardInterrupt):
+            print("Interrupted. What was trained and measured is kept: run this cell again, and it goes on from there.")
+            return
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
-        if where := _assigned_in(self.name).get(error.name):
-            print(f"`{error.name}` is made in the section {where!r}: run its cells first.")
+        if where := _assigned_in(name).get(error.name):
+            print(f"`{error.name}` is made in the section {where!r}: run the cells from the top to there first.")
+
+    shell.set_custom_exc((NameError, KeyboardInterrupt), handle)
 
 
 def _made():
@@ -305,3 +316,34 @@ def _short(value):
 def _title(name):
     first = next(cell.source for cell in _cells(name) if cell.cell_type == "markdown")
     return first.splitlines()[0].lstrip("# ")
+
+
+def stepper(figs, labels, *, what):
+    """Pictures to step through with a slider: lives on a static page and in JupyterLab, and repeats byte for byte.
+
+    Args:
+        figs: matplotlib figures of one size, at most 7 inches wide; closed here.
+        labels: what is shown beside the slider, one text per figure.
+        what: the alternative text.
+    Returns:
+        An HTML object, to end a cell with. The first picture is what is seen without JavaScript.
+    """
+    pictures = []
+    for fig, label in zip(figs, labels, strict=True):
+        buffer, small = io.BytesIO(), io.BytesIO()
+        fig.savefig(buffer, dpi=100, metadata={"Software": None})
+        plt.close(fig)
+        few = Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        few.save(small, "png", optimize=True)
+        pictures.append(
+            f'<figure style="margin:0;display:{"none" if pictures else "block"}">'
+            f"<figcaption>{html.escape(label)}</figcaption>"
+            f'<img alt="{html.escape(f"{what}, {label}")}" width="{few.width * 96 // 100}" style="max-width:100%" '
+            f'src="data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}"></figure>'
+        )
+    show = "(f, i) => f.style.display = i == this.value ? 'block' : 'none'"
+    return HTML(
+        f'<div><input type="range" min="0" max="{len(pictures) - 1}" value="0" style="width:60%" '
+        f'aria-label="{html.escape(what)}" oninput="this.parentNode.querySelectorAll(\'figure\').forEach({show})">'
+        f"{''.join(pictures)}</div>"
+    )

@@ -1,5 +1,6 @@
 """Files that are either whole or not there: everything is written beside its place first and then moved into it."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -43,14 +44,27 @@ def write_bytes(path, content):
 
 
 def write_json(path, value):
-    """Write value as JSON with sorted keys: equal values give equal bytes. NaN is refused (ValueError)."""
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, text.encode() + b"\n")
+    """Write value as JSON with sorted keys: equal values give equal bytes. NaN is refused (ValueError).
+
+    A dict gets a checksum beside its keys, which `read_json` compares and takes out again.
+    """
+    value = json.loads(json.dumps(value, allow_nan=False))  # keys become texts, as they will be when it is read
+    if isinstance(value, dict):
+        value.pop("checksum", None)  # of the file that it was read from by other means
+        value["checksum"] = _checksum(value)
+    write_bytes(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
 
 
 def read_json(path):
     """The value in a JSON file. Raises ValueError naming the file if it is truncated or corrupted."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(value, dict) and "checksum" in value and value.pop("checksum") != _checksum(value):
+            raise ValueError("its checksum is wrong")
+        return value
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or corrupted: delete it and run again ({error})") from error
+
+
+def _checksum(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -7,10 +7,9 @@ attack's random start, let it seed its own generator at each call.
 
 Batch normalisation: everywhere but in curves the statistics stay those of the given model, so a surface is that of one
 function of the parameters, the one whose Hessian `curvature` takes. Inside a curve they belong to no given model, and
-are measured again at each point (Garipov et al. 2018).
+are measured again (Garipov et al. 2018), at the ends too, so that all points are compared alike.
 """
 
-import copy
 import math
 from typing import NamedTuple
 
@@ -19,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from scipy.special import comb
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.optim.swa_utils import update_bn
 
-from .curvature import check, top_eigenpairs
+from .curvature import check, copied, loss_gradient, top_eigenpairs
+from .differentiate import differentiating, own
 from .evaluation import attacked, predict
 
 ADVERSARIES = ("none", "frozen", "rerun")
@@ -63,10 +61,11 @@ def eigen_directions(model, x, y, num, **settings):
     return vectors * random_directions(model, 1)[0].norm()
 
 
+@differentiating()
 def descent_direction(model, x, y, *, batch_size=500):
     """Minus the gradient of the mean loss at (x, y), made as long as a filter-normalised direction. Returns (1, P)."""
-    check(model, x, y)
-    gradient = _gradient(_copy(model), x, y, batch_size)
+    x, y = check(model, x, y)
+    gradient = _gradient(copied(model), x, y, batch_size)
     return (-gradient / gradient.norm() * random_directions(model, 1)[0].norm())[None]
 
 
@@ -82,19 +81,19 @@ def surface(model, directions, steps, x, y, *, attack=None, adversary="none", ba
 
     Args:
         model: an nn.Module in evaluation mode; theta is its parameters. It is not changed.
-        directions: (1 or 2, P). steps: (S,) numbers.
+        directions: (1 or 2, P). steps: (S,) numbers for each direction, or a pair of such, one for each.
         x, y: images (N, ...) and labels (N,).
         adversary: "none": clean images. "frozen": the attack of the model itself, kept at all points (the function
             that the Hessian at fixed adversarial inputs belongs to). "rerun": the attack made anew at every point
             (the adversarial loss).
         attack: needed for "frozen" and "rerun".
     Returns:
-        Surface, of shape (S,) or (S, S); the first index goes with the first direction.
+        Surface, of shape (S,) or (S, S'); the first index goes with the first direction.
     Raises:
         ValueError: unknown adversary, an attack missing or superfluous, directions that do not fit, a model in
             training mode, no data, a loss that is not finite.
     """
-    check(model, x, y)
+    x, y = check(model, x, y)
     if adversary not in ADVERSARIES:
         raise ValueError(f"unknown adversary {adversary!r}: choose one of {', '.join(ADVERSARIES)}")
     if (attack is None) != (adversary == "none"):
@@ -102,13 +101,16 @@ def surface(model, directions, steps, x, y, *, attack=None, adversary="none", ba
     theta = flat(model)
     if directions.dim() != 2 or len(directions) not in (1, 2) or directions.shape[1] != len(theta):
         raise ValueError(f"directions must be (1 or 2, {len(theta)}), got {tuple(directions.shape)}")
-    steps = torch.as_tensor(steps, dtype=theta.dtype, device=theta.device)
+    steps = steps if len(steps) and np.ndim(steps[0]) else [steps] * len(directions)
+    if len(steps) != len(directions):
+        raise ValueError(f"steps must be one list, or one for each direction, got {len(steps)} for {len(directions)}")
+    grid = torch.meshgrid([torch.as_tensor(s, dtype=theta.dtype) for s in steps], indexing="ij")
+    offsets, moved = torch.stack(grid, -1).to(theta), copied(model)
     if adversary == "frozen":
         x, attack = attacked(model, x, y, attack, batch_size=batch_size), None
-    moved, shape = copy.deepcopy(model), (len(steps),) * len(directions)
-    values = np.empty((2, *shape))
-    for i in np.ndindex(shape):
-        move(moved, theta + steps[list(i)] @ directions)
+    values = np.empty((2, *grid[0].shape))
+    for i in np.ndindex(grid[0].shape):
+        move(moved, theta + offsets[i] @ directions.to(theta))
         values[(slice(None), *i)] = _loss_and_error(moved, x, y, attack, batch_size)
     return Surface(*values)
 
@@ -118,23 +120,22 @@ def _loss_and_error(model, x, y, attack, batch_size):
         x = attacked(model, x, y, attack, batch_size=batch_size)
     logits = predict(model, x, batch_size=batch_size)
     loss = F.cross_entropy(logits.double(), y).item()
-    _check_finite(loss)
-    return loss, (logits.argmax(1) != y).double().mean().item()
-
-
-def _check_finite(loss):
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss} at some point: check the parameters there, the data and the steps")
+    return loss, (logits.argmax(1) != y).double().mean().item()
 
 
 def flat(model):
     """A copy of the parameters as one vector (P,)."""
-    return parameters_to_vector([p.detach() for p in model.parameters()])
+    return torch.cat([own(p).clone().reshape(-1) for p in model.parameters()])  # no views of what inference mode made
 
 
+@differentiating()
 def move(model, theta):
-    """Put the model at the point theta (P,), whose numbers are copied."""
-    vector_to_parameters(theta.clone(), model.parameters())
+    """Put the model at the point theta (P,): its own parameters get these numbers, and keep their type and layout."""
+    parameters = list(model.parameters())
+    for p, piece in zip(parameters, own(theta).split([p.numel() for p in parameters]), strict=True):
+        p.data.copy_(piece.view_as(p))
 
 
 class Scatter(NamedTuple):
@@ -143,7 +144,7 @@ class Scatter(NamedTuple):
     gradient: ||grad L(theta + a v) - grad L(theta)||, each with its own attacks. fixed: the same with the attacks of
     theta in both, the smooth part that the Hessian describes. scattering: ||difference of the gradients at theta + a v
     under the attacks of theta + a v and of theta||, the rest. cosine: mean over the images of the cosine between the
-    two perturbations.
+    two perturbations. (With `symmetric`, read theta - a v for theta.)
     """
 
     gradient: np.ndarray
@@ -152,28 +153,35 @@ class Scatter(NamedTuple):
     cosine: np.ndarray
 
 
-def scatter(model, direction, distances, x, y, attack, *, batch_size=500):
+@differentiating()
+def scatter(model, direction, distances, x, y, attack, *, symmetric=False, batch_size=500):
     """How far adversarial gradients and perturbations move with the parameters (Liu et al. 2020, Section 4.2).
 
     Args:
         model: in evaluation mode; not changed.
         direction: (P,), made a unit vector v here. distances: (D,), lengths a of the moves.
         attack: (model, x, y) -> x_adv. It should be repeatable, else its own noise is in all four numbers.
+        symmetric: compare theta + a v with theta - a v, as the paper does, in place of theta.
     Returns:
         Scatter. Images whose perturbation is zero at either point are left out of the cosine; NaN if all are.
     Raises:
         ValueError: as for `surface`; a direction of length 0.
     """
-    check(model, x, y)
+    x, y = check(model, x, y)
     if not direction.norm() > 0:
         raise ValueError("the direction must have a positive, finite length")
-    theta, v, moved = flat(model), direction / direction.norm(), _copy(model)
-    x_here = attacked(model, x, y, attack, batch_size=batch_size)
-    here, rows = _gradient(moved, x_here, y, batch_size), []
-    for a in distances:
+    theta, v, moved, rows = flat(model), direction / direction.norm(), copied(model), []
+
+    def look(a):
         move(moved, theta + a * v)
-        x_there = attacked(moved, x, y, attack, batch_size=batch_size)
-        there, fixed = (_gradient(moved, z, y, batch_size) for z in (x_there, x_here))
+        x_adv = attacked(moved, x, y, attack, batch_size=batch_size)
+        return x_adv, _gradient(moved, x_adv, y, batch_size)
+
+    centre = None if symmetric else look(0)
+    for a in distances:
+        x_here, here = look(-a) if symmetric else centre
+        x_there, there = look(a)
+        fixed = _gradient(moved, x_here, y, batch_size)
         norms = [(there - here).norm(), (fixed - here).norm(), (there - fixed).norm()]
         rows.append([n.item() for n in norms] + [_mean_cosine(x_there - x, x_here - x)])
     return Scatter(*np.array(rows).T)
@@ -181,11 +189,8 @@ def scatter(model, direction, distances, x, y, attack, *, batch_size=500):
 
 def _gradient(model, x, y, batch_size):
     """Gradient (P,) of the mean loss, in evaluation mode."""
-    parameters, total = list(model.parameters()), 0
-    for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        loss = F.cross_entropy(model(a), b, reduction="sum") / len(x)
-        total = total + parameters_to_vector(torch.autograd.grad(loss, parameters))
-    return total
+    batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    return sum(loss_gradient(model, *batch) for batch in batches) / len(x)
 
 
 def _mean_cosine(a, b):
@@ -210,7 +215,7 @@ class Curve:
         shapes = [[(k, v.shape) for k, v in m.state_dict().items()] for m in (start, end)]
         if shapes[0] != shapes[1]:
             raise ValueError("start and end must be of one architecture: names or shapes of their tensors differ")
-        self.ends, self.kind = (copy.deepcopy(start).eval(), copy.deepcopy(end).eval()), kind
+        self.ends, self.kind = (copied(start).eval(), copied(end).eval()), kind
         self.points = torch.stack([flat(start), *bends, flat(end)])
 
     def weights(self, t):
@@ -222,19 +227,40 @@ class Curve:
         )
 
     def model(self, t, x_statistics=None):
-        """The model at t. The ends are copies of the given ones.
+        """The model at t, in evaluation mode.
 
-        x_statistics: images on which the statistics of batch normalisation are measured, for a model that has it.
+        x_statistics: images on which the statistics of batch normalisation are measured, for a model that has it,
+        whatever t; without them, the ends keep those of the given models.
         """
-        moved = copy.deepcopy(self.ends[int(t == 1)])
-        if 0 < t < 1 and any(isinstance(m, BatchNorm) for m in moved.modules()):
-            if x_statistics is None:
+        moved = copied(self.ends[int(t == 1)])
+        move(moved, self.weights(t) @ self.points)
+        if any(isinstance(m, BatchNorm) for m in moved.modules()):
+            if x_statistics is not None:
+                _measure(moved, x_statistics)
+            elif 0 < t < 1:
                 raise ValueError(f"at t = {t} the statistics of batch normalisation are unknown: give x_statistics")
-            move(moved, self.weights(t) @ self.points)
-            update_bn(x_statistics.split(500), moved)
-        else:
-            move(moved, self.weights(t) @ self.points)
-        return moved.eval()
+        return moved
+
+
+@differentiating()
+def _measure(model, x):
+    """Give batch normalisation the mean and variance over x, each image counted once, all else in evaluation mode."""
+    norms = [m.train() for m in model.modules() if isinstance(m, BatchNorm)]
+    for m in norms:
+        m.reset_running_stats()
+    momenta, seen = [m.momentum for m in norms], 0
+    for part in _parts(own(x).contiguous(), 500):
+        seen += len(part)
+        for m in norms:
+            m.momentum = len(part) / seen
+        model(part)
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.eval().momentum = momentum
+
+
+def _parts(t, most):
+    """t in parts of `most` and fewer, as equal as can be: batch normalisation cannot take a last part of one."""
+    return t.tensor_split(math.ceil(len(t) / most))
 
 
 def _bezier(t, n):
@@ -249,6 +275,7 @@ def _polygon(t, n):
 KINDS = {"bezier": _bezier, "polygon": _polygon}
 
 
+@differentiating()
 def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs=10, lr=1e-3, batch_size=128, seed=0):
     """Train the bends of a curve between two models so that the expected loss along it is small.
 
@@ -265,36 +292,35 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
         ValueError: as for `Curve`, no data, num_bends below 1, a loss that is not finite.
     """
     check(start, x, y)
-    check(end, x, y)
+    x, y = check(end, x, y)
     if num_bends < 1:
         raise ValueError(f"num_bends must be at least 1, got {num_bends}: without bends there is nothing to train")
     a, b = flat(start), flat(end)
     curve = Curve(start, end, [a + i / (num_bends + 1) * (b - a) for i in range(1, num_bends + 1)], kind)
     bends = torch.nn.Parameter(curve.points[1:-1].clone())
     optimizer = torch.optim.Adam([bends], lr)
-    moved, generator = _copy(start).train(), torch.Generator().manual_seed(seed)
+    moved, generator = copied(start).train(), torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        for batch in torch.randperm(len(x), generator=generator).split(batch_size):
+        for batch in _parts(torch.randperm(len(x), generator=generator), batch_size):
             weights = curve.weights(torch.rand((), generator=generator).item())
             inputs, labels = x[batch.to(x.device)], y[batch.to(x.device)]
             curve.points[1:-1] = bends.detach()
             move(moved, weights @ curve.points)
             if attack is not None:
                 inputs = attack(moved, inputs, labels)
-            loss = F.cross_entropy(moved(inputs), labels)
-            _check_finite(loss.item())
-            gradient = parameters_to_vector(torch.autograd.grad(loss, list(moved.parameters())))
-            bends.grad = torch.outer(weights[1:-1], gradient)
+            bends.grad = torch.outer(weights[1:-1], loss_gradient(moved, inputs, labels) / len(labels))
             optimizer.step()
     curve.points[1:-1] = bends.detach()
     return curve
 
 
+@differentiating()
 def along(curve, steps, x, y, *, attack=None, x_statistics=None, batch_size=500):
     """Loss and error at the points t of `steps` of a curve, under an attack made anew at each point if one is given.
 
     Arguments as for `surface` and `Curve.model`. Returns Surface, of shape (S,).
     """
+    x, y = check(curve.ends[0], x, y)
     points = [_loss_and_error(curve.model(t, x_statistics), x, y, attack, batch_size) for t in steps]
     return Surface(*np.array(points).T)
 
@@ -308,7 +334,3 @@ def barrier(steps, values):
     if len(steps) < 2 or steps[0] != 0 or steps[-1] != 1:
         raise ValueError(f"steps must run from 0 to 1, ends included, got {steps[:1]} to {steps[-1:]}")
     return float((values - (1 - steps) * values[0] - steps * values[-1]).max())
-
-
-def _copy(model):
-    return copy.deepcopy(model).requires_grad_(True)

@@ -55,17 +55,15 @@ def in_v(W, x, y, *, eps, norm, b=None):
     return (margins(W, x, y, eps=eps, norm=norm, b=b) >= 0).all(-1)
 
 
-def slope(W, x, y, *, eps, norm, bias=False):
+def slope(W, x, y, *, eps, norm):
     """One-sided derivative of gamma -> L_eps(gamma W) at gamma = 0: sum_k pi_k (eps ||a_k||_* - a_k.m_k).
 
-    Here pi_k and m_k are frequency and mean of class k and a_k = w_k - sum_j rho_j w_j, with rho_j = 1/K; or, with a
-    bias, rho_j = pi_j: then the derivative is taken at the best classifier without weights, b = log pi.
-    Arguments, result and errors as for `margins`.
+    Here pi_k and m_k are frequency and mean of class k, and a_k = w_k less the mean row. Arguments, result and errors
+    as for `margins`.
     """
     W, x, y, _ = _classifier(W, x, y, eps, norm, None)
     pi, means = _moments(x, y, W.shape[-2])
-    rho = pi if bias else np.full(len(pi), 1 / len(pi))
-    a = W - np.einsum("k,...km->...m", rho, W)[..., None, :]
+    a = W - W.mean(-2, keepdims=True)
     sizes = np.linalg.norm(a, ord=DUAL[norm], axis=-1)
     return (pi * (eps * sizes - (a * means).sum(-1))).sum(-1)
 
@@ -78,7 +76,7 @@ def in_t(W, x, y, *, eps, norm):
     return slope(W, x, y, eps=eps, norm=norm) >= 0
 
 
-def eps_bar(x, y, *, norm, bias=False, num_classes=None):
+def eps_bar(x, y, *, norm, bias=False):
     """The budget from which on a constant classifier is optimal (Theorem 1).
 
     It is min_v max_k ||c_k - v|| / r_k, where without a bias c_k = pi_k m_k and r_k = pi_k, and with a bias c_k = m_k
@@ -86,50 +84,34 @@ def eps_bar(x, y, *, norm, bias=False, num_classes=None):
     largest such number over all pairs. Else a convex program.
 
     Args:
-        x: points (N, m). y: labels (N,) in 0..K-1. norm: "linf" or "l2".
+        x: points (N, m). y: labels (N,) in 0..K-1, every class among them. norm: "linf" or "l2".
         bias: whether the classifier has a bias, which the attack cannot touch.
-        num_classes: K; by default every class must have points. A class without points counts (it can be predicted).
     Returns:
         float, in the units of x.
     Raises:
-        ValueError: one class only, labels that skip a class (unless num_classes is given), unknown norm, shapes that
-            do not match, values that are not finite.
+        ValueError: one class only, labels that skip a class, unknown norm, shapes that do not match, values that are
+            not finite.
     """
-    _check_norm(norm)
-    x, y, K = _data(x, y, num_classes)
-    pi, means = _moments(x, y, K)
-    if bias:  # a class without points is shut out by its bias
-        centres, radii = means[pi > 0], np.ones(np.count_nonzero(pi))
-    else:
-        centres, radii = means * pi[:, None], pi
-    if len(radii) == 1:
-        return 0.0
-    if norm == "linf" or len(radii) == 2:
-        rows, columns = np.triu_indices(len(radii), 1)
-        some = radii[rows] + radii[columns] > 0
-        rows, columns = rows[some], columns[some]
-        distances = np.linalg.norm(centres[rows] - centres[columns], ord=_ORD[norm], axis=1)
-        return float((distances / (radii[rows] + radii[columns])).max())
-    if radii.min() == 0:  # then v = 0
-        return float(np.linalg.norm(means, axis=1).max())
-    return _smallest_ball(centres, radii)
-
-
-_ORD = {"linf": np.inf, "l2": 2}
+    x, y, K = _data(x, y, norm)
+    radii, means = _moments(x, y, K)
+    if bias:
+        radii = np.ones(K)
+    centres = means * radii[:, None]
+    if norm == "l2" and K > 2:
+        return _smallest_ball(centres, radii)
+    i, j = np.triu_indices(K, 1)
+    distances = np.linalg.norm(centres[i] - centres[j], ord={"linf": np.inf, "l2": 2}[norm], axis=1)
+    return float((distances / (radii[i] + radii[j])).max())
 
 
 def _smallest_ball(centres, radii):
-    """min_v max_k ||c_k - v||_2 / r_k. The best v is an affine combination of the centres, so few variables do."""
-    offsets = centres[1:] - centres[0]
-    scale = np.abs(offsets).max()
-    if scale == 0:
-        return 0.0
-    offsets = np.linalg.qr((offsets / scale).T, mode="r").T
-    points = np.vstack([np.zeros_like(offsets[:1]), offsets])
+    """min_v max_k ||c_k - v||_2 / r_k."""
+    points = centres - centres[0]
+    scale = np.abs(points).max() or 1.0
     v, t = cp.Variable(points.shape[1]), cp.Variable()
-    balls = [cp.norm(p - v) <= t * r for p, r in zip(points, radii / radii.max(), strict=True)]
+    balls = [cp.norm(p - v) <= t * r for p, r in zip(points / scale, radii / radii.max(), strict=True)]
     _solve(cp.Problem(cp.Minimize(t), balls))
-    return float(scale * (np.linalg.norm(points - v.value, axis=1) / radii).max())
+    return float((np.linalg.norm(points - scale * v.value, axis=1) / radii).max())
 
 
 def eps_sep(x, y, *, norm, bias=False):
@@ -138,8 +120,7 @@ def eps_sep(x, y, *, norm, bias=False):
     Below it the robust loss has infimum 0 and no minimiser. A float in the units of x, 0 if no classifier separates
     the points. Arguments and errors as for `eps_bar`; also ValueError for more than two classes.
     """
-    _check_norm(norm)
-    x, y, K = _data(x, y)
+    x, y, K = _data(x, y, norm)
     if K != 2:
         raise ValueError(f"eps_sep is for two classes, got {K}")
     w, b, t = cp.Variable(x.shape[1]), cp.Variable() if bias else 0.0, cp.Variable()
@@ -184,12 +165,11 @@ def _worst(W, x, y, eps, norm, b):
     others = (y[:, None] + np.arange(1, K)) % K
     d = W[others] - W[y][:, None]  # (N, K - 1, m)
     z = np.einsum("njm,nm->nj", d, x) + b[others] - b[y][:, None]
-    reach = eps * np.linalg.norm(d, ord=DUAL[norm], axis=-1)
-    bound = np.logaddexp(0, logsumexp(z + reach, axis=1))
+    bound = np.logaddexp(0, logsumexp(z + eps * np.linalg.norm(d, ord=DUAL[norm], axis=-1), axis=1))
     if K == 2:
         return x + eps * _towards(d[:, 0], norm), bound
     if K == 3:
-        return (_corners if norm == "linf" else _arc)(x, d, z, reach, eps)
+        return _three(x, d, z, eps, norm)
     delta = eps * _towards(d, norm)  # (N, K - 1, m): the worst for each other class alone
     for _ in range(5):  # each step maximises the linearised loss, which lies below the convex loss: never a step down
         delta = eps * _towards(_others(z[:, None] + delta @ d.mT) @ d, norm)
@@ -204,41 +184,29 @@ def _towards(g, norm):
     return g / np.maximum(np.linalg.norm(g, axis=-1, keepdims=True), np.finfo(float).tiny)
 
 
-def _corners(x, d, z, reach, eps):
-    """Exact for K = 3, max norm. The loss grows with both d_1.x' and d_2.x', so a largest one is at a corner
-    sign(t d_1 + (1 - t) d_2): going from t = 1 to 0, coordinates of unlike sign flip one by one, in order of ratio."""
-    start = np.where(d[:, 0] == 0, np.sign(d[:, 1]), np.sign(d[:, 0]))
-    flips = d[:, 0] * d[:, 1] < 0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(flips, np.abs(d[:, 0] / d[:, 1]), np.inf)
-    order = np.argsort(ratio, axis=1, kind="stable")
-    sorted_d = np.take_along_axis(np.where(flips[:, None], np.abs(d), 0), order[:, None], 2)
-    change = 2 * eps * np.cumsum(sorted_d, axis=2) * np.array([[-1], [1]])
-    first = z + eps * np.einsum("nm,njm->nj", start, d)
-    values = np.concatenate([first[:, :, None], first[:, :, None] + change], axis=2)  # (N, 2, m + 1)
-    best = logsumexp(values, axis=1).argmax(1)
-    flipped = np.argsort(order, axis=1) < best[:, None]
-    corner = np.where(flips & flipped, -start, start)
-    top = np.take_along_axis(values, best[:, None, None], 2)[:, :, 0]
-    return x + eps * corner, np.logaddexp(0, logsumexp(top, axis=1))
-
-
-def _arc(x, d, z, reach, eps):
-    """K = 3, Euclidean norm: the worst perturbation lies on the arc from d_1 to d_2. Its largest sampled loss is a
-    lower bound; the corners of the polygon round the arc, where a convex function is largest, give an upper one."""
-    e1 = _towards(d[:, 0], "l2")
-    along = np.einsum("nm,nm->n", e1, d[:, 1])
-    rest = d[:, 1] - along[:, None] * e1
-    e2, across = _towards(rest, "l2"), np.linalg.norm(rest, axis=1)
-    angle = np.arctan2(across, along)[:, None]
-    theta = angle * np.linspace(0, 1, 2 * ARC + 1)  # ends of the pieces and, between them, their middles
-    radius = np.where(np.arange(2 * ARC + 1) % 2, 1 / np.cos(angle / (2 * ARC)), 1)
-    z1 = z[:, :1] + reach[:, :1] * radius * np.cos(theta)
-    z2 = z[:, 1:] + reach[:, 1:] * radius * np.cos(angle - theta)
-    loss = np.logaddexp(0, np.logaddexp(z1, z2))
-    best = 2 * loss[:, ::2].argmax(1)[:, None]
-    t = np.take_along_axis(theta, best, 1)
-    return x + eps * (np.cos(t) * e1 + np.sin(t) * e2), loss.max(1)
+def _three(x, d, z, eps, norm):
+    """K = 3. The loss is convex and grows with both d_1.x' and d_2.x', so a largest one is at an extreme point of the
+    ball between the one farthest along d_1 and the one farthest along d_2. Max norm: these are the corners
+    sign(t d_1 + (1 - t) d_2), m + 1 at most. Euclidean norm: they are an arc, whose points give a lower bound, and the
+    corners of the polygon round it, where the radius is above 1, an upper one."""
+    if norm == "linf":
+        first, second = d[:, 0], d[:, 1]
+        flips = first * second < 0  # coordinates that change sign on the way, at t = second / (second - first)
+        t = np.where(flips, second, 0) / np.where(flips, second - first, 1)
+        t = np.sort(np.pad(t, ((0, 0), (1, 1)), constant_values=((0, 0), (0, 1))), axis=1)
+        t = (t[:, 1:, None] + t[:, :-1, None]) / 2  # between two changes
+        u, radius = np.sign(t * d[:, :1] + (1 - t) * d[:, 1:]), np.ones(t.shape[:2])
+    else:
+        e1 = _towards(d[:, 0], "l2")
+        along = np.einsum("nm,nm->n", e1, d[:, 1])
+        rest = d[:, 1] - along[:, None] * e1
+        angle = np.arctan2(np.linalg.norm(rest, axis=1), along)[:, None]
+        theta = angle * np.linspace(0, 1, 2 * ARC + 1)  # ends of the pieces and, between them, their middles
+        radius = np.where(np.arange(2 * ARC + 1) % 2, 1 / np.cos(angle / (2 * ARC)), 1)
+        u = np.cos(theta)[..., None] * e1[:, None] + np.sin(theta)[..., None] * _towards(rest, "l2")[:, None]
+    loss = np.logaddexp(0, logsumexp(z[:, None] + eps * radius[..., None] * (u @ d.mT), axis=2))
+    best = np.where(radius == 1, loss, -np.inf).argmax(1)
+    return x + eps * u[np.arange(len(x)), best], loss.max(1)
 
 
 class Minimum(NamedTuple):
@@ -267,9 +235,7 @@ def minimize(x, y, *, eps, norm, bias=False, max_gap=1e-8, max_rounds=30):
         ValueError: the loss has no minimiser, since some direction lowers it for ever (as when the points can be
             separated by more than eps). Otherwise as for `eps_bar`.
     """
-    x, y, K = _data(x, y)
-    _check_norm(norm)
-    _check_eps(eps)
+    x, y, K = _data(x, y, norm, eps)
     if _falls_for_ever(x, y, K, eps, norm, bias):
         raise ValueError(
             f"at eps={eps} some weights keep every point right with room to spare, so the robust loss falls along "
@@ -370,12 +336,9 @@ def _moments(x, y, K):
     return counts / len(y), (np.eye(K)[y].T @ x) / np.maximum(counts, 1)[:, None]
 
 
-def _check_norm(norm):
+def _check(norm, eps):
     if norm not in DUAL:
         raise ValueError(f"unknown norm {norm!r}: choose linf or l2")
-
-
-def _check_eps(eps):
     if not 0 <= eps < np.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
 
@@ -391,25 +354,23 @@ def _points(x, y):
     return x, y
 
 
-def _data(x, y, num_classes=None):
+def _data(x, y, norm, eps=0.0):
     """Checked points, labels and the number of classes."""
     x, y = _points(x, y)
-    K = int(y.max()) + 1 if num_classes is None else num_classes
-    if K < 2:
-        raise ValueError("one class only: any constant classifier is perfect; give num_classes if there are more")
-    if y.max() >= K:
-        raise ValueError(f"label {y.max()} is outside 0..{K - 1}")
+    _check(norm, eps)
+    K = int(y.max()) + 1
     missing = np.setdiff1d(np.arange(K), y)
-    if num_classes is None and len(missing):
-        raise ValueError(f"labels skip class {missing[0]}: renumber them, or give num_classes to count empty classes")
+    if len(missing):
+        raise ValueError(f"labels skip class {missing[0]}: renumber them")
+    if K < 2:
+        raise ValueError("one class only: any constant classifier is perfect")
     return x, y, K
 
 
 def _classifier(W, x, y, eps, norm, b):
     """Checked arguments of a function of classifiers; b is zeros if it is None."""
     x, y = _points(x, y)
-    _check_norm(norm)
-    _check_eps(eps)
+    _check(norm, eps)
     W = np.asarray(W, dtype=float)
     if W.ndim < 2 or W.shape[-2] < 2 or W.shape[-1] != x.shape[1]:
         raise ValueError(f"W must be weights (..., K, {x.shape[1]}) with K >= 2, got shape {W.shape}")

@@ -128,12 +128,35 @@ class Ensemble(nn.Module):
             raise ValueError("an ensemble needs at least one member")
 
     def forward(self, x):
-        logits = [member(x) for member in self.members]
+        return self.mix([member(x) for member in self.members])
+
+    @staticmethod
+    def mix(logits):
+        """The ensemble's logits from its members'."""
         if len({z.shape for z in logits}) > 1:
             raise ValueError(f"the members have unequal numbers of classes: {[z.shape[-1] for z in logits]}")
         stacked = torch.stack(logits)
         stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))  # not in bfloat16
         return stacked.log_softmax(-1).logsumexp(0) - math.log(len(logits))
+
+
+LAYERS = {  # their values do not depend on the memory layout of what comes in; neither do those of their compositions
+    nn.Sequential, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten,
+    nn.Identity, nn.Dropout, *ACTIVATIONS.values(), BasicBlock, Ensemble,
+}  # fmt: skip
+
+
+def any_layout(model):
+    """Whether the model is made of LAYERS alone, so that its memory layout may be chosen for it.
+
+    Others may ask for one (`x.view(len(x), -1)` does): those are subclasses, modules with hooks (normalised weights
+    have them) or with a forward of their own.
+    """
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return all(
+        type(m) in LAYERS and "forward" not in vars(m) and not any(getattr(m, k) for k in kinds)
+        for m in model.modules()
+    )
 
 
 MODELS = {"lenet": lenet, "vgg16": vgg16, "resnet18": resnet18}

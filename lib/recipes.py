@@ -23,8 +23,8 @@ CIFAR10 = dict(
 RECIPES = {
     "lenet on mnist5k": dict(
         dataset="mnist5k", images=[None, None], set_aside=0, model="lenet", width=4, step_fraction=0.5, num_steps=3,
-        stops={"linear": 2.0, "cosine": 1.5}, epochs=4, batch_size=64, optimizer="adam", lr=3e-3, eval_every=2,
-        eval_images=500, keep_every=0,
+        stops={"linear": 2.0, "cosine": 1.5}, epochs=5, batch_size=64, optimizer="adam", lr=3e-3, lr_drops=[0.8],
+        eval_every=5, eval_images=500, keep_every=0,
     ),
     "lenet on few digits": dict(
         dataset="mnist5k", images=[None, None], set_aside=500, model="lenet", width=4, step_fraction=0.5, num_steps=3,
@@ -83,9 +83,8 @@ def load(settings):
     found, n = data.load(settings["dataset"]).first(*settings["images"]), settings.get("set_aside", 0)
     if not n:
         return found, None
-    rest = replace(found, x_train=found.x_train[:-n], y_train=found.y_train[:-n])
-    return rest, replace(rest, x_test=found.x_train[-n:], y_test=found.y_train[-n:],
-                         source=f"{found.source}, {n:,} training images set aside")  # fmt: skip
+    apart = found.set_aside(n)
+    return replace(found, x_train=apart.x_train, y_train=apart.y_train), apart
 
 
 def configure(settings, **changes):

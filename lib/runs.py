@@ -8,6 +8,7 @@ machine is found on another. `journal` says what was found and what was made sin
 import hashlib
 import json
 import time
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -33,14 +34,14 @@ def run(config, data, *, wait=True):
     errors as for `training.train`.
     """
     folder = runs_dir() / f"{config.model}-{config.schedule}-{key(config, data)}"
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=-1 if wait else 0):
-            state = "found" if (folder / "run.json").exists() else "trained"
+        with _once(folder / "run.json", folder / ".lock", wait) as there:
             found = train(config, data, folder=folder)
     except Timeout:
         return None
-    journal.append({"run": folder.name, "what": config.describe(), "state": state, "made": found.made})
+    journal.append(
+        {"run": folder.name, "what": config.describe(), "state": "found" if there else "trained", "made": found.made}
+    )
     return found
 
 
@@ -73,16 +74,35 @@ def remember(kind, facts, compute_value, *, version=1):
         ValueError: a corrupted file, or NaN in the value.
     """
     path = runs_dir() / kind / f"{_hash(facts, version)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        state = "remembered" if path.exists() else "measured"
-        if state == "measured":
+    with _once(path, path.with_suffix(".lock")) as there:
+        if not there:
             start = time.monotonic()
             value = compute_value()
             write_json(path, {"facts": facts, "value": value, "made": compute.made(time.monotonic() - start)})
     record = read_json(path)
-    journal.append({"run": f"{kind}/{path.stem}", "what": kind, "state": state, "made": record["made"]})
+    journal.append(
+        {
+            "run": f"{kind}/{path.stem}",
+            "what": kind,
+            "state": "remembered" if there else "measured",
+            "made": record["made"],
+        }
+    )
     return record["value"]
+
+
+@contextmanager
+def _once(path, lock, wait=True):
+    """Is the file there, which is written last? If not, the lock is held in which to make it.
+
+    What is there needs neither lock nor the right to write: runs of another user are found, and on a read-only disk.
+    """
+    if path.exists():
+        yield True
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock, timeout=-1 if wait else 0):
+        yield path.exists()
 
 
 def key(config, data):

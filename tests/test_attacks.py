@@ -148,7 +148,7 @@ class TestProject:
 
     @pytest.mark.parametrize("eps", [-0.1, float("nan")])
     def test_refuses_a_wrong_radius(self, eps):
-        with pytest.raises(ValueError, match="eps must not be negative or NaN"):
+        with pytest.raises(ValueError, match="eps must be finite and not negative"):
             project(torch.zeros(1, 1, 1, 1), eps=eps)
 
 
@@ -177,7 +177,7 @@ def test_pgd_and_fgsm_stay_in_ball_and_box(
         assert out.shape == x.shape and out.dtype == x.dtype and not out.requires_grad
         assert out.min() >= 0 and out.max() <= 1
         order = {"linf": float("inf"), "l2": 2}[norm]
-        assert torch.linalg.vector_norm((out - x).flatten(1), order, dim=1).max() <= eps + 1e-6
+        assert torch.linalg.vector_norm((out.double() - x.double()).flatten(1), order, dim=1).max() <= eps
 
 
 class TestPeer:
@@ -355,14 +355,6 @@ class TestModelIsLeftAlone:
         parts = torch.cat([run(model, a[None], b[None]) for a, b in zip(self.x, self.y, strict=True)])
         torch.testing.assert_close(whole, parts, **CLOSE)
 
-    def test_x_that_wants_gradients_and_a_caller_without_them(self):
-        model, x = moody(), self.x.clone().requires_grad_(True)
-        run = partial(self.run, model, y=self.y)
-        a = run(x=x, generator=generator())
-        assert x.grad is None and x.requires_grad and not a.requires_grad
-        with torch.no_grad():
-            assert torch.equal(run(x=self.x, generator=generator()), a)
-
 
 class TestPrecision:
     def test_auto_is_full_without_hardware_support(self, trained, batch, monkeypatch):
@@ -389,11 +381,11 @@ class TestPrecision:
         assert compute.fast_dtype(torch.device("mps")) is None
 
     @pytest.mark.parametrize("channels", [1, 3])
-    def test_layers_after_the_first_get_their_channels_last(self, channels):
+    def test_layers_after_the_first_get_their_channels_last(self, channels, monkeypatch):
         # With one channel PyTorch cannot tell the layouts apart, and the wrong one makes pooling several times slower.
-        seen = []
+        seen, pool = [], F.max_pool2d
+        monkeypatch.setattr(F, "max_pool2d", lambda t, *rest, **more: seen.append(t) or pool(t, *rest, **more))
         model = nn.Sequential(nn.Conv2d(channels, 8, 5, padding=2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 3))
-        model[1].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
         x = torch.rand(6, channels, 8, 8)
         pgd(model, x, torch.arange(6) % 3, eps=0.1, step_size=0.1, num_steps=2, random_start=False)
         assert len(seen) == 2 and all(t.is_contiguous(memory_format=torch.channels_last) for t in seen)
@@ -436,7 +428,7 @@ class TestBadInput:
         ({"x": x + 1}, r"x must lie in \[0, 1\], got values from"),
         ({"x": x - 0.5}, r"x must lie in \[0, 1\]"),
         ({"x": x.where(x < 0.9, float("nan"))}, r"x must lie in \[0, 1\], got values from nan to nan"),
-        ({"x": (x * 255).to(torch.uint8)}, "x must be floating .* got torch.uint8: divide by 255"),
+        ({"x": (x * 255).to(torch.uint8)}, "x must be float32 or float64 .* got torch.uint8: divide by 255"),
         ({"x": x[:, 0]}, r"x must be a tensor \(B, C, H, W\)"),
         ({"x": x[:0]}, "with B >= 1"),
         ({"x": x.numpy()}, r"x must be a tensor \(B, C, H, W\)"),

@@ -1,6 +1,7 @@
 """Interval bounds against closed forms, brute force, attacks and samples, and their promises about the model."""
 
 import itertools
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from kinds import LAYOUTS, STATES, data
 from torch import nn
 
 from lib import certify, models, training
@@ -31,10 +33,11 @@ def network(seed, activation="relu"):
     model = nn.Sequential(
         nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.MaxPool2d(3, 2, padding=1), act(),
         models.BasicBlock(3, 4, 2, activation), models.BasicBlock(4, 4, 1, activation), nn.AvgPool2d(2, 1, padding=1),
-        nn.AdaptiveAvgPool2d(2), nn.Identity(), nn.Flatten(), nn.Linear(16, 6), act(), nn.Linear(6, 3),
+        nn.AdaptiveAvgPool2d(2), nn.Identity(), nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.Dropout(), act(),
+        nn.Linear(6, 3),
     )  # fmt: skip
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             for t, low, high in ((module.weight, -1, 1), (module.bias, -1, 1), (module.running_mean, -1, 1),
                                  (module.running_var, 0.1, 2)):  # fmt: skip
                 t.data.uniform_(low, high)
@@ -239,6 +242,129 @@ class TestExact:
         assert certify.certified_error(model, x, y + 1, eps=1.0) == 1.0
 
 
+def plain_mlp(seed, activation, bias=True):
+    torch.manual_seed(seed)
+    act = models.ACTIVATIONS[activation]
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 5, bias=bias), act(), nn.Linear(5, 4), act(), nn.Linear(4, 3))
+
+
+def plain_cnn(seed, activation, bias=True):
+    torch.manual_seed(seed)
+    act = models.ACTIVATIONS[activation]
+    return nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, bias=bias), nn.MaxPool2d(2), act(), nn.Dropout(),
+                         nn.Conv2d(2, 3, 2, stride=2), nn.Flatten(), nn.Linear(3, 3))  # fmt: skip
+
+
+def loss_and_gradient(model, x, y):
+    logits = model(x)
+    loss = F.cross_entropy(logits, y)
+    pieces = torch.autograd.grad(loss, list(model.parameters()))
+    return logits.detach(), loss.item(), torch.cat([g.flatten() for g in pieces])
+
+
+class TestWeightBox:
+    @settings(max_examples=20, deadline=None, phases=QUICK)
+    @given(
+        seed=st.integers(0, 10**6),
+        build=st.sampled_from([plain_mlp, plain_cnn]),
+        activation=st.sampled_from(sorted(models.ACTIVATIONS)),
+        bias=st.booleans(),
+        radius=st.floats(0, 0.5),
+    )
+    def test_it_contains_every_point(self, seed, build, activation, bias, radius):
+        """Uniform points, corners, and ascents of the loss and of the gradient's norm inside the box."""
+        model, (x, y) = build(seed, activation, bias).double().eval(), data(seed)
+        box = certify.weight_box(model, x, y, radius=radius)
+        centre = [p.detach().clone() for p in model.parameters()]
+        generator = torch.Generator().manual_seed(seed)
+        points, split = [], centre
+        for i in range(24):
+            move = [torch.empty_like(c).uniform_(-1, 1, generator=generator) for c in centre]
+            if i % 4 == 3:  # the corner that the last gradient points to, or away from
+                sign = 1 if i % 8 == 3 else -1
+                move = [sign * g.view_as(c).sign() for g, c in zip(split, centre, strict=True)]
+            elif i % 2:
+                move = [m.sign() for m in move]
+            for p, c, m in zip(model.parameters(), centre, move, strict=True):
+                p.data = c + radius * m
+            logits, loss, gradient = loss_and_gradient(model, x, y)
+            split = gradient.split([c.numel() for c in centre])
+            assert (box.logits_low - 1e-12 <= logits).all() and (logits <= box.logits_high + 1e-12).all()
+            assert box.loss_low - 1e-12 <= loss <= box.loss_high + 1e-12
+            assert gradient.norm() <= box.gradient * (1 + 1e-9)
+            points.append((torch.cat([p.detach().flatten() for p in model.parameters()]), loss))
+        for (a, loss_a), (b, loss_b) in itertools.pairwise(points):
+            assert abs(loss_a - loss_b) <= box.gradient * (a - b).norm() + 1e-12
+
+    @pytest.mark.parametrize("build", [plain_mlp, plain_cnn])
+    @pytest.mark.parametrize("activation", models.ACTIVATIONS)
+    def test_radius_0_is_the_network_itself(self, build, activation):
+        model, (x, y) = build(1, activation).double().eval(), data(1)
+        logits, loss, gradient = loss_and_gradient(model, x, y)
+        box = certify.weight_box(model, x, y, radius=0)
+        for bound in (box.logits_low, box.logits_high):
+            torch.testing.assert_close(bound, logits, **ROUNDING)
+        assert (box.loss_low, box.loss_high, box.gradient) == pytest.approx((loss, loss, gradient.norm().item()))
+
+    def test_a_linear_network_in_closed_form(self):
+        """Pixels are not negative, so each logit is largest at the upper corner of its weights, and is reached."""
+        model, (x, y) = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double(), data(2)
+        box, r = certify.weight_box(model, x, y, radius=0.1), 0.1
+        move = r * (x.flatten(1).sum(1, keepdim=True) + 1)
+        torch.testing.assert_close(box.logits_high, model(x) + move, **ROUNDING)
+        torch.testing.assert_close(box.logits_low, model(x) - move, **ROUNDING)
+        worst = model(x) + move * (1 - 2 * F.one_hot(y, 3))
+        assert box.loss_high == pytest.approx(F.cross_entropy(worst, y).item(), rel=1e-12)
+
+    def test_it_widens_with_the_radius(self):
+        model, (x, y) = plain_cnn(3, "relu"), data(3)
+        boxes = [certify.weight_box(model, x, y, radius=r) for r in (0, 1e-4, 0.01, 0.1, 1)]
+        for a, b in itertools.pairwise(boxes):
+            assert (b.logits_low <= a.logits_low).all() and (a.logits_high <= b.logits_high).all()
+            assert b.loss_low <= a.loss_low and a.loss_high <= b.loss_high and a.gradient <= b.gradient
+
+    @pytest.mark.parametrize("change, message", [
+        (lambda m: m.insert(2, nn.BatchNorm1d(5)), "not nested, that share no parameter"),
+        (lambda m: m.insert(2, nn.Sequential(nn.Linear(5, 5))), "not nested, that share no parameter"),
+        (lambda m: m.insert(4, m[3]).insert(2, nn.Sequential(nn.Linear(5, 5))), "not nested, that share no parameter"),
+        (lambda m: m.insert(4, m[3]), "not nested, that share no parameter"),
+        (lambda m: m.insert(3, nn.Sigmoid()), "no interval bounds for layer Sigmoid"),
+        (lambda m: m.append(nn.ReLU()), "ends in nn.Linear"),
+    ])  # fmt: skip
+    def test_what_it_refuses(self, change, message):
+        model, (x, y) = plain_mlp(0, "relu").double().eval(), data()
+        change(model)
+        with pytest.raises(ValueError, match=message):
+            certify.weight_box(model, x, y, radius=0.1)
+
+    @pytest.mark.parametrize("radius", [-1, float("nan"), float("inf"), "1", True])
+    def test_bad_radius(self, radius):
+        with pytest.raises(ValueError, match="radius must be"):
+            certify.weight_box(plain_mlp(0, "relu"), *data(), radius=radius)
+
+
+MEASURES = {
+    "bounds": lambda m, x, y: certify.bounds(m, x, eps=0.05),
+    "margins": lambda m, x, y: certify.margin_bounds(m, x, y, eps=0.05),
+    "lipschitz": lambda m, x, y: certify.local_lipschitz(m, x, y, eps=0.05),
+    "weights": lambda m, x, y: certify.weight_box(m, x, y, radius=0.01),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("state", STATES)
+def test_neither_layout_nor_state_of_autograd_matters(measure, layout, state):
+    model, (x, y) = plain_cnn(0, "relu"), data()
+    expected = measure(model, LAYOUTS[layout](x).detach().contiguous(), y)
+    with STATES[state]():
+        given = LAYOUTS[layout](x.clone())  # in inference mode, a tensor made there
+        found = measure(model, given, y.clone())
+    for a, b, c in zip(expected, found, measure(model, given, y), strict=True):
+        for other in (b, c):
+            torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(other), rtol=0, atol=0)
+
+
 class TestBall:
     def test_bounds_widen_with_eps(self):
         model, (x, y) = network(5), problem(5)
@@ -298,6 +424,13 @@ class TestPromises:
         assert ((up - down) / 2).item() == pytest.approx((g * step).sum().item(), rel=1e-4)
 
 
+def hooked():
+    """Its weight is made from two others before each call: the rule for a convolution would be wrong."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(nn.Conv2d(1, 1, 1))
+
+
 class Twice(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -305,9 +438,10 @@ class Twice(nn.Linear):
 
 class TestBadInput:
     @pytest.mark.parametrize("layer, name", [
-        (nn.Sigmoid(), "Sigmoid"), (nn.Dropout(0.5), "Dropout"), (nn.ELU(2.0), r"ELU\(alpha=2.0"),
+        (nn.Sigmoid(), "Sigmoid"), (nn.ELU(2.0), r"ELU\(alpha=2.0"),
         (nn.MaxPool2d(2, ceil_mode=True), "MaxPool2d.*ceil_mode"), (nn.Sequential(nn.Tanh()), "Tanh"),
-        (nn.BatchNorm2d(1, track_running_stats=False), "BatchNorm2d"),
+        (nn.BatchNorm2d(1, track_running_stats=False), "BatchNorm2d"), (hooked(), r"Conv2d.* \(1\): hooks"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 1, 1)), "ParametrizedConv2d"),
     ])  # fmt: skip
     def test_an_unsupported_layer_is_named(self, layer, name):
         model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), layer, nn.Flatten(), nn.LazyLinear(2))
@@ -317,6 +451,17 @@ class TestBadInput:
                      lambda: certify.local_lipschitz(model, x, y, eps=0.1)):  # fmt: skip
             with pytest.raises(ValueError, match=f"no interval bounds for (layer )?{name}"):
                 call()
+
+    def test_training_mode_is_refused_where_it_matters(self):
+        x, y = torch.rand(2, 1, 4, 4), torch.tensor([0, 1])
+        for layer, reason in (
+            (nn.Dropout(), "in training mode it is random"),
+            (nn.BatchNorm1d(16), "mixes the inputs"),
+        ):
+            model = nn.Sequential(nn.Flatten(), layer, nn.Linear(16, 2))
+            assert torch.isfinite(certify.worst_margins(model.eval(), x, y, eps=0.1)).all()
+            with pytest.raises(ValueError, match=rf"layer {type(layer).__name__}.* \(1\): .*{reason}"):
+                certify.worst_margins(model.train(), x, y, eps=0.1)
 
     def test_a_subclass_may_compute_something_else(self):
         with pytest.raises(ValueError, match="no interval bounds for layer Twice"):
@@ -342,7 +487,7 @@ class TestBadInput:
     @pytest.mark.parametrize("x, y, message", [
         (torch.rand(2, 1, 2, 3) + 1, [0, 1], r"x must lie in \[0, 1\]"),
         (torch.rand(2, 6), [0, 1], r"x must be a tensor \(B, C, H, W\)"),
-        (torch.ones(2, 1, 2, 3, dtype=torch.uint8), [0, 1], "x must be floating"),
+        (torch.ones(2, 1, 2, 3, dtype=torch.uint8), [0, 1], "x must be float"),
         (torch.rand(2, 1, 2, 3), [0, 4], "labels run from 0 to 4, but the model has 4 classes"),
         (torch.rand(2, 1, 2, 3), [-1, 0], "labels run from -1 to 0"),
         (torch.rand(2, 1, 2, 3), [0, 1, 2], "y must be int64 labels of shape"),
@@ -426,5 +571,5 @@ class TestTraining:
     def test_batch_normalisation_is_refused(self, data, tmp_path):
         colours = Data(*(t.expand(-1, 3, -1, -1) if t.dim() == 4 else t for t in
                          (data.x_train[:50], data.y_train[:50], data.x_test, data.y_test)), "stripes")  # fmt: skip
-        with pytest.raises(ValueError, match=r"training failed in epoch 0.*no interval bounds for BatchNorm2d"):
+        with pytest.raises(ValueError, match=r"training failed in epoch 0.*no interval bounds for layer BatchNorm2d"):
             train(replace(CONFIG, model="resnet18"), colours, folder=tmp_path)

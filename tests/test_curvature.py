@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from kinds import LAYOUTS, MODULES, STATES, data, module
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
 from torch.func import functional_call, hessian
@@ -124,6 +125,19 @@ def test_quadratic_with_a_known_spectrum():
     assert torch.allclose(vectors @ matrix, values[:, None] * vectors, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k, num_smallest", [(1, 1), (5, 3), (100, 5)])
+def test_the_smallest_come_after_the_largest(kind, k, num_smallest):
+    model, x, y = network(kind)
+    exact = torch.linalg.eigvalsh(dense(model, x, y)).flip(0)
+    k = min(k, len(exact) - num_smallest)
+    settings = {"num_smallest": num_smallest, "tolerance": 1e-9} | DOUBLE
+    values, vectors, residuals = top_eigenpairs(model, x, y, k, **settings)
+    assert torch.allclose(values, torch.cat([exact[:k], exact[len(exact) - num_smallest :]]), atol=1e-9 * exact[0])
+    own = (vectors @ dense(model, x, y) - values[:, None] * vectors).norm(dim=1) / values.abs().max()
+    assert own.max() < 1e-9 and residuals.shape == (k + num_smallest,)
+
+
 @pytest.mark.parametrize("k", [1, 10, 29, 30])
 def test_multiple_eigenvalues_of_a_few_parameters(k):
     spectrum = np.sort(np.repeat([-2.0, 0, 0, 1, 7], 6))
@@ -234,9 +248,94 @@ def test_repeats_bit_for_bit_and_leaves_the_model_alone():
     assert all(p.grad is None for p in model.parameters())
 
 
+def gradient_at(model, theta, x, y):
+    """The gradient (P,) by plain autograd, where the model's own parameters really hold theta."""
+    parameters, start = list(model.parameters()), 0
+    for p in parameters:
+        p.data.copy_(theta[start : start + p.numel()].view_as(p))
+        start += p.numel()
+    pieces = torch.autograd.grad(F.cross_entropy(model(x), y), parameters, materialize_grads=True)
+    return torch.cat([g.flatten() for g in pieces])
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_every_kind_of_module(kind):
+    """Whatever a module does with its parameters, the Hessian is that of the loss, and the module is left alone."""
+    model, (x, y) = module(kind), data()
+    before = [(p.clone(), p.stride(), p.requires_grad) for p in model.parameters()]
+    try:
+        operator = Hessian(model, x, y, batch_size=4, kept_batches=1, **DOUBLE)
+    except ValueError as error:  # PyTorch leaves the norm's own derivative out of the second one
+        assert kind in ("old weight_norm", "parametrised") and "the Hessian is not symmetric" in str(error)
+        return
+    plain = module("views" if kind in ("compiled", "made in inference mode") else kind)
+    theta = torch.cat([p.detach().flatten() for p in plain.parameters()])
+    for v in torch.randn(3, operator.size, generator=torch.Generator().manual_seed(1), **DOUBLE):
+        ends = [gradient_at(plain, theta + h * v, x, y) for h in (1e-5, -1e-5)]
+        expected = (ends[0] - ends[1]) / 2e-5
+        assert (operator(v) - expected).norm() < 1e-6 * expected.norm()
+    for p, (value, stride, flag) in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, value) and p.stride() == stride and p.requires_grad == flag and p.grad is None
+
+
+@pytest.mark.parametrize("measure", [top_eigenpairs, spectral_density, trace])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("state", STATES)
+def test_neither_layout_nor_state_of_autograd_matters(measure, layout, state):
+    model, (x, y) = module("views"), data()
+    settings = ({"k": np.int64(2)} if measure is top_eigenpairs else {"num_probes": np.int64(2)}) | DOUBLE
+    if measure is spectral_density:
+        settings["num_steps"] = 5
+    expected = measure(model, LAYOUTS[layout](x).detach().contiguous(), y, **settings)
+    with STATES[state]():
+        given = LAYOUTS[layout](x.clone())  # in inference mode, a tensor made there
+        found = measure(model, given, y.clone(), **settings)
+    again = measure(model, given, y, **settings)
+    for a, b, c in zip(expected, found, again, strict=True):
+        assert np.array_equal(a, b) and np.array_equal(a, c)
+
+
+def test_a_loss_that_depends_on_the_batch_is_refused():
+    model, (x, y) = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False)), data()
+    with pytest.raises(ValueError, match=r"module '1' \(BatchNorm2d\) has no running statistics"):
+        trace(model.eval(), x, y)
+
+
+def test_what_cannot_be_copied_is_named():
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lines = (line for line in "ab")  # as a generator, an open file or a lock would
+
+        def forward(self, x):
+            return x
+
+    model, (x, y) = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(16, 3), Holds())).double().eval(), data()
+    with pytest.raises(ValueError, match=r"module '1' \(Holds\) cannot be copied: .*generator"):
+        trace(model, x, y)
+
+
+@pytest.mark.parametrize("output", [lambda z: (z, z), lambda z: {"logits": z}, lambda z: z[:, None], lambda z: z[:-1]])
+def test_an_output_that_is_no_logits(output):
+    class Wraps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module("views")
+
+        def forward(self, x):
+            return output(self.inner(x))
+
+    with pytest.raises(ValueError, match=r"the model must return logits \(9, classes\)"):
+        trace(Wraps().eval(), *data(), **DOUBLE)
+
+
 @pytest.mark.parametrize("k", [0, -1, 145])
 def test_k_outside_the_parameters(k):
     model, x, y = network("mlp")
+    with pytest.raises(ValueError, match=f"k must lie in 1..143, the number of parameters, got {k}"):
+        top_eigenpairs(model, x, y, k)
+    with pytest.raises(ValueError, match=r"k must lie in 1..143, the number of parameters, got 1 \+ 143"):
+        top_eigenpairs(model, x, y, 1, num_smallest=143)
     with pytest.raises(ValueError, match=f"k must lie in 1..143, the number of parameters, got {k}"):
         top_eigenpairs(model, x, y, k)
 

@@ -28,8 +28,8 @@ import checkenv  # noqa: E402
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDS = [Requirement(text) for text in PROJECT["dependencies"]]
 EXTRAS = [Requirement(text) for needs in PROJECT["optional-dependencies"].values() for text in needs]
-LOCK = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and not line.startswith("#")]
-PINS = [Requirement(line) for line in LOCK]
+LOCK = re.sub(r"^#.*\n", "", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)
+PINS = [Requirement(line.split(" \\\n")[0]) for line in re.split(r"\n(?! )", LOCK.strip())]
 MACHINES = [
     {"python_version": python, "python_full_version": f"{python}.5", **machine}
     for python in ("3.11", "3.12", "3.13")
@@ -61,21 +61,27 @@ def test_every_need_is_pinned_within_its_range(machine):
 
 
 def test_the_lock_is_plain_and_universal():
-    for line in LOCK:
-        assert re.fullmatch(r"[a-z0-9._-]+==[A-Za-z0-9.!]+( ; .+)?", line), line  # no URL, path, hash or local version
+    """A version and its hashes for every package; no URL, path, option or local version."""
+    pin = r"[a-z0-9._-]+==[A-Za-z0-9.!]+( ; [^\\\n]+)?( \\\n    --hash=sha256:[0-9a-f]{64})+\n"
+    assert len(re.findall(pin, LOCK)) == len(PINS) and re.sub(pin, "", LOCK) == ""
     markers = " ".join(str(pin.marker) for pin in PINS if pin.marker)
     assert "linux" in markers and "darwin" in markers and "python_full_version" in markers
 
 
-def test_conda_asks_for_what_pyproject_says_and_no_more():
-    text = (ROOT / "environment.yml").read_text()
-    environment = yaml.safe_load(text)
+def test_conda_brings_python_and_pip_and_no_more():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["name"] == PROJECT["name"]
     assert environment["channels"] == ["conda-forge", "nodefaults"]
-    python, pip, packages = environment["dependencies"]
+    python, pip = environment["dependencies"]
     version = re.fullmatch(r"python=(3\.\d+)", python)[1]
     assert version in SpecifierSet(PROJECT["requires-python"]) and pip == "pip"
-    assert packages == {"pip": ["-c requirements.lock", "-e .[dev]"]}
+
+
+def test_actions_are_pinned_by_commit():
+    uses = [
+        line for path in (ROOT / ".github").rglob("*.yml") for line in path.read_text().splitlines() if "uses:" in line
+    ]
+    assert uses and all(re.search(r"uses: [\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line) for line in uses), uses
 
 
 # ---------------------------------------------------------------- tools/checkenv.py: is this interpreter fit?
@@ -115,12 +121,12 @@ def project(folder, dependencies, python=">=3.11"):
 
 
 def test_this_environment_fits():
-    assert checkenv.problems(ROOT, dev=True) == []
+    assert checkenv.problems(ROOT, extras=("dev",)) == []
 
 
 def test_what_does_not_fit_is_named(tmp_path):
     folder = project(tmp_path, ["numpy>=1000", "no-such-package", "pyyaml>=1"])
-    found = checkenv.problems(folder, dev=True)
+    found = checkenv.problems(folder, extras=("dev",))
     assert re.fullmatch(r"numpy [\d.]+ is not >=1000", found[0])
     assert found[1:3] == ["no-such-package is not installed", "no-such-tool is not installed"]
     assert found[3:] == ["`import lib` does not lead to this checkout"]  # it leads to ours, not to the folder
@@ -143,7 +149,7 @@ def active():
     """Variables under which this interpreter is the active one."""
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     env.pop("VIRTUAL_ENV", None)
-    assert checkenv.problems(ROOT, dev=True) == []
+    assert checkenv.problems(ROOT, extras=("dev",)) == []
     return env
 
 
@@ -164,7 +170,7 @@ def test_run_all_passes_options_and_errors_on(tmp_path, active):
 UV = """\
 #!/bin/sh
 # Stands in for uv: makes a bare environment and links lib into it, without the network.
-echo "$1" >>calls
+case $* in *--require-hashes*-r*) echo lock ;; *--no-deps*) echo project ;; *) echo "$1" ;; esac >>calls
 case $1 in
   venv) exec {python} -m venv --without-pip .venv ;;
   pip) [ -e broken ] && echo "no such wheel" && exit 1
@@ -172,6 +178,9 @@ case $1 in
        pwd >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/here.pth" ;;
 esac
 """
+
+
+INSTALLS = ["lock", "project"]
 
 
 class Checkout:
@@ -208,10 +217,10 @@ def checkout(tmp_path):
 
 def test_the_second_start_uses_the_environment_of_the_first(checkout):
     ours = str(checkout.folder / "lib" / "__init__.py")
-    assert checkout.where() == (ours, ["venv", "pip"])
+    assert checkout.where() == (ours, ["venv", *INSTALLS])
     assert checkout.where() == (ours, [])
     (checkout.folder / "requirements.lock").write_text("numpy==2.0\n")
-    assert checkout.where() == (ours, ["pip"])  # the lock changed: brought up to date
+    assert checkout.where() == (ours, INSTALLS)  # the lock changed: brought up to date
 
 
 @pytest.mark.parametrize("damage", ["no stamp", "no python", "empty folder", "a file"])
@@ -223,21 +232,32 @@ def test_a_half_made_environment_is_made_again(checkout, damage):
     else:
         ours = str(checkout.folder / "lib" / "__init__.py")
         venv.mkdir() if damage == "empty folder" else venv.touch()
-    assert checkout.where() == (ours, ["venv", "pip"])
+    assert checkout.where() == (ours, ["venv", *INSTALLS])
 
 
 def test_a_package_that_was_removed_is_installed_again(checkout):
     ours, _ = checkout.where()
     (link,) = (checkout.folder / ".venv").rglob("here.pth")
     link.unlink()
-    assert checkout.where() == (ours, ["pip"])
+    assert checkout.where() == (ours, INSTALLS)
 
 
 def test_an_environment_copied_from_another_checkout_is_not_used(checkout, tmp_path):
     checkout.where()
     other = Checkout(tmp_path / "other", tmp_path / "bin")
     shutil.copytree(checkout.folder / ".venv", other.folder / ".venv", symlinks=True)
-    assert other.where() == (str(other.folder / "lib" / "__init__.py"), ["venv", "pip"])
+    assert other.where() == (str(other.folder / "lib" / "__init__.py"), ["venv", *INSTALLS])
+
+
+def test_another_lib_in_the_way_is_not_taken(checkout, tmp_path):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "__init__.py").write_text("raise RuntimeError('not ours')")
+    (tmp_path / "start.py").write_text("raise RuntimeError('not ours')")
+    checkout.env |= {"PYTHONPATH": str(tmp_path), "PYTHONSTARTUP": str(tmp_path / "start.py"), "PYTHONOPTIMIZE": "2"}
+    ours = str(checkout.folder / "lib" / "__init__.py")
+    look = "import lib, os, sys; print(lib.__file__, sys.flags.optimize, os.environ.get('PYTHONSTARTUP'))"
+    done = start(checkout.folder / "run_all.sh", "--python", "-c", look, env=checkout.env, cwd=tmp_path)
+    assert done.stdout.split() == [*ours.split(), "0", "None"], done.stderr
 
 
 def test_a_failed_set_up_shows_its_words_and_the_next_start_mends_it(checkout):
@@ -245,7 +265,7 @@ def test_a_failed_set_up_shows_its_words_and_the_next_start_mends_it(checkout):
     done = start(checkout.folder / "run_all.sh", "--setup", env=checkout.env)
     assert done.returncode == 1 and "no such wheel" in done.stderr and "build/setup.log" in done.stderr
     (checkout.folder / "broken").unlink()
-    assert checkout.where()[1] == ["venv", "pip"]
+    assert checkout.where()[1] == ["venv", *INSTALLS]
 
 
 def test_a_killed_set_up_leaves_nothing_running_and_the_next_start_mends_it(checkout):
@@ -253,7 +273,7 @@ def test_a_killed_set_up_leaves_nothing_running_and_the_next_start_mends_it(chec
     process = subprocess.Popen([checkout.folder / "run_all.sh", "--setup"], env=checkout.env, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 20
     calls = checkout.folder / "calls"
-    while not (calls.exists() and "pip" in calls.read_text()):
+    while not (calls.exists() and "lock" in calls.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -263,7 +283,7 @@ def test_a_killed_set_up_leaves_nothing_running_and_the_next_start_mends_it(chec
     for member in filter(psutil.Process.is_running, family):
         member.kill()  # the stand-in's own sleep
     (checkout.folder / "slow").unlink()
-    assert checkout.where()[1] == ["venv", "pip"]
+    assert checkout.where()[1] == ["venv", *INSTALLS]
 
 
 def test_set_up_with_stdin_closed(checkout):

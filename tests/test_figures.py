@@ -3,31 +3,51 @@
 import hashlib
 import io
 import json
+import math
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 
-from lib import claims, figures
+from lib import claims, figures, inference
 from lib.figures import Book
 
 TABLE = pd.DataFrame({"epoch": [1, 2, 3], "error": [0.1, 1 / 3, 0.25]})
 PARAMETERS = {"profile": "quick", "seeds": [0, 1], "eps": 0.4, "restarts": (1, 2), "settings": {"a": None}}
 NAMES = ["03_error.csv", "03_error.json", "03_error.png"]
+SOURCE = """# %% [markdown]
+# # 3. A title
+
+# %% tags=["parameters"]
+profile = "quick"
+seeds, eps = [0, 1], 0.4
+restarts = (1, 2)
+settings = {"a": None}
+
+# %% [markdown]
+# ## The experiment
+
+# %%
+trained = 1
+"""
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("FIGURES_DIR", str(tmp_path))
-    monkeypatch.setattr(figures, "_commit", lambda: "0123456789ab")
-    return tmp_path
+    monkeypatch.setenv("FIGURES_DIR", str(tmp_path / "figures"))
+    monkeypatch.setattr(figures.compute, "commit", lambda: "0123456789ab")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "03_toy.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path / "work")
+    figures._cells.cache_clear(), figures._assigned_in.cache_clear()
+    (tmp_path / "figures").mkdir()
+    return tmp_path / "figures"
 
 
 def book(**more):
-    return Book("03_early_training", PARAMETERS | {"In": [], "Out": {}, "_hidden": 1, "np": np, "__name__": "x"} | more)
+    return Book("03_toy", PARAMETERS | {"In": [], "Out": {}, "leftover": 1, "np": np, "__name__": "x"} | more)
 
 
 def draw(factor=1):
@@ -47,23 +67,23 @@ def contents(folder):
 class TestSave:
     def test_writes_picture_numbers_and_record(self, folder):
         fig = draw()
-        shown = save(book(), fig=fig, seeds=(0, 1))
+        save(book(), fig=fig, seeds=(0, 1))
         files = contents(folder)
-        assert sorted(files) == NAMES and shown.data == files["03_error.png"]
+        assert sorted(files) == NAMES
         assert pd.read_csv(folder / "03_error.csv").equals(TABLE)  # to the last digit
-        assert Image.open(io.BytesIO(files["03_error.png"])).size == (440, 330)
+        assert Image.open(io.BytesIO(files["03_error.png"])).size == (800, 600)
         assert not plt.fignum_exists(fig.number)
         record = json.loads(files["03_error.json"])
         assert record["parameters"] == json.loads(json.dumps(PARAMETERS))
         assert record["sha256"] == {k: hashlib.sha256(files[f"03_error.{k}"]).hexdigest() for k in ("png", "csv")}
         assert set(record) == {"stem", "notebook", "profile", "caption", "parameters", "seeds", "source", "versions",
-                               "hardware", "commit", "wall_time_s", "sha256"}  # fmt: skip
+                               "hardware", "commit", "wall_time_s", "sha256", "made"}  # fmt: skip
         assert (record["seeds"], record["source"], record["commit"]) == ([0, 1], "noise", "0123456789ab")
 
     def test_the_same_again_changes_no_byte(self, folder, monkeypatch):
         save(book())
         before = contents(folder)
-        monkeypatch.setattr(figures, "_commit", lambda: "another")
+        monkeypatch.setattr(figures.compute, "commit", lambda: "another")
         monkeypatch.setattr(figures.time, "monotonic", lambda: 1e9)
         save(book())
         assert contents(folder) == before
@@ -73,15 +93,15 @@ class TestSave:
         ({"caption": "Another."}, {"03_error.json"}),
         ({"seeds": [7]}, {"03_error.json"}),
         ({"factor": 2}, {"03_error.png", "03_error.json"}),
-        ({"parameter": 1}, {"03_error.json"}),
+        ({"eps": 0.3}, {"03_error.json"}),
     ])  # fmt: skip
     def test_what_changed_is_written_again(self, folder, monkeypatch, change, files):
         save(book())
         before = contents(folder)
-        monkeypatch.setattr(figures, "_commit", lambda: "another")
+        monkeypatch.setattr(figures.compute, "commit", lambda: "another")
         change = dict(change)
-        fig, parameter = draw(change.pop("factor", 1)), change.pop("parameter", None)
-        save(book(**({"new": parameter} if parameter else {})), fig=fig, **change)
+        fig, eps = draw(change.pop("factor", 1)), change.pop("eps", 0.4)
+        save(book(eps=eps), fig=fig, **change)
         after = contents(folder)
         assert {k for k in before if before[k] != after[k]} == files
         assert json.loads(after["03_error.json"])["commit"] == "another"
@@ -105,86 +125,145 @@ class TestSave:
         ({"table": [1, 2]}, "03_error needs a table"),
         ({"caption": ""}, "03_error needs a table of the numbers drawn, a caption and a source"),
         ({"source": ""}, "03_error needs a table of the numbers drawn, a caption and a source"),
+        ({"seeds": [math.nan]}, "not JSON compliant"),
     ])  # fmt: skip
     def test_refuses(self, folder, change, message):
         with pytest.raises(ValueError, match=message):
             save(book(), **change)
         assert not contents(folder)
 
-    def test_needs_a_profile(self):
-        with pytest.raises(ValueError, match="the parameters cell must assign `profile`"):
-            Book("03_early_training", {"eps": 0.4})
+    def test_refuses_a_figure_that_is_too_wide_to_be_read(self):
+        with pytest.raises(ValueError, match="03_error is 9 inches wide"):
+            save(book(), fig=plt.subplots(figsize=(9, 3))[0])
 
     def test_the_default_place_is_the_profiles_folder(self, monkeypatch):
         monkeypatch.delenv("FIGURES_DIR")
         assert book().folder == figures.ROOT / "figures" / "quick"
 
 
-ROW = {"section": "5", "measured": "11 % against 90 %", "holds": True, "n": "3 seeds", "source": "noise"}
+class TestParameters:
+    def test_they_are_those_of_the_tagged_cell_whatever_else_there_is(self):
+        assert book(start=False, more=[1]).parameters == PARAMETERS
 
+    def test_one_that_is_not_set_is_named(self):
+        with pytest.raises(ValueError, match=r"(eps|seeds) is not set: run the parameters cell first"):
+            Book("03_toy", {k: v for k, v in PARAMETERS.items() if k not in ("eps", "seeds")})
 
-class TestOtherSizes:
-    def test_shows_what_other_profiles_drew_and_says_which(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("source", ["# %%\nx = 1\n", SOURCE.replace('profile = "quick"', "")])
+    def test_a_notebook_without_them_is_refused(self, source):
+        with open("03_toy.py", "w") as file:
+            file.write(source)
+        with pytest.raises(ValueError, match="03_toy needs one cell tagged `parameters`, which assigns `profile`"):
+            book()
+
+    @pytest.mark.parametrize("use", [save, lambda b: b.recipe("lenet on mnist5k"), lambda b: b.close(),
+                                     lambda b: b.check("x", holds=True, measured="1")])  # fmt: skip
+    def test_one_that_changed_since_is_an_error_before_anything_is_written(self, folder, use):
+        namespace = dict(PARAMETERS)
+        opened = Book("03_toy", namespace)
+        namespace["eps"] = 0.3
+        with pytest.raises(ValueError, match="eps changed since the book was opened"):
+            use(opened)
+        assert not contents(folder)
+
+    def test_other_ones_than_the_profiles_are_the_readers_own(self, tmp_path, monkeypatch):
         monkeypatch.setattr(figures, "ROOT", tmp_path)
-        shown = []
-        monkeypatch.setattr(figures, "display", lambda thing: shown.append(thing.data))
-        for profile in ("quick", "paper", "gpu"):
-            monkeypatch.setenv("FIGURES_DIR", str(tmp_path / "figures" / profile))
-            save(book(profile=profile), caption=f"A {profile} caption.")
-        book().show_other_sizes("03_error")
-        pictures = [(tmp_path / "figures" / profile / "03_error.png").read_bytes() for profile in ("gpu", "paper")]
-        assert shown[1::2] == pictures
-        assert [words.split()[1] for words in shown[::2]] == ["`gpu`.**", "`paper`.**"]
-        assert shown[0] == "**Profile `gpu`.** A gpu caption. Data: noise."
-        book().show_other_sizes("03_missing")
-        assert len(shown) == 4
+        quick = tmp_path / "notebooks" / "profiles" / "quick.json"
+        quick.parent.mkdir(parents=True)
+        quick.write_text(json.dumps({"03_toy": PARAMETERS, "recipes": figures.recipes.RECIPES}))
+        monkeypatch.setenv("FIGURES_DIR", str(tmp_path / "figures" / "quick"))
+        assert (book().profile, book().folder) == ("quick", tmp_path / "figures" / "quick")
+        for other in ({"eps": 0.3}, {"profile": "gpu"}):
+            assert (book(**other).profile, book(**other).folder) == ("mine", tmp_path / "build" / "mine" / "figures")
+        monkeypatch.setenv("PROFILE", "gpu")
+        assert book(profile="gpu", eps=0.3).profile == "gpu"
+
+    def test_changes_reach_a_recipe_by_name(self, monkeypatch):
+        monkeypatch.setitem(PARAMETERS, "changes", {"lenet on mnist5k": {"width": 1}})
+        with open("03_toy.py", "a") as file:
+            file.write('\n# %% tags=["other"]\n')
+        opened = book()
+        opened.parameters["changes"] = PARAMETERS["changes"]
+        assert opened.recipe("lenet on mnist5k")["width"] == 1
 
 
-class TestLedger:
-    def test_close_writes_the_rows(self, folder):
-        b = book()
-        b.claim("cosine is better", **ROW)
-        b.claim("linear is better", **ROW | {"holds": None})
-        table = b.close().data
-        ledger = json.loads((folder / "03_early_training.claims.json").read_text())
-        assert (ledger["notebook"], ledger["profile"]) == ("03_early_training", "quick")
-        assert [r["verdict"] for r in ledger["claims"]] == ["reproduced", "not testable at this size"]
-        assert ledger["claims"][0] == {"claim": "cosine is better", "verdict": "reproduced"} | {
-            k: ROW[k] for k in ("section", "measured", "n", "source")
-        }
-        assert table["claim"].tolist() == ["cosine is better", "linear is better"]
+def test_the_section_that_makes_a_name_is_known():
+    assert figures._assigned_in("03_toy") == {
+        "profile": "3. A title", "seeds": "3. A title", "eps": "3. A title", "restarts": "3. A title",
+        "settings": "3. A title", "trained": "The experiment",
+    }  # fmt: skip
 
-    def test_a_cell_run_twice_replaces_its_row(self):
-        b = book()
-        for claim, holds in (("a", True), ("b", True), ("a", False)):
-            b.claim(claim, **ROW | {"holds": holds})
-        assert [(r["claim"], r["verdict"]) for r in b.rows] == [("b", "reproduced"), ("a", "not reproduced")]
 
-    def test_no_claims(self):
-        with pytest.raises(ValueError, match="03_early_training records no claim"):
+def test_colours_of_equal_eps_are_equal_and_dark_enough():
+    assert figures.eps_colours([0.0, 0.1])[0.1] == figures.eps_colours([0.1, 0.2, 0.4])[0.1]
+    for red, green, blue, _ in figures.eps_colours([0, 0.1, 0.2, 0.3, 0.4]).values():
+        assert 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.75
+
+
+def test_few_colours_never_change_one():
+    fig, ax = plt.subplots(figsize=(4, 3), layout="none")
+    ax.imshow(np.random.default_rng(0).random((30, 30, 3)))
+    picture = Image.open(io.BytesIO(figures._png(fig)))
+    buffer = io.BytesIO()
+    fig.savefig(buffer, dpi=figures.DPI)
+    whole, shown = (np.asarray(i.convert("RGB")).astype(int) for i in (Image.open(buffer), picture))
+    assert abs(whole - shown).max() <= 24
+
+
+class TestLedgers:
+    def add(self, opened, **more):
+        facts = {"section": "4.1", "n": "3 seeds", "source": "digits"}
+        opened.claim("It falls", **facts | {"holds": inference.exact("x", tolerance=1)(0.5)} | more)
+        opened.answer("Is it so?", "Yes.", reviewer="Reviewer 1", n="3", source="digits")
+        opened.check("sums", holds=True, measured="0")
+
+    def test_three_of_them_are_written(self, folder):
+        opened = book()
+        save(opened)
+        self.add(opened, holds=False, measured="1")
+        self.add(opened)  # its cells were run twice: the rows take the place of the first
+        opened.close()
+        ledgers = json.loads((folder / "03_toy.claims.json").read_text())
+        assert [len(ledgers[name]) for name in ("claims", "answers", "checks")] == [1, 1, 1]
+        (row,) = ledgers["claims"]
+        assert (row["verdict"], row["figure"], row["measured"]) == ("reproduced", "03_error", "largest error 0.5 of 1")
+        assert ledgers["title"] == "3. A title"
+        assert json.loads((folder / "03_toy.uses.json").read_text())["runs"] == []
+
+    def test_undecided_says_why(self, folder):
+        opened = book()
+        self.add(opened, holds=inference.trend("x", expect="rises")([[1, 2, 3]]))
+        opened.close()
+        (row,) = json.loads((folder / "03_toy.claims.json").read_text())["claims"]
+        assert row["verdict"] == "undecided" and "seed" in row["why"]
+
+    def test_an_empty_book_is_an_error(self):
+        with pytest.raises(ValueError, match="03_toy records no claim"):
             book().close()
 
-    @pytest.mark.parametrize("name", ["claim", "section", "measured", "n", "source"])
-    @pytest.mark.parametrize("value", ["", "  ", None, 3])
-    def test_every_text_is_needed(self, name, value):
-        with pytest.raises(ValueError, match=f"{name} must be a text, got"):
-            claims.row(**({"claim": "a"} | ROW | {name: value}))
-
-    @pytest.mark.parametrize("holds, verdict", [
-        (True, "reproduced"), (False, "not reproduced"), (None, "not testable at this size"),
-        (np.True_, "reproduced"), (np.False_, "not reproduced"), (np.float64(1) > 2, "not reproduced"),
-        (TABLE["error"].max() > 0.3, "reproduced"), *((v, v) for v in claims.VERDICTS),
-    ])  # fmt: skip
-    def test_verdict(self, holds, verdict):
-        assert claims.verdict(holds) == verdict
+    @pytest.mark.parametrize("change", [{"n": ""}, {"section": " "}, {"holds": 0.3, "measured": "1"}, {"measured": 1}])
+    def test_refuses(self, change):
+        with pytest.raises(ValueError, match=r"must be a text|compare the number first"):
+            self.add(book(), **change)
 
     @pytest.mark.parametrize(
-        "holds", [1, 0, 0.3, np.float64(1), float("nan"), [], torch.tensor(True), np.array([True])]
+        "holds, verdict",
+        [(True, "reproduced"), (np.False_, "not reproduced"), (None, "undecided"), ("partly", "partly")],
     )
-    def test_numbers_are_no_verdicts(self, holds):
-        with pytest.raises(ValueError, match="a claim holds or it does not"):
-            claims.verdict(holds)
+    def test_verdicts(self, holds, verdict):
+        assert claims.verdict(holds) == verdict
 
-    def test_unknown_verdict(self):
-        with pytest.raises(ValueError, match="unknown verdict 'yes': choose one of reproduced, partly"):
-            claims.verdict("yes")
+
+def test_a_stepper_stands_alone_and_repeats():
+    def made():
+        figs = [plt.figure(figsize=(2, 1)) for _ in range(3)]
+        for i, fig in enumerate(figs):
+            fig.gca().plot([0, i])
+        return figures.stepper(figs, ["a", "b", "c < d"], what='the "ball"').data
+
+    page = made()
+    assert page == made() and not plt.get_fignums()
+    assert page.count("<img") == page.count("alt=") == 3 and page.count("display:block") == 1
+    assert "http" not in page and "c &lt; d" in page and "&quot;ball&quot;" in page
+    with pytest.raises(ValueError):
+        figures.stepper([plt.figure()], ["a", "b"], what="ball")

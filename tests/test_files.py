@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lib import data, figures, files, runs
+from lib import data, files, runs
 from lib.files import folder_from_environment, read_json, write_bytes, write_json
 
 
@@ -26,16 +26,11 @@ def test_the_home_folder_of_nobody(monkeypatch):
         folder_from_environment("FOLDER", "default")
 
 
-@pytest.mark.parametrize("name", ["DATA_DIR", "RUNS_DIR", "FIGURES_DIR"])
-def test_the_tilde_is_the_home_folder_for_each(monkeypatch, tmp_path, name):
+@pytest.mark.parametrize("name, folder", [("DATA_DIR", data.data_dir), ("RUNS_DIR", runs.runs_dir)])
+def test_the_tilde_is_the_home_folder_for_each(monkeypatch, tmp_path, name, folder):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(name, "~/mine")
-    found = {
-        "DATA_DIR": data.data_dir,
-        "RUNS_DIR": runs.runs_dir,
-        "FIGURES_DIR": lambda: figures.Book("01_a", {"profile": "quick"}).folder,
-    }[name]()
-    assert found == tmp_path / "mine"
+    assert folder() == tmp_path / "mine"
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace", "chmod"])
@@ -103,7 +98,9 @@ def test_json_is_sorted_exact_and_replaced(tmp_path):
     path = tmp_path / "deep" / "er" / "a.json"
     write_json(path, {"b": [1, 0.1], "a": "ε"})
     first = path.read_bytes()
-    assert first == '{\n "a": "ε",\n "b": [\n  1,\n  0.1\n ]\n}\n'.encode()
+    lines = first.decode().split("\n")
+    assert lines[:2] == ["{", ' "a": "ε",'] and lines[2:6] == [' "b": [', "  1,", "  0.1", " ],"]
+    assert lines[6].startswith(' "checksum": "') and lines[7:] == ["}", ""]
     write_json(path, {"a": "ε", "b": [1, 0.1]})
     assert path.read_bytes() == first and path.stat().st_mode & 0o777 == 0o644
     write_json(path, 2)
@@ -123,3 +120,24 @@ def test_corrupted_json_is_named(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.json is truncated or corrupted: delete it and run again"):
         read_json(tmp_path / "a.json")
+
+
+def test_every_byte_counts(tmp_path):
+    """Any byte changed, or a cut anywhere: refused by name, or the same value (white space, the checksum's own key)."""
+    path, value = tmp_path / "a.json", {"é": [1, 2.5e-07, True, None], "b": {"10": "x", "9": -1}, "": ""}
+    write_json(path, value)
+    whole = path.read_bytes()
+    spoilt = [whole[:i] + bytes([whole[i] ^ mask]) + whole[i + 1 :] for i in range(len(whole)) for mask in (1, 32, 255)]
+    refused = 0
+    for content in [*spoilt, *(whole[:i] for i in range(len(whole)))]:
+        path.write_bytes(content)
+        try:
+            found = read_json(path)
+        except ValueError as error:
+            assert "a.json is truncated or corrupted" in str(error)
+            refused += 1
+        else:
+            assert {k: v for k, v in found.items() if k in value} == value and len(found) <= len(value) + 1
+    assert refused > 0.8 * 4 * len(whole)
+    write_json(path, {2: 1, 10: 1})  # keys that sort otherwise once they are texts
+    assert read_json(path) == {"2": 1, "10": 1}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from kinds import LAYOUTS, MODULES, STATES, data, module
 from torch import nn
 from torch.func import functional_call
 
@@ -132,6 +133,60 @@ def test_rerun_lies_above_frozen_for_an_exact_attack():
     assert np.isclose(loss["rerun"][2, 2], loss["frozen"][2, 2])
 
 
+def test_each_direction_may_have_its_own_steps():
+    model, x, y = network()
+    directions, steps = random_directions(model, 2), (np.linspace(0, 2, 3), [-1.0, 0.1])
+    ours = surface(model, directions, steps, x, y)
+    assert ours.loss.shape == (3, 2)
+    for i, j in np.ndindex(3, 2):
+        theta = flat(model) + steps[0][i] * directions[0] + steps[1][j] * directions[1]
+        assert np.isclose(ours.loss[i, j], textbook(model, theta, x, y)[0], rtol=1e-12)
+    single = surface(model, directions[:1].float(), np.float32([0.5]), x, y)  # other types do no harm
+    assert np.isclose(single.loss[0], textbook(model, flat(model) + 0.5 * directions[0], x, y)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_every_kind_of_module(kind):
+    """Whatever a module does with its parameters, a moved copy of it is what the moved module would be."""
+    model, (x, y) = module(kind), data()
+    before = [(p.clone(), p.stride()) for p in model.parameters()]
+    line = surface(model, random_directions(model, 1), [0, 0.5], x, y, attack=lambda m, x, y: x, adversary="rerun")
+    down, theta = descent_direction(model, x, y)[0], flat(model)
+    moved = theta + 0.5 * random_directions(model, 1)[0]
+    for p, (value, stride) in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, value) and p.stride() == stride
+    plain = module("views" if kind in ("compiled", "made in inference mode") else kind)
+    parameters = list(plain.parameters())
+    pieces = torch.autograd.grad(F.cross_entropy(plain(x), y), parameters, materialize_grads=True)
+    gradient = torch.cat([g.flatten() for g in pieces])
+    assert torch.allclose(down / down.norm(), -gradient / gradient.norm(), atol=1e-12)
+    for i, point in enumerate((theta, moved)):
+        for p, piece in zip(parameters, point.split([p.numel() for p in parameters]), strict=True):
+            p.data.copy_(piece.view_as(p))
+        assert np.isclose(line.loss[i], F.cross_entropy(plain(x), y).item(), rtol=1e-12)
+
+
+MEASURES = {
+    "surface": lambda m, x, y: surface(m, random_directions(m, 1), [0, 0.5], x, y, attack=ATTACK, adversary="rerun"),
+    "descent": lambda m, x, y: descent_direction(m, x, y),
+    "scatter": lambda m, x, y: scatter(m, flat(m), [0.1], x, y, ATTACK),
+    "curve": lambda m, x, y: along(connect(m, module("views", 1), x, y, epochs=1), [0, 0.5, 1], x, y, attack=ATTACK),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("state", STATES)
+def test_neither_layout_nor_state_of_autograd_matters(measure, layout, state):
+    model, (x, y) = module("views"), data()
+    expected = measure(model, LAYOUTS[layout](x).detach().contiguous(), y)
+    with STATES[state]():
+        given = LAYOUTS[layout](x.clone())  # in inference mode, a tensor made there
+        found = measure(model, given, y.clone())
+    for a, b, c in zip(expected, found, measure(model, given, y), strict=True):
+        assert np.array_equal(a, b) and np.array_equal(a, c)
+
+
 @pytest.mark.parametrize("measure", ["surface", "scatter", "curve"])
 def test_models_are_left_alone(measure):
     model, x, y = network(batchnorm=True)
@@ -176,6 +231,16 @@ def test_scatter_sees_an_attack_that_jumps():
     # The gradient is -(1 - p) x'(1, -1); with p = 1/2 the jump of x' by 2 eps gives 0.5 * 0.2 * sqrt(2).
     assert result.scattering[0] == 0
     assert np.isclose(result.scattering[1], 0.1 * np.sqrt(2), rtol=1e-2)
+
+
+def test_symmetric_scatter_compares_both_sides():
+    model, x, y = network()
+    v = random_directions(model, 1)[0]
+    both = scatter(model, v, [0.2, 0.05], x, y, ATTACK, symmetric=True)
+    for i, a in enumerate((0.2, 0.05)):
+        *_, side = textbook(model, flat(model) - a * v / v.norm(), x, y)
+        one = scatter(side, v, [2 * a], x, y, ATTACK)
+        assert np.allclose([column[i] for column in both], [column[0] for column in one], rtol=1e-9)
 
 
 def test_scatter_at_distance_zero_is_zero():
@@ -265,7 +330,39 @@ def test_batchnorm_inside_a_curve_is_measured_on_the_given_images():
     assert torch.allclose(model[1].running_mean, features.mean((0, 2, 3)))
     assert torch.allclose(model[1].running_var, features.var((0, 2, 3)))
     assert not model.training
-    assert along(curve, [0, 0.5, 1], x, y, x_statistics=x).loss.shape == (3,)
+    # The ends are measured like all other points: `start` has the statistics of a moving average.
+    for t, given in ((0, start), (1, end)):
+        reference = copy.deepcopy(given)
+        reference[1].momentum = 1.0
+        reference.train()(x)
+        values = along(curve, [t], x, y, x_statistics=x)
+        assert np.isclose(values.loss[0], F.cross_entropy(reference.eval()(x), y).item(), rtol=1e-12)
+        assert not np.isclose(values.loss[0], F.cross_entropy(given(x), y).item(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 499, 500, 501, 999, 1001, 1503])
+def test_statistics_count_each_image_once(n):
+    """Whatever the last part holds; dropout stays off, and the momentum of the given model is kept."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(1, momentum=0.3), nn.Flatten(), nn.Linear(16, 3))
+    layers[1].running_mean += float("nan")  # what was there before does not matter
+    x = torch.rand(n, 1, 4, 4, dtype=torch.float64) + torch.linspace(0, 5, n, dtype=torch.float64)[:, None, None, None]
+    model = Curve(layers.double().eval(), layers).model(0.5, x)
+    assert torch.allclose(model[1].running_mean, x.mean()[None], rtol=1e-12)
+    parts = x.tensor_split(-(-n // 500))
+    expected = sum(len(part) * part.var() for part in parts) / n
+    assert torch.allclose(model[1].running_var, expected[None], rtol=1e-12)
+    assert model[1].momentum == 0.3 and not any(m.training for m in model.modules())
+
+
+def test_a_last_batch_of_one_is_no_batch():
+    def one_dimensional(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double().eval()
+
+    x, y = data(n=17)
+    curve = connect(one_dimensional(0), one_dimensional(1), x, y, epochs=2, batch_size=8)
+    assert np.isfinite(along(curve, [0, 0.4], x, y, x_statistics=x).loss).all()
 
 
 def test_along_attacks_each_point():
@@ -296,6 +393,7 @@ def test_bad_input_to_surface():
         ({"directions": directions[0]}, "directions must be"),
         ({"x": x[:0], "y": y[:0]}, "no data"),
         ({"y": y[1:]}, "y must be int64 labels of shape"),
+        ({"steps": [STEPS] * 3}, "steps must be one list, or one for each direction, got 3 for 2"),
     )
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -313,7 +411,7 @@ def test_a_loss_that_is_not_finite():
         lambda: connect(model, other, x, y),
         lambda: along(Curve(model, other), [0, 0.5, 1], x, y),
     ):
-        with pytest.raises(ValueError, match=r"the loss is (nan|inf) at some point"):
+        with pytest.raises(ValueError, match=r"the loss is (nan|inf) at some point|NaN or infinite logits"):
             call()
 
 

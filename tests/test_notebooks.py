@@ -9,16 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import profiles  # noqa: E402
-from layout import Layout  # noqa: E402
-
-from lib import runs  # noqa: E402
-
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.py"))
-# Notebooks that study the same networks: they must agree on their training, or each trains its own.
-TRAINING = ("03_early_training", "04_hessian_spectra", "05_loss_surfaces", "09_mode_connectivity")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +35,7 @@ def test_there_are_notebooks():
 def test_notebook_leaves_figures_and_claims(tiny, name):
     figures, output = tiny
     claims = json.loads((figures / f"{name}.claims.json").read_text())
-    assert claims["claims"] and claims["profile"] == "tiny"
+    assert any(claims[ledger] for ledger in ("claims", "answers", "checks")) and claims["profile"] == "tiny"
     assert f"ok    {name}" in output
     pictures = sorted(figures.glob(f"{name[:3]}*.png"))
     assert pictures
@@ -52,14 +43,3 @@ def test_notebook_leaves_figures_and_claims(tiny, name):
         record = json.loads(picture.with_suffix(".json").read_text())
         assert picture.with_suffix(".csv").exists()
         assert record["notebook"] == name and record["parameters"]["profile"] == "tiny"
-
-
-@pytest.mark.parametrize("profile", ["quick", "gpu", "gpu-cifar", "paper"])
-def test_notebooks_share_their_networks(profile):
-    changes = profiles.read_profile(Layout(), profile)
-    settings = [
-        profiles.parameters(ROOT / "notebooks" / f"{name}.py") | changes[name] for name in TRAINING if name in changes
-    ]
-    first, *others = [(s["dataset"], s["train_images"], runs.configure(s, eps=0.01, seed=0)) for s in settings]
-    assert others
-    assert all(other == first for other in others)

@@ -2,16 +2,16 @@
 
 import json
 import multiprocessing
-import shutil
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 
-from lib import runs, training
+from lib import compute, runs, training
 from lib.data import Data
 from lib.training import TrainConfig
 
@@ -66,7 +66,7 @@ def test_grid_keeps_the_order_and_goes_on_after_an_interruption(trained, monkeyp
     assert [r.config.seed for r in found] == [2, 0, 1]
 
 
-def test_the_key_is_of_all_that_decides(monkeypatch):
+def test_the_key_is_of_what_was_asked_for(monkeypatch):
     key = runs.key(CONFIG, noise())
     assert key == runs.key(replace(CONFIG), noise())
     others = [replace(CONFIG, seed=1), replace(CONFIG, lr=1e-3), replace(CONFIG, restarts=(1,))]
@@ -75,30 +75,25 @@ def test_the_key_is_of_all_that_decides(monkeypatch):
     pixel.x_test[0, 0, 0, 0] += 1e-3
     label.y_train[0] = 2
     keys |= {runs.key(CONFIG, pixel), runs.key(CONFIG, label)}
-    monkeypatch.setattr(runs, "hardware", lambda: {"threads": 64})
+    monkeypatch.setattr(runs, "VERSION", 2)
     keys.add(runs.key(CONFIG, noise()))
     assert len(keys) == 8
 
 
-@pytest.mark.parametrize("file, old, new, same", [
-    ("training.py", "loss.backward()", "(2 * loss).backward()", False),
-    ("attacks.py", "    return best[0]", "    return best[0] + 0", False),
-    ("data.py", "manual_seed(0)", "manual_seed(1)", True),  # what it makes of the pixels is in their fingerprint
-    ("training.py", "loss.backward()", "loss.backward()  # a comment", True),
-    ("attacks.py", "def project(", "\n\ndef project(", True),
-    ("attacks.py", '"""The point of the ball', '"""Another text: the point of the ball', True),
-    ("schedules.py", '"""Budgets over training', '"""Other budgets over training', True),
-    ("figures.py", "DPI = 110", "DPI = 300", True),
-])  # fmt: skip
-def test_code_counts_and_comments_do_not(tmp_path, monkeypatch, file, old, new, same):
-    copy = tmp_path / "lib"
-    shutil.copytree(runs.LIB, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(runs, "LIB", copy)
-    before = runs._code()
-    text = (copy / file).read_text()
-    assert old in text
-    (copy / file).write_text(text.replace(old, new))
-    assert (runs._code() == before) == same
+def test_a_run_made_elsewhere_is_found_and_says_where(trained, monkeypatch):
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(compute, "hardware", lambda: {"device": "another", "threads": 64})
+        runs.run(CONFIG, noise())
+    assert runs.run(CONFIG, noise()).made["device"] == "another"
+    assert len(trained) == 2
+
+
+def test_the_journal_says_what_was_trained_and_what_was_found(folder):
+    runs.journal.clear()
+    runs.run(CONFIG, noise()), runs.run(CONFIG, noise())
+    runs.remember("looks", {"a": 1}, lambda: 1), runs.remember("looks", {"a": 1}, lambda: 1)
+    assert [entry["state"] for entry in runs.journal] == ["trained", "found", "measured", "remembered"]
+    assert runs.journal[0]["made"]["threads"] == 1
 
 
 def train_and_log(folder, number, start):
@@ -132,15 +127,6 @@ def test_two_processes_that_want_one_run_train_it_once(tmp_path):
     assert sorted([a, b]) == [[], [0, 1]] and losses == same
 
 
-def test_configure_takes_a_notebooks_parameters():
-    settings = {"profile": "quick", "width": 1, "eps": 0.4, "step_fraction": 0.5, "num_steps": 1, "epochs": 2}
-    expected = replace(CONFIG, eps=0.2, step_size=0.1, batch_size=128, eval_images=1000, seed=3)
-    assert runs.configure(settings, eps=0.2, seed=3) == expected
-    assert runs.configure(settings, eps=0.2, step_size=0.01, seed=3) == replace(expected, step_size=0.01)
-    with pytest.raises(TypeError, match="epoch"):
-        runs.configure(settings, epoch=3)
-
-
 def test_remember(folder):
     calls = []
 
@@ -150,12 +136,12 @@ def test_remember(folder):
 
     assert look() == look() == [1.5, "x"] and len(calls) == 1
     look(facts={"attack": {"eps": 0.2}})
-    look(code=("curvature.py",))
+    look(version=2)
     assert len(calls) == 3
     one = next((folder / "looks").glob("*.json"))
     one.write_text(one.read_text()[:-10])
     with pytest.raises(ValueError, match="is truncated or corrupted"):
-        [look(), look(facts={"attack": {"eps": 0.2}}), look(code=("curvature.py",))]
+        [look(), look(facts={"attack": {"eps": 0.2}}), look(version=2)]
 
 
 def test_a_grid_trains_what_nobody_else_is_training_first(trained):
@@ -179,4 +165,4 @@ def test_a_grid_trains_what_nobody_else_is_training_first(trained):
 
 def test_the_default_place_is_beside_lib(monkeypatch):
     monkeypatch.delenv("RUNS_DIR")
-    assert runs.runs_dir() == runs.LIB.parent / "runs"
+    assert runs.runs_dir() == Path(runs.__file__).parents[1] / "runs"

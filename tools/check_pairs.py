@@ -8,18 +8,23 @@ For every notebooks/NN_name.py with its NN_name.ipynb. jupytext's own checks pas
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import jupytext
+import nbformat
+from jupytext.config import load_jupytext_config
 from layout import Layout
 from nbclean import clean, dumps, text
-from profiles import ProfileError, parameters
+from profiles import ProfileError, defined, definition, parameters
 
 MAX_LINES = 30
 MAX_BYTES = 1_500_000
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|Users|tmp|mnt|var|private)/[\w./~-]+")
 HEADER = re.compile(r"\A# ---\n(?:#.*\n)*?# ---\n")
+UNDEFINED = """quick.json: the parameters cells or lib/recipes.py say something else; if that is meant,
+    ./run_all.sh --python tools/profiles.py --define"""
 AGAIN = "run ./run_all.sh on it"
 
 
@@ -32,6 +37,35 @@ def header_problems(source: str) -> list[str]:
 
 def _key(cell: dict) -> tuple:
     return cell["cell_type"], text(cell["source"]).strip(), cell["metadata"].get("tags", [])
+
+
+def _cells(source: str) -> list[tuple]:
+    form = {"extension": ".py", "format_name": "percent", "comment_magics": False}
+    return [_key(cell) for cell in jupytext.reads(source, form).cells]
+
+
+def edited(source: Path, rendering: Path, as_run: Path) -> bool:
+    """Has the .ipynb been edited since the two last agreed: in the source ``as_run``, or when git last saw it?
+
+    Where neither is there, the younger one is taken for the edited one.
+    """
+    try:
+        cells = [_key(cell) for cell in json.loads(rendering.read_text(encoding="utf-8"))["cells"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    commit = _git(source.parent, "log", "-1", "--format=%H", "--", rendering.name).strip()
+    known = [as_run.read_text(encoding="utf-8") if as_run.exists() else ""]
+    known += [_git(source.parent, "show", f"{commit}:./{source.name}") if commit else ""]
+    if cells in map(_cells, [source.read_text(encoding="utf-8"), *filter(None, known)]):
+        return False
+    return any(known) or rendering.stat().st_mtime > source.stat().st_mtime
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, encoding="utf-8").stdout
+    except OSError:  # no git here
+        return ""
 
 
 def _texts(cell: dict):
@@ -83,11 +117,14 @@ def pair_problems(source: Path, rendering: Path) -> list[str]:
         cells = [_key(cell) for cell in notebook["cells"]]
     except (ValueError, KeyError, TypeError) as error:
         return [*found, f".ipynb cannot be read ({type(error).__name__}: {error})"]
-    wanted = [_key(cell) for cell in jupytext.read(source).cells]
+    wanted, config = _cells(source.read_text(encoding="utf-8")), load_jupytext_config(str(source.resolve()))
+    written = jupytext.writes(nbformat.reads(cleaned, as_version=4), "py:percent", config=config)
     if cells != wanted:
         same = [a == b for a, b in zip(cells, wanted, strict=False)]
         first = same.index(False) if False in same else len(same)
         found.append(f".py and .ipynb differ from cell {first + 1} on (edit the .py, then {AGAIN})")
+    elif written != source.read_text(encoding="utf-8"):
+        found.append(f".py would change when JupyterLab saves it ({AGAIN})")
     if raw != cleaned:
         found.append(f".ipynb is not clean ({AGAIN})")
     if len(raw.encode()) > MAX_BYTES:
@@ -101,6 +138,11 @@ def main(layout: Layout) -> int:
     for stem in stems:
         pair = layout.notebooks / f"{stem}.py", layout.notebooks / f"{stem}.ipynb"
         found += [f"{stem}: {problem}" for problem in pair_problems(*pair)]
+    try:
+        if defined(layout) != definition(layout):
+            found.append(UNDEFINED)
+    except (ProfileError, ValueError) as error:
+        found.append(str(error))
     if not stems:
         found = [f"no notebook in {layout.notebooks}: nothing was checked"]
     print("\n".join(found) or f"{len(stems)} pairs agree")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does the Python that runs this file fit the project? It prints what does not, and then exits with 1.
 
-    python tools/checkenv.py [--dev | --python-only]
+    python tools/checkenv.py [--dev] [--lab] | --python-only
 
 Standard library only, because it runs before anything is installed.
 """
@@ -59,7 +59,7 @@ def satisfies(version: str, spec: str) -> bool:
     return True
 
 
-def problems(root: Path = ROOT, *, dev: bool = False, python_only: bool = False) -> list[str]:
+def problems(root: Path = ROOT, *, extras: tuple = (), python_only: bool = False) -> list[str]:
     """What keeps this interpreter from running the project in ``root``; an empty list when nothing does."""
     python = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before the right Python is found
@@ -72,7 +72,7 @@ def problems(root: Path = ROOT, *, dev: bool = False, python_only: bool = False)
         return [f"Python {python} is not {wanted}"]
     if python_only:
         return []
-    needs = project["dependencies"] + (project["optional-dependencies"]["dev"] if dev else [])
+    needs = [*project["dependencies"], *(need for extra in extras for need in project["optional-dependencies"][extra])]
     found = []
     for need in needs:
         name, spec = REQUIREMENT.match(need).groups()
@@ -90,6 +90,7 @@ def problems(root: Path = ROOT, *, dev: bool = False, python_only: bool = False)
 
 
 if __name__ == "__main__":
-    found = problems(dev="--dev" in sys.argv, python_only="--python-only" in sys.argv)
+    extras = tuple(extra for extra in ("dev", "lab") if f"--{extra}" in sys.argv)
+    found = problems(extras=extras, python_only="--python-only" in sys.argv)
     print("\n".join(found), end="\n" if found else "")
     sys.exit(bool(found))

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+STOPPED = "Stopped: "  # a line of the log that says all there is to say
 
 
 def kill_tree(pid: int, *, itself: bool = True) -> None:
@@ -66,12 +67,12 @@ def execute(job: dict) -> None:
         Exception: whatever papermill raises for a cell that fails, dies or takes too long.
         RuntimeError: a cell ended the notebook by sys.exit(), which papermill lets pass as a success.
     """
-    import jupytext
     import papermill
+    from profiles import source
     from traitlets.config import Config
 
     notebook = papermill.execute_notebook(
-        jupytext.read(job["source"]),
+        source(Path(job["source"])),
         job["output"],
         job["parameters"],
         kernel_name="python3",
@@ -95,7 +96,13 @@ def main() -> None:
     try:
         execute(job)
     except Exception as error:
-        sys.exit(f"{type(error).__name__}: {ANSI.sub('', str(error)).strip()}")
+        words = ANSI.sub("", str(error)).strip()
+        if type(error).__name__ == "CellTimeoutError":
+            line = re.search(r"-{5,}\n(.*)", words)
+            cell = f" (it begins with `{line[1]}`)" if line else ""
+            sys.exit(f"{STOPPED}the cell{cell} took more than {job['timeout']} s. Networks trained by then are kept: "
+                     "run it again, or give it longer by --timeout.")  # fmt: skip
+        sys.exit(f"{type(error).__name__}: {words}")
 
 
 if __name__ == "__main__":

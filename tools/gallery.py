@@ -17,17 +17,25 @@ from layout import Layout
 from lib.claims import VERDICTS
 from lib.files import read_json, write_bytes
 
-PROFILES = ("quick", "gpu", "paper")  # their order; others follow by name
+PROFILES = ("quick", "overnight", "gpu", "paper")  # their order; others follow by name
 RECORD_KEYS = {"stem", "notebook", "profile", "caption", "source", "seeds", "sha256"}
-CLAIM_KEYS = {"claim", "section", "measured", "verdict", "n", "source"}
+LEDGERS = {  # ledger: its heading, and its columns: key of a row -> head
+    "claims": ("What the paper claims", {"claim": "claim", "paper": "the paper says", "measured": "measured",
+               "verdict": "verdict", "n": "n", "source": "data", "section": "section"}),
+    "answers": ("What its reviewers asked", {"question": "question", "reviewer": "asked by", "answer": "answer",
+                "n": "n", "source": "data"}),
+    "checks": ("What checks this companion itself", {"check": "check", "measured": "measured", "passed": "result"}),
+}  # fmt: skip
+BELIEVED = 10
 INTRO = """\
 # Claims and figures
 
 Each notebook writes its figures here, one folder per profile: the picture, the numbers drawn (`.csv`) and a record
-(`.json`) with parameters, seeds, data, versions and hardware. Below are the paper's claims with what the runs
-measured, then the figures. The profile is the size of the run: `quick` is minutes on a laptop, the others are larger.
-A verdict is computed by the notebook from its run; "not testable at this size" means that the run is too small to
-tell. This page is written by `tools/gallery.py`: change the notebooks, not the page.
+(`.json`) with parameters, seeds, data, versions and hardware. Below: what to believe, in ten lines; three ledgers (what
+the paper claims, what its reviewers asked, what checks this companion itself); the figures. A verdict is computed by
+the notebook from its run, by a rule stated before its figure, at the level of one in a hundred; "undecided" says why,
+and which n would decide. The profile is the size of the run: `quick` is minutes on two cores, `overnight` a night. This
+page is written by `tools/gallery.py`: change the notebooks, not the page.
 """
 
 
@@ -47,17 +55,18 @@ def _read(path: Path, keys: set[str]) -> dict:
 
 
 def read_claims(path: Path) -> dict:
-    """One notebook's rows of the ledger.
+    """One notebook's rows of the three ledgers.
 
     Raises:
         RecordError: not JSON, a key is missing, or a verdict that does not exist.
     """
-    record = _read(path, {"notebook", "title", "profile", "claims"})
-    for row in record["claims"]:
-        missing = CLAIM_KEYS - set(row)
-        if missing or row["verdict"] not in VERDICTS:
-            trouble = f"lacks {', '.join(sorted(missing))}" if missing else f"has the verdict {row['verdict']!r}"
-            raise RecordError(f"{path}: a claim {trouble}; run its notebook again")
+    record = _read(path, {"notebook", "title", "profile", *LEDGERS})
+    for ledger, (_, columns) in LEDGERS.items():
+        for row in record[ledger]:
+            missing = set(columns) - set(row)
+            if missing or row.get("verdict", VERDICTS[0]) not in VERDICTS:
+                trouble = f"lacks {', '.join(sorted(missing))}" if missing else f"has the verdict {row['verdict']!r}"
+                raise RecordError(f"{path}: a row of its {ledger} {trouble}; run its notebook again")
     return record
 
 
@@ -81,6 +90,8 @@ def collect(layout: Layout) -> tuple[list[dict], list[dict]]:
     """All records of claims and of figures, in the order of the page: notebook, then profile."""
     claims, figures = [], []
     for path in sorted(layout.figures.glob("*/*.json")):
+        if path.name.endswith(".uses.json"):
+            continue
         record = read_claims(path) if path.name.endswith(".claims.json") else read_figure(path)
         if record["profile"] != path.parent.name:
             raise RecordError(f"{path}: it is of profile {record['profile']}; move it or run its notebook again")
@@ -108,7 +119,7 @@ def _cell(value) -> str:
     return str(value).replace("\\|", "\\Vert ").replace("|", "\\|")
 
 
-def _table(header: list[str], rows: list[list]) -> str:
+def table(header: list[str], rows: list[list]) -> str:
     lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -117,27 +128,52 @@ def _heading(notebook: str, titles: dict[str, str]) -> str:
     return f"### [{titles.get(notebook, notebook)}](../notebooks/{notebook}.ipynb)\n"
 
 
-def _row(row: dict, profile: str) -> list[str]:
-    verdict = f"**{row['verdict']}**"
-    claim, section, measured, n, source = (_words(row[key]) for key in ("claim", "section", "measured", "n", "source"))
-    return [claim, section, measured, verdict, f"`{profile}`", n, source]
+def _place(figures: Path, row: dict, profile: str) -> str:
+    """Where a row comes from: its profile, and its figure if there is one."""
+    path = f"{profile}/{row.get('figure')}.png"
+    return f"`{profile}`" + (f", [{row['figure']}]({path})" if row.get("figure") and (figures / path).exists() else "")
 
 
-def _ledger(claims: list[dict], titles: dict[str, str]) -> list[str]:
-    counts = Counter((record["profile"], row["verdict"]) for record in claims for row in record["claims"])
-    parts = ["## The paper's claims\n"]
-    by_profile = sorted({(_rank(record), record["profile"]) for record in claims})
-    rows = [[f"`{name}`", *(counts[name, verdict] for verdict in VERDICTS)] for _, name in by_profile]
-    parts.append(_table(["profile", *VERDICTS], rows))
-    for notebook in sorted({record["notebook"] for record in claims}):
-        own = [record for record in claims if record["notebook"] == notebook]
-        order = list(dict.fromkeys(row["claim"] for record in own for row in record["claims"]))
-        rows = [(row, record["profile"]) for record in own for row in record["claims"]]
-        rows.sort(key=lambda pair: order.index(pair[0]["claim"]))  # a claim's profiles stand together
-        parts.append(_heading(notebook, titles))
-        header = ["claim", "section", "measured", "verdict", "profile", "n", "data"]
-        parts.append(_table(header, [_row(row, profile) for row, profile in rows]))
-    return parts
+def _value(row: dict, key: str) -> str:
+    if key == "passed":
+        return "pass" if row[key] else "**FAIL**"
+    text = f"**{row[key]}**" if key == "verdict" else _words(row[key])
+    return text + (f": {_words(row['why'])}" if key == "verdict" and row.get("why") else "")
+
+
+def _rows(records: list[dict], ledger: str) -> list[tuple[dict, str]]:
+    """The rows of a ledger with their profiles; the profiles of one row together, and no evidence twice."""
+    rows, title = [], next(iter(LEDGERS[ledger][1]))
+    for record in records:
+        for row in record[ledger]:
+            if row not in [old for old, _ in rows]:
+                rows.append((row, record["profile"]))
+    order = list(dict.fromkeys(row[title] for row, _ in rows))
+    return sorted(rows, key=lambda pair: order.index(pair[0][title]))
+
+
+def _believed(claims: list[dict], figures: Path) -> list[str]:
+    """The summary: of each claim that its notebook marks, the verdict of the largest profile."""
+    last = {row["claim"]: (row, profile) for row, profile in _rows(claims, "claims") if row.get("believe")}
+    lines = [f"- {_value(row, 'verdict')}. {_words(row['claim'])}: {_words(row['measured'])} "
+             f"({_place(figures, row, profile)})" for row, profile in last.values()]  # fmt: skip
+    return ["## What to believe\n", "\n".join(lines[:BELIEVED]) + "\n"] if lines else []
+
+
+def _ledger(ledger: str, claims: list[dict], titles: dict[str, str], figures: Path) -> list[str]:
+    heading, columns = LEDGERS[ledger]
+    parts = [f"## {heading}\n"]
+    if ledger == "claims":
+        counts = Counter((profile, row["verdict"]) for row, profile in _rows(claims, ledger))
+        profiles = dict.fromkeys(record["profile"] for record in sorted(claims, key=_rank))
+        rows = [[f"`{name}`", *(counts[name, verdict] for verdict in VERDICTS)] for name in profiles]
+        parts.append(table(["profile", *VERDICTS], rows))
+    for notebook in sorted(titles):
+        rows = _rows([record for record in claims if record["notebook"] == notebook], ledger)
+        if rows:
+            lines = [[*(_value(row, key) for key in columns), _place(figures, row, p)] for row, p in rows]
+            parts += [_heading(notebook, titles), table([*columns.values(), "from"], lines)]
+    return parts if len(parts) > 1 else []
 
 
 def _figure(record: dict) -> str:
@@ -154,13 +190,14 @@ def page(layout: Layout) -> str:
     claims, figures = collect(layout)
     titles = {record["notebook"]: " ".join(record["title"].split()) for record in claims}
     parts = [INTRO]
-    if claims:
-        parts += _ledger(claims, titles)
+    parts += _believed(claims, layout.figures)
+    for ledger in LEDGERS:
+        parts += _ledger(ledger, claims, titles, layout.figures)
     if figures:
         parts.append("## Figures\n")
     for notebook in sorted({record["notebook"] for record in figures}):
-        parts.append(_heading(notebook, titles))
-        parts += [_figure(record) for record in figures if record["notebook"] == notebook]
+        own = {record["sha256"]["png"]: record for record in reversed(figures) if record["notebook"] == notebook}
+        parts += [_heading(notebook, titles), *map(_figure, reversed(own.values()))]  # a picture that two drew: once
     if not claims and not figures:
         parts.append("No notebook has run yet: `./run_all.sh` fills this page.\n")
     return "\n".join(parts)

@@ -1,6 +1,7 @@
 """One notebook of a run: its process, its files and how far it is."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,14 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jupytext
+import nbformat
 import profiles
 from execute import ANSI, kill_tree
-from layout import Layout
+from layout import HERE, Layout
 from nbclean import clean, dumps
 
-from lib.files import write_bytes
+from lib.files import folder_from_environment, write_bytes
 
 TINY = "tiny"
+# What a reader's machine may set for other programs, and would change results or pictures here.
+LEAKS = ("PYTHON", "IPYTHON", "JUPYTER", "MPLBACKEND", "MATPLOTLIBRC", "LC_", "LANG", "OPENBLAS_", "MKL_", "PROFILE")
 
 
 def duration(seconds: float) -> str:
@@ -35,6 +39,7 @@ class Job:
     part: Path  # what papermill writes while it runs
     log: Path
     spec: dict  # what tools/execute.py is told
+    env: dict
     cells: int
     cell: int = 0
     said: str = ""  # the last line of its log
@@ -44,15 +49,16 @@ class Job:
     ok: bool = False
     reader: object = field(default=None, repr=False)
 
-    def start(self, env: dict) -> None:
+    def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.failed.unlink(missing_ok=True)
+        Path(self.env["JOURNAL"]).unlink(missing_ok=True)
         Path(self.spec["scratch"]).mkdir()
         self.started = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("execute.py"))],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.env, start_new_session=True,
             )  # fmt: skip
         with contextlib.suppress(BrokenPipeError):  # it died at once; its log says why
             self.process.stdin.write(json.dumps(self.spec).encode() + b"\n")
@@ -82,8 +88,10 @@ class Job:
         self.process.stdin.close()
         self.ok = self.process.returncode == 0
         if self.ok:
-            notebook = json.loads(self.part.read_text(encoding="utf-8"))
-            write_bytes(self.final, dumps(clean(notebook)).encode())
+            notebook = dumps(clean(json.loads(self.part.read_text(encoding="utf-8"))))
+            as_run = jupytext.writes(nbformat.reads(notebook, as_version=4), "py:percent")
+            write_bytes(self.final, notebook.encode())
+            write_bytes(self.log.with_suffix(".py"), as_run.encode())  # for check_pairs.edited
             self.part.unlink()
         elif self.part.exists():
             os.replace(self.part, self.failed)
@@ -99,34 +107,49 @@ class Job:
         return f"{self.name} cell {self.cell}/{self.cells}, {duration(self.seconds)}"
 
 
-def environment(layout: Layout, profile: str) -> dict:
-    """The environment of the notebooks. Folders that the caller gives win; they are taken from where the caller is."""
-    small = layout.build / TINY
-    folders = {"FIGURES_DIR": layout.figures / profile, "RUNS_DIR": None, "DATA_DIR": None}
-    if profile == TINY:
-        folders |= {"FIGURES_DIR": small / "figures", "RUNS_DIR": small / "runs"}
-    env = {**os.environ, "PYTHONHASHSEED": "0"}
-    env.setdefault("OMP_NUM_THREADS", "1")  # one and two threads differ in the last digits, and training amplifies it
+def environment(layout: Layout, profile: str, *, private: bool = False) -> dict:
+    """The environment of the notebooks, the same on every machine but for the variables that are ours.
+
+    Folders that the caller gives win; they are taken from where the caller is.
+
+    Args:
+        private: figures go to build/, not to figures/.
+    """
+    build = layout.build / profile
+    folders = {"FIGURES_DIR": build / "figures" if private else layout.figures / profile}
+    folders |= {"RUNS_DIR": build / "runs" if profile == TINY else None, "DATA_DIR": None}
+    rc = Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data/matplotlibrc"
+    env = {name: value for name, value in os.environ.items() if not name.startswith(LEAKS)}
+    env |= {"PYTHONHASHSEED": "0", "PYTHONNOUSERSITE": "1", "PYTHONPATH": str(HERE), "PYTHONUTF8": "1",
+            "LC_ALL": "C.UTF-8", "MATPLOTLIBRC": str(rc), "PROFILE": profile}  # fmt: skip
+    env["OMP_NUM_THREADS"] = env.get("OMP_NUM_THREADS") or "1"  # another number changes the last digits
     for name, folder in folders.items():
-        if folder := env.get(name) or folder:
-            env[name] = os.path.abspath(folder)
+        if folder or env.get(name):
+            env[name] = os.path.abspath(folder_from_environment(name, folder))
     return env
 
 
-def make_jobs(layout: Layout, profile: str, sections: dict, timeout: int, scratch: Path) -> list[Job]:
-    """A job per notebook, the longest of the last run first, so that none is left to run alone at the end."""
-    build = layout.build / profile
-    times = recorded_times(layout, profile) | read_times(layout, profile)
+def make_jobs(layout: Layout, sections: dict, timeout: int, scratch: Path) -> list[Job]:
+    """A job per notebook, the longest of the last run first, so that none is left to run alone at the end.
+
+    Args:
+        sections: {notebook: (profile, private, parameters to change)}
+    """
+    profile_of = {name: profile for name, (profile, _, _) in sections.items()}
+    times = {profile: recorded_times(layout, profile) | read_times(layout, profile) for profile in profile_of.values()}
     jobs = []
-    for name in sorted(sections, key=lambda name: (-times.get(name, float("inf")), name)):
+    for name in sorted(sections, key=lambda name: (-times[profile_of[name]].get(name, float("inf")), name)):
+        profile, private, parameters = sections[name]
+        build, asked = layout.build / profile, profiles.QUICK if profile == profiles.MINE else profile
         source, part = layout.notebooks / f"{name}.py", build / f"{name}.part.ipynb"
         spec = {
             "source": str(source), "output": str(part), "cwd": str(layout.notebooks), "timeout": timeout,
-            "parameters": {**sections[name], "profile": profile}, "scratch": str(scratch / str(len(jobs))),
+            "parameters": {**parameters, "profile": asked}, "scratch": str(scratch / str(len(jobs))),
         }  # fmt: skip
         final = (layout.notebooks if profile == profiles.QUICK else build) / f"{name}.ipynb"
         cells = len(jupytext.read(source).cells) + 1  # papermill adds one with the parameters
-        jobs.append(Job(name, final, part, build / f"{name}.log", spec, cells))
+        env = environment(layout, profile, private=private) | {"JOURNAL": str(build / f"{name}.runs.json")}
+        jobs.append(Job(name, final, part, build / f"{name}.log", spec, env, cells))
     return jobs
 
 

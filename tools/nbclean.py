@@ -18,6 +18,7 @@ from layout import HERE
 from lib.files import write_bytes
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+KEPT = ("lines_to_next_cell", "tags")  # the first is jupytext's: how many blank lines the .py has there
 INJECTED = {"injected-parameters", "papermill-error-cell-tag"}
 ADDRESS = re.compile(r"(?<= at )0x[0-9a-f]{6,}")
 WIDGET = "application/vnd.jupyter.widget"
@@ -84,7 +85,7 @@ def clean(notebook: dict) -> dict:
         new = {
             "cell_type": cell["cell_type"],
             "id": digest if seen[digest] == 1 else f"{digest}-{seen[digest]}",
-            "metadata": {"tags": tags} if tags else {},
+            "metadata": {key: cell["metadata"][key] for key in KEPT if cell["metadata"].get(key)},
             "source": _lines(source),
         }
         if cell["cell_type"] == "code":
@@ -94,8 +95,8 @@ def clean(notebook: dict) -> dict:
             new["outputs"] = _merge_streams([o for o in map(clean_output, cell["outputs"]) if o is not None])
         cells.append(new)
     metadata = {"kernelspec": KERNEL, "language_info": {"file_extension": ".py", "name": "python"}}
-    if "jupytext" in notebook["metadata"]:  # else a save in JupyterLab rewrites the header of the .py
-        metadata["jupytext"] = notebook["metadata"]["jupytext"]
+    if jupytext := notebook["metadata"].get("jupytext"):  # what stands in jupytext.toml, as JupyterLab writes it too
+        metadata["jupytext"] = {key: value for key, value in jupytext.items() if key != "text_representation"}
     return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
 
 

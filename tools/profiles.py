@@ -1,26 +1,39 @@
+#!/usr/bin/env python3
 """Profiles: which notebooks run at which size.
 
-"quick" is the notebooks' own `parameters` cells. Any other profile is a file notebooks/profiles/NAME.yaml with
-one section per notebook and, in it, the parameters to change. A notebook without a section is not part of that
+    python tools/profiles.py --define     write notebooks/profiles/quick.json
+
+"quick" is the notebooks' own `parameters` cells and the recipes of lib, both as quick.json defines them: what differs
+from it is the reader's play, and counts as the profile "mine". Any other profile is a file NAME.yaml, ours in
+notebooks/profiles or the reader's anywhere, with one section per notebook and, in it, the parameters to change; its
+section `recipes` changes recipes in all notebooks that name them. A notebook without a section is not part of that
 profile, so that no result carries the name of a size it did not have; an empty section ({}) takes it in as it is.
 """
 
 import ast
+import json
+import math
+import subprocess
+import sys
 from pathlib import Path
 
 import jupytext
 import yaml
+from jupytext.config import load_jupytext_config
 from layout import Layout
 
-QUICK = "quick"
+from lib.files import read_json, write_json
+
+QUICK, MINE = "quick", "mine"
+PLAIN = "write numbers plainly, such as 10000, 1.0e-4 or 8/255"
 
 
 class ProfileError(ValueError):
-    """A profile, a notebook's name or a `parameters` cell that cannot be used."""
+    """A profile, a notebook's name, a source or a `parameters` cell that cannot be used."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML where the same key twice is an error: the plain loader keeps the last one in silence."""
+    """YAML where the same key twice is an error (the plain loader keeps the last one), and so is 010 (it reads 8)."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -29,19 +42,48 @@ class _Loader(yaml.SafeLoader):
                 raise ProfileError(f"the key {key!r} stands twice in one section")
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node):
+        try:
+            return ast.literal_eval(node.value)
+        except (SyntaxError, ValueError):
+            raise ProfileError(f"{node.value} is no plain number: {PLAIN}") from None
 
-def profile_names(layout: Layout) -> list[str]:
-    """The profiles that can be asked for, "quick" first."""
-    return [QUICK, *sorted(path.stem for path in layout.profiles.glob("*.yaml") if path.stem != QUICK)]
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
+
+
+def source(path: Path):
+    """A notebook's source as jupytext reads it for us: comments are left alone.
+
+    Raises:
+        ProfileError: a comment that jupytext takes for a command elsewhere, or a cell that is not plain Python.
+    """
+    text, config = path.read_text(encoding="utf-8"), load_jupytext_config(str(path.resolve()))
+    form = {"extension": ".py", "format_name": "percent"}
+    notebook, elsewhere = (jupytext.reads(text, form | {"comment_magics": on}, config=config) for on in (False, True))
+    for number, (cell, other) in enumerate(zip(notebook.cells, elsewhere.cells, strict=True), 1):
+        where = f"{path.name}, cell {number}"
+        if cell.source != other.source:
+            lines = zip(cell.source.splitlines(), other.source.splitlines(), strict=True)
+            line = next(line for line, read in lines if line != read)
+            raise ProfileError(f"{where}: `{line}` looks like a command, and some tools would run it: reword it")
+        if cell.cell_type == "code":
+            try:
+                ast.parse(cell.source)
+            except SyntaxError as error:
+                line = (error.text or "").strip()
+                raise ProfileError(f"{where}, line {error.lineno}: {error.msg}: `{line}`") from None
+    return notebook
 
 
 def parameters(path: Path) -> dict:
     """Names and values set in the `parameters` cell of a notebook's source.
 
     Raises:
-        ProfileError: not exactly one such cell, a value that is no plain literal, or no parameter `profile`.
+        ProfileError: as for `source`; not exactly one such cell, a value that is no plain literal, or no `profile`.
     """
-    cells = [cell for cell in jupytext.read(path).cells if "parameters" in cell.metadata.get("tags", [])]
+    cells = [cell for cell in source(path).cells if "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise ProfileError(f"{path.name}: {len(cells)} cells are tagged `parameters`; it needs exactly one")
     values = {}
@@ -59,24 +101,95 @@ def parameters(path: Path) -> dict:
     return values
 
 
-def _kind(value) -> str:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return "number" if number else type(value).__name__
+# ---------------------------------------------------------------- quick, as it is defined, and the reader's play
 
 
-def read_profile(layout: Layout, profile: str) -> dict[str, dict]:
-    """{notebook: parameters to change} of a profile, checked against the notebooks.
+def definition(layout: Layout) -> dict:
+    """The quick profile as the sources have it: {notebook: parameters}, and all recipes under "recipes"."""
+    from lib.recipes import RECIPES
+
+    found = {name: parameters(layout.notebooks / f"{name}.py") for name in layout.names()}
+    return json.loads(json.dumps({**found, "recipes": RECIPES}))  # tuples become lists, as they are read back
+
+
+def defined(layout: Layout) -> dict:
+    """The quick profile as notebooks/profiles/quick.json has it; empty when there is no such file."""
+    path = layout.profiles / "quick.json"
+    return read_json(path) if path.exists() else {}
+
+
+def played(layout: Layout, names: list[str]) -> dict[str, str]:
+    """{notebook: what in it differs from the quick profile as it is defined}, of those where something does.
 
     Raises:
-        ProfileError: unknown profile, section or key, a section that is no mapping, a value of another type.
+        ProfileError: a parameter that is new or gone, a value of another type, an empty list, an unknown recipe.
     """
-    if profile not in profile_names(layout):
-        raise ProfileError(f"no profile {profile!r}: choose one of {', '.join(profile_names(layout))}")
+    known, found = defined(layout), {}
+    other = _other_recipes(layout, known.get("recipes")) if known else False
+    for name in filter(known.get, names):
+        where = f"{name}.py, parameters cell"
+        values, old = json.loads(json.dumps(parameters(layout.notebooks / f"{name}.py"))), known[name]
+        for key in sorted(set(values) ^ set(old)):
+            trouble = f"{key!r} is {'new' if key in values else 'gone'}"
+            raise ProfileError(
+                f"{where}: {trouble}; if that is meant: ./run_all.sh --python tools/profiles.py --define"
+            )
+        differ = [key for key in old if values[key] != old[key]]
+        for key in differ:
+            if key == "changes":
+                _recipes(f"{where}: changes", values[key])
+            elif fit(f"{where}: {key}", values[key], old[key]) != values[key]:
+                raise ProfileError(f"{where}: {key} is the text {values[key]!r}: write the number without quotes")
+        if differ and "changes" in values:
+            check_names(where, values)
+        if differ or other:
+            found[name] = ", ".join(differ + ["other recipes"] * other)
+    return found
+
+
+def _other_recipes(layout: Layout, known: dict) -> bool:
+    """Are lib's recipes not those of quick.json? In a clean checkout they are; importing lib, which takes seconds, is
+    spared then."""
+    unchanged = ["git", "-C", str(layout.root), "diff", "--quiet", "HEAD", "--", "lib/recipes.py", "notebooks/profiles"]
+    return bool(subprocess.run(unchanged, capture_output=True).returncode) and definition(layout)["recipes"] != known
+
+
+# ---------------------------------------------------------------- the other profiles
+
+
+def profile_names(layout: Layout) -> list[str]:
+    """The profiles that can be asked for, "quick" first."""
+    return [QUICK, *sorted(path.stem for path in layout.profiles.glob("*.yaml") if path.stem != QUICK)]
+
+
+def find(layout: Layout, asked: str) -> tuple[str, Path]:
+    """Name and file of a profile that is asked for by its name or by the path of a reader's file.
+
+    Raises:
+        ProfileError: neither, or a file with the name of another profile.
+    """
+    names, path = profile_names(layout), Path(asked).expanduser()
+    if asked in names:
+        return asked, layout.profiles / f"{asked}.yaml"
+    if path.suffix != ".yaml" or not path.is_file():
+        raise ProfileError(f"no profile {asked!r}: choose one of {', '.join(names)}, or a file NAME.yaml of your own")
+    if path.stem in (*names, MINE) and path.resolve().parent != layout.profiles.resolve():
+        raise ProfileError(f"{asked}: the name {path.stem} is taken: rename the file")
+    return path.stem, path
+
+
+def read_profile(layout: Layout, asked: str) -> dict[str, dict]:
+    """{notebook: parameters to change} of a profile, checked against the notebooks and the recipes.
+
+    Raises:
+        ProfileError: unknown profile, section, parameter, recipe or setting (at any depth), a value of another type,
+            a list that is empty where the notebook's is not.
+    """
+    profile, path = find(layout, asked)
     names = layout.names()
     known = {name: parameters(layout.notebooks / f"{name}.py") for name in names}
     if profile == QUICK:
         return {name: {} for name in names}
-    path = layout.profiles / f"{profile}.yaml"
     try:
         sections = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (ProfileError, yaml.YAMLError) as error:
@@ -84,27 +197,128 @@ def read_profile(layout: Layout, profile: str) -> dict[str, dict]:
     sections = {} if sections is None else sections
     if not isinstance(sections, dict):
         raise ProfileError(f"{path.name}: it holds a {type(sections).__name__}, not sections named by notebooks")
-    for name, changes in sections.items():
-        if name not in known:
-            raise ProfileError(f"{path.name}: no notebook {name!r}: the sections may be {', '.join(names)}")
-        if not isinstance(changes, dict):
-            raise ProfileError(f"{path.name}: section {name} holds a {type(changes).__name__}, not `key: value` lines")
-        _check_section(f"{path.name}: section {name}", changes, known[name])
-    return {name: sections[name] for name in names if name in sections}
+    for name, section in sections.items():
+        if name not in (*known, "recipes"):
+            raise ProfileError(f"{path.name}: no notebook {name!r}: sections may be recipes, {', '.join(names)}")
+        if not isinstance(section, dict):
+            raise ProfileError(f"{path.name}: section {name} holds a {type(section).__name__}, not `key: value` lines")
+    everywhere = _recipes(f"{path.name}: section recipes", sections.pop("recipes", {}))
+    return {
+        name: _section(f"{path.name}: section {name}", sections[name], known[name], everywhere)
+        for name in names
+        if name in sections
+    }
 
 
-def _check_section(where: str, changes: dict, known: dict) -> None:
-    allowed = [key for key in known if key != "profile"]
-    for key, value in changes.items():
+def _section(where: str, section: dict, known: dict, everywhere: dict) -> dict:
+    """A section's parameters, checked, with what the profile's recipes change in this notebook."""
+    allowed = {key: value for key, value in known.items() if key != "profile"}
+    for key in section:
         if key not in allowed:
             raise ProfileError(f"{where}: no parameter {key!r}: the notebook has {', '.join(allowed) or 'none'}")
-        if known[key] is not None and _kind(value) != _kind(known[key]):
-            hint = "; YAML reads 1e-4 as text, write 1.0e-4" if _kind(known[key]) == "number" else ""
-            raise ProfileError(f"{where}: {key} is {value!r}, but the notebook has a {_kind(known[key])}{hint}")
+    found = {key: fit(f"{where}: {key}", value, known[key]) for key, value in section.items() if key != "changes"}
+    own = _recipes(f"{where}: changes", section.get("changes", known.get("changes", {})))
+    if "changes" in known:
+        named = check_names(where, known | found)
+        changes = {name: everywhere.get(name, {}) | own.get(name, {}) for name in dict.fromkeys([*named, *own])}
+        found["changes"] = {name: settings for name, settings in changes.items() if settings}
+    return found
+
+
+def _recipes(where: str, changes: dict) -> dict:
+    """{recipe: {setting: value}}, checked."""
+    if _kind(changes) != "dict":
+        raise ProfileError(f"{where} holds a {_kind(changes)}, not recipes")
+    found = {}
+    for name, settings in changes.items():
+        from lib import recipes  # takes seconds: only where it is needed
+
+        try:
+            found[name] = fit(f"{where}: {name}", settings, recipes.get(name))
+            recipes.check(name, {name: found[name]})
+        except ProfileError:
+            raise
+        except ValueError as error:
+            raise ProfileError(f"{where}: {error}") from None
+    return found
+
+
+def check_names(where: str, values: dict) -> list[str]:
+    """The recipes that a notebook's parameters name, at any depth.
+
+    Raises:
+        ProfileError: a parameter `recipe` or `recipes` names one that does not exist.
+    """
+    from lib.recipes import RECIPES
+
+    asked = [*_texts(values.get("recipe")), *_texts(values.get("recipes"))]
+    if unknown := [name for name in asked if name not in RECIPES]:
+        raise ProfileError(f"{where}: no recipe {unknown[0]!r}: there are {', '.join(RECIPES)}")
+    return [name for name in RECIPES if name in _texts(values)]
+
+
+def _texts(value) -> list[str]:
+    """All texts in a value, at any depth."""
+    if isinstance(value, str):
+        return [value]
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if _kind(value) == "list" else []
+    return [text for one in inner for text in _texts(one)]
+
+
+def _kind(value) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str, tuple)):
+        return type(value).__name__
+    return {str: "text", tuple: "list"}.get(type(value), "number")
+
+
+def fit(where: str, value, like):
+    """A profile's value for a parameter that is ``like`` in the notebook; text that is a number becomes one.
+
+    Raises:
+        ProfileError: another type, a name that neither the notebook nor the recipes have (at any depth), an empty list.
+    """
+    if like is None:
+        return value
+    if _kind(like) == "number" and isinstance(value, str):
+        value = _number(where, value, like)
+    if _kind(value) != _kind(like):
+        hint = {"number": f"; {PLAIN}", "text": "; quote it: YAML reads off, no and on as truth values"}
+        raise ProfileError(f"{where} is {value!r}, but should be a {_kind(like)}{hint.get(_kind(like), '')}")
+    if isinstance(value, dict):
+        from lib.recipes import KNOWN
+
+        if unknown := [key for key in value if key not in like and key not in KNOWN]:
+            raise ProfileError(f"{where}: no name {unknown[0]!r}: there are {', '.join(map(str, like))}")
+        return {key: one if one is None else fit(f"{where}: {key}", one, like.get(key)) for key, one in value.items()}
+    if isinstance(value, list):
+        if like and not value:
+            raise ProfileError(f"{where} is empty")
+        return [one if one is None else fit(f"{where}, item {n}", one, _item(like)) for n, one in enumerate(value, 1)]
+    return value
+
+
+def _item(values):
+    """What stands for any item of a list: all their names if they are dicts, None where they differ in kind."""
+    if not values or len({_kind(value) for value in values}) > 1:
+        return None
+    if isinstance(values[0], dict):
+        return {key: _item([value[key] for value in values if key in value]) for value in values for key in value}
+    return [one for value in values for one in value] if _kind(values[0]) == "list" else values[0]
+
+
+def _number(where: str, text: str, like):
+    try:
+        above, slash, below = text.partition("/")
+        value = float(above) / float(below if slash else 1)
+        if not math.isfinite(value):
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
+        raise ProfileError(f"{where} is {text!r}, but should be a number; {PLAIN}") from None
+    return int(value) if isinstance(like, int) and value.is_integer() else value
 
 
 def choose(asked: list[str], names: list[str]) -> list[str]:
-    """Full names of the notebooks asked for by beginning, file name or path.
+    """Full names of the notebooks asked for by number, beginning, file name or path.
 
     Raises:
         ProfileError: a beginning that fits no notebook, or more than one.
@@ -112,9 +326,19 @@ def choose(asked: list[str], names: list[str]) -> list[str]:
     chosen = []
     for text in asked:
         stem = Path(text).name.removesuffix(".py").removesuffix(".ipynb")
+        stem = stem.zfill(2) if stem.isdecimal() else stem
         fits = [stem] if stem in names else [name for name in names if stem and name.startswith(stem)]
         if len(fits) != 1:
             trouble = "fits more than one notebook" if fits else "fits no notebook"
             raise ProfileError(f"{text!r} {trouble}: choose from {', '.join(fits or names) or '(there are none)'}")
         chosen += fits
     return sorted(set(chosen))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--define"]:
+        sys.exit(__doc__)
+    try:
+        write_json(Layout().profiles / "quick.json", definition(Layout()))
+    except ProfileError as error:
+        sys.exit(f"{error}")

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Run the notebooks, several side by side, each in a process of its own.
 
-The profile "quick" rewrites notebooks/NAME.ipynb and figures/quick/. Any other profile writes build/PROFILE/NAME.ipynb
-and figures/PROFILE/, "tiny" (the tests' size) all of it under build/tiny/. Logs are in build/PROFILE/NAME.log.
+The profile "quick" rewrites notebooks/NAME.ipynb and figures/quick/; a notebook whose parameters are not as quick.json
+defines them is run as the profile "mine". Any other profile writes build/PROFILE/NAME.ipynb and figures/PROFILE/, but
+"mine", "tiny" (the tests' size) and a reader's own file all of it under build/PROFILE/, where the logs are, too.
 FIGURES_DIR and RUNS_DIR (trained models) in the environment replace those folders; DATA_DIR is that of the data.
 """
 
@@ -16,18 +17,23 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import dry_run
 import gallery
 import profiles
-from execute import ANSI
-from jobs import TINY, Job, duration, environment, make_jobs, read_times
+from check_pairs import edited
+from execute import ANSI, STOPPED
+from jobs import TINY, Job, duration, make_jobs, read_times
 from layout import Layout
 
 from lib.claims import VERDICTS
-from lib.files import write_json
+from lib.files import read_json, write_json
 
 TIMEOUTS = {profiles.QUICK: 3600, TINY: 600}  # seconds per cell
 LONG_TIMEOUT = 7 * 24 * 3600  # a cell of the large profiles may train many models
 REPORT_EVERY = 15  # seconds between the lines about a running notebook when there is no terminal
+EDITED = """{name}.ipynb was edited by itself: its cells are not those of {name}.py. Nothing was run.
+  to keep what is in the .ipynb:  ./run_all.sh --python -m jupytext --to py:percent notebooks/{name}.ipynb
+  to keep what is in the .py:     ./run_all.sh --python -m jupytext --to ipynb --update notebooks/{name}.py"""
 TAIL = 20  # lines of a failed notebook's log to show
 
 
@@ -53,7 +59,7 @@ class Screen:
                 self.say(f"      {job.state()}" + (f": {job.said[-80:]}" if job.said else ""))
 
 
-def run(jobs: list[Job], at_once: int, env: dict, screen: Screen) -> bool:
+def run(jobs: list[Job], at_once: int, screen: Screen) -> bool:
     """Run all jobs, ``at_once`` side by side. False when it was interrupted."""
     waiting, running = list(jobs), []
     try:
@@ -61,7 +67,7 @@ def run(jobs: list[Job], at_once: int, env: dict, screen: Screen) -> bool:
             while waiting and len(running) < at_once:
                 running.append(waiting.pop(0))
                 screen.say(f"start {running[-1].name}")
-                running[-1].start(env)
+                running[-1].start()
             time.sleep(0.2)
             for job in list(running):
                 job.follow()
@@ -76,6 +82,7 @@ def run(jobs: list[Job], at_once: int, env: dict, screen: Screen) -> bool:
         for job in running:
             job.follow()
         screen.say("interrupted: " + ("; ".join(job.state() for job in running) or "between two notebooks"))
+        screen.say("What was trained and measured is kept: the same command goes on from there.")
         if waiting:
             screen.say("not started: " + ", ".join(job.name for job in waiting))
         return False
@@ -86,19 +93,23 @@ def run(jobs: list[Job], at_once: int, env: dict, screen: Screen) -> bool:
     return True
 
 
-def report(jobs: list[Job], figures: Path) -> None:
+def report(jobs: list[Job]) -> None:
     """The closing table, then the end of each failed notebook's log."""
     width = max(len(job.name) for job in jobs)
-    print(f"\n{'notebook':{width}}  {'time':>12}  verdicts")
+    print(f"\n{'notebook':{width}}  {'time':>12}  {'networks':24}  verdicts")
     for job in sorted(jobs, key=lambda job: job.name):
-        path = figures / f"{job.name}.claims.json"
+        path = Path(job.env["FIGURES_DIR"]) / f"{job.name}.claims.json"
         counts = Counter(row["verdict"] for row in gallery.read_claims(path)["claims"]) if path.exists() else {}
         verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts.get(verdict))
-        print(f"{job.name:{width}}  {duration(job.seconds):>12}  {(verdicts or '-') if job.ok else 'FAILED'}")
+        made = read_json(journal) if (journal := Path(job.env["JOURNAL"])).exists() else {}
+        networks = ", ".join(f"{made[state]} {state}" for state in ("trained", "found") if made.get(state))
+        row = f"{networks or '-':24}  {verdicts or '-'}" if job.ok else "FAILED"
+        print(f"{job.name:{width}}  {duration(job.seconds):>12}  {row}")
     for job in jobs:
         if not job.ok:
             lines = ANSI.sub("", job.log.read_text(encoding="utf-8", errors="replace")).splitlines()
             lines = [line for line in lines if line.strip() and not line.startswith("Ending Cell ")]
+            lines = [line for line in lines if line.startswith(STOPPED)] or lines
             print(f"\nFAILED {job.name}, at cell {job.cell} of {job.cells}. The end of {job.log}:")
             print("\n".join(f"    {line}" for line in lines[-TAIL:]))
 
@@ -116,13 +127,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="run_all.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="name or beginning, such as 03")
-    parser.add_argument("--profile", default=profiles.QUICK, help="size of the experiments (default: quick)")
+    parser.add_argument("--profile", default=profiles.QUICK, help="size of the experiments (default: quick), or a file")
     parser.add_argument("-j", "--jobs", type=int, default=2, metavar="N", help="notebooks side by side (default: 2)")
+    parser.add_argument("--timeout", type=int, metavar="S", help="seconds a cell may take")
     parser.add_argument(
-        "--timeout",
-        type=int,
-        metavar="S",
-        help="seconds a cell may take",
+        "--dry-run", action="store_true", help="say what would be trained and what is there, run nothing"
     )
     parser.add_argument("--list", action="store_true", help="name the notebooks and the profiles, run nothing")
     parser.add_argument("--root", type=Path, default=Layout().root, help=argparse.SUPPRESS)  # for the tests
@@ -133,47 +142,59 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def selected(layout: Layout, profile: str, asked: list[str]) -> dict[str, dict]:
-    """The sections of a profile that were asked for.
+def selected(layout: Layout, asked: str, notebooks: list[str]) -> dict[str, tuple]:
+    """{notebook: (profile, private, parameters)} of what was asked for.
 
     Raises:
         ProfileError: something that cannot be run was asked for; nothing has run yet.
     """
-    sections = profiles.read_profile(layout, profile)
-    names = profiles.choose(asked, layout.names()) if asked else list(sections)
+    sections = profiles.read_profile(layout, asked)
+    profile, path = profiles.find(layout, asked)
+    names = profiles.choose(notebooks, layout.names()) if notebooks else list(sections)
     missing = [name for name in names if name not in sections]
     if missing:
         raise profiles.ProfileError(f"profile {profile} has no section for {', '.join(missing)}")
     if not names:
         raise profiles.ProfileError(f"profile {profile} holds no notebook")
-    return {name: sections[name] for name in names}
+    for name in names:
+        pair = layout.notebooks / f"{name}.py", layout.notebooks / f"{name}.ipynb"
+        if edited(*pair, layout.build / profiles.QUICK / f"{name}.py"):
+            raise profiles.ProfileError(EDITED.format(name=name))
+    played = profiles.played(layout, names) if profile == profiles.QUICK else {}
+    for name, changes in played.items():
+        print(f"{name} differs from the quick profile ({changes}): all of it goes to build/{profiles.MINE}/")
+    private = profile == TINY or path.parent != layout.profiles
+    return {name: (profiles.MINE, True, {}) if name in played else (profile, private, sections[name]) for name in names}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    layout, profile = Layout(args.root.resolve()), args.profile
+    layout = Layout(args.root.resolve())
     try:
         if args.list:
             list_all(layout)
             return 0
-        sections = selected(layout, profile, args.notebooks)
+        sections = selected(layout, args.profile, args.notebooks)
     except profiles.ProfileError as error:
         print(f"run_all.sh: {error}", file=sys.stderr)
         return 2
-    env = environment(layout, profile)
-    timeout = args.timeout or TIMEOUTS.get(profile, LONG_TIMEOUT)
+    timeout = args.timeout or TIMEOUTS.get(args.profile, LONG_TIMEOUT)
     # In /tmp, for a short path: a socket's name may have about 100 characters.
     with tempfile.TemporaryDirectory(prefix="nb", dir="/tmp") as scratch:
-        jobs = make_jobs(layout, profile, sections, timeout, Path(scratch))
-        if not run(jobs, args.jobs, env, Screen()):
+        jobs = make_jobs(layout, sections, timeout, Path(scratch))
+        if args.dry_run:
+            print(dry_run.table(jobs))
+            return 0
+        if not run(jobs, args.jobs, Screen()):
             return 130
-    times = read_times(layout, profile) | {job.name: round(job.seconds, 1) for job in jobs if job.ok}
-    write_json(layout.build / profile / "times.json", times)
+    for profile in {profile for profile, _, _ in sections.values()}:
+        times = {job.name: round(job.seconds, 1) for job in jobs if job.ok and job.env["PROFILE"] == profile}
+        write_json(layout.build / profile / "times.json", read_times(layout, profile) | times)
     try:
-        report(jobs, Path(env["FIGURES_DIR"]))
-        if profile != TINY:
+        report(jobs)
+        if any(not private for _, private, _ in sections.values()):
             gallery.write(layout)
-    except gallery.RecordError as error:
+    except (gallery.RecordError, ValueError) as error:
         print(f"run_all.sh: {error}", file=sys.stderr)
         return 1
     return int(not all(job.ok for job in jobs))

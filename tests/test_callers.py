@@ -1,0 +1,467 @@
+"""Whatever the caller brings (a state of autograd, a memory layout, a kind of module or number), the answer is the one
+for plain contiguous tensors and an ordinary network, or a ValueError that names the cause."""
+
+import warnings
+from fractions import Fraction
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyautoattack import AutoAttack
+from pyautoattack.autopgd_base import APGDAttack
+from torch import nn
+
+from lib import attacks, audit, models
+from lib.attacks import autoattack, fgsm, pgd, simba
+from lib.evaluation import evaluate, predict, robust_error, unit_activity, wrong
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+PGD = partial(pgd, eps=0.1, step_size=0.04, num_steps=2)
+FUNCTIONS = {
+    "pgd": lambda m, x, y: PGD(m, x, y, generator=generator()),
+    "pgd, l2": lambda m, x, y: PGD(m, x, y, norm="l2", num_restarts=2, stop_early=True, generator=generator()),
+    "fgsm": lambda m, x, y: fgsm(m, x, y, eps=0.1),
+    "simba": lambda m, x, y: simba(m, x, y, eps=0.1, num_queries=4, generator=generator()),
+    "autoattack": lambda m, x, y: autoattack(
+        m, x, y, eps=0.1, attacks=("apgd-ce", "fab-t", "square"), num_steps=2, num_restarts=1, num_queries=3
+    ),
+    "predict": lambda m, x, y: predict(m, x),
+    "wrong": lambda m, x, y: wrong(m, x, y, partial(PGD, generator=generator())),
+    "evaluate": lambda m, x, y: evaluate(m, x, y, eps=0.1, step_size=0.04, num_steps=2),
+    "first_falls": lambda m, x, y: audit.first_falls(m, x, y, partial(PGD, generator=generator()), num_restarts=2),
+    "flat": lambda m, x, y: audit.flat(m, x, y),
+    "unit_activity": lambda m, x, y: unit_activity(m, x),
+}
+every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+
+
+class Views(nn.Module):
+    """The textbook's network: it flattens by `view`, which takes one memory layout only."""
+
+    def __init__(self, channels=2):
+        super().__init__()
+        self.c, self.relu, self.f = nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU(), nn.Linear(4 * 64, 5)
+
+    def forward(self, x):
+        h = self.relu(self.c(x))
+        return self.f(h.view(len(h), -1))
+
+
+def network(kind="ours", seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if kind == "views":
+            return Views().eval()
+        layers = [nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+        return nn.Sequential(*layers, nn.Linear(64, 5)).eval()
+
+
+X, Y = torch.rand(6, 2, 8, 8, generator=generator()), torch.arange(6) % 5
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b) and not b.requires_grad and not b.is_inference()
+    else:
+        assert a == b
+
+
+def inference(t):
+    with torch.inference_mode():
+        return t.clone()
+
+
+STATES = {
+    "gradients off": (torch.no_grad, lambda t: t),
+    "inference mode": (torch.inference_mode, lambda t: t),
+    "inference mode, tensors made there": (torch.inference_mode, inference),
+    "tensors made in inference mode": (torch.enable_grad, inference),
+    "images that want gradients": (torch.enable_grad, lambda t: t.clone().requires_grad_(t.is_floating_point())),
+}
+
+
+@every_function
+@pytest.mark.parametrize("kind", ["ours", "views"])
+@pytest.mark.parametrize("state, bring", STATES.values(), ids=STATES)
+def test_autograd_states(function, kind, state, bring):
+    model, x, y = network(kind), bring(X), bring(Y)
+    expected = function(model, X, Y)
+    flags = [p.requires_grad_(i % 2 == 0).requires_grad for i, p in enumerate(model.parameters())]
+    with state():
+        found = function(model, x, y)
+    same(expected, found)
+    assert [p.requires_grad for p in model.parameters()] == flags and all(p.grad is None for p in model.parameters())
+    assert torch.is_grad_enabled() and x.grad is None
+
+
+@pytest.mark.parametrize("name", ["pgd", "autoattack", "flat", "predict"])
+def test_a_model_made_in_inference_mode(name):
+    with torch.inference_mode():
+        model = network()
+    same(FUNCTIONS[name](network(), X, Y), FUNCTIONS[name](model, X, Y))
+
+
+LAYOUTS = {
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "permuted": lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "strided": lambda t: torch.stack([t, t], -1).flatten(3)[..., ::2],
+    "offset": lambda t: torch.cat([t, t], 1)[:, 2:],
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+@every_function
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("kind", ["ours", "views"])
+def test_memory_layouts_of_images(function, kind, layout):
+    x = layout(X)
+    same(function(network(kind), x.clone(memory_format=torch.contiguous_format), Y), function(network(kind), x, Y))
+
+
+class Wraps(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.m, self.wrap = network(), wrap
+
+    def forward(self, x):
+        return self.wrap(self.m(x))
+
+
+@every_function
+@pytest.mark.parametrize("wrap", [
+    lambda z: (z, z), lambda z: {"logits": z}, lambda z: z.tolist(), lambda z: None, lambda z: z[:, None],
+    lambda z: z[:, 0], lambda z: z[:-1], lambda z: st,
+])  # fmt: skip
+def test_outputs_that_are_no_logits(function, wrap):
+    with pytest.raises(ValueError, match=r"the model must return logits \(\d+, classes\), got"):
+        function(Wraps(wrap).eval(), X, Y)
+
+
+class Cut(nn.Module):
+    """Nothing goes back to the input, and a parameter is not used."""
+
+    def __init__(self, rounds):
+        super().__init__()
+        self.f, self.unused, self.rounds = nn.Linear(128, 5), nn.Parameter(torch.ones(3)), rounds
+
+    def forward(self, x):
+        return self.f(x.flatten(1).round()) if self.rounds else self.f.bias.expand(len(x), -1)
+
+
+@every_function
+@pytest.mark.parametrize("rounds", [False, True])
+def test_outputs_cut_off_from_the_input(function, rounds):
+    found = function(Cut(rounds).eval(), X, Y)
+    if function is FUNCTIONS["flat"]:
+        assert all(found)
+
+
+def normed(how):
+    model = network()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the old ones are deprecated, and in use
+        how(model[0])
+    return model
+
+
+class Keeps(Views):
+    """It keeps what it computed, with its graph, and cannot be copied."""
+
+    def forward(self, x):
+        self.seen = super().forward(x)
+        return self.seen
+
+
+class SecondWay(Views):
+    """A parameter that is reached by another way than its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = [self.f.weight]
+
+    def forward(self, x):
+        return nn.functional.linear(self.relu(self.c(x)).flatten(1), self.held[0], self.f.bias)
+
+
+class Turned(nn.Conv2d):
+    def forward(self, x):
+        return -x
+
+
+def keeps():
+    model = Keeps().eval()
+    model(X)
+    return model
+
+
+KINDS = {
+    "weight_norm": lambda: normed(nn.utils.weight_norm),
+    "parametrised weight_norm": lambda: normed(nn.utils.parametrizations.weight_norm),
+    "spectral_norm": lambda: normed(nn.utils.spectral_norm),
+    "parametrised spectral_norm": lambda: normed(nn.utils.parametrizations.spectral_norm),
+    "compiled": lambda: torch.compile(network(), backend="eager"),
+    "keeps a graph": keeps,
+    "reached a second way": lambda: SecondWay().eval(),
+    "hook": lambda: (lambda m: m[0].register_forward_hook(lambda *a: 2 * a[2]) and m)(network()),
+    "own forward": lambda: (lambda m: setattr(m[5], "forward", lambda h: h[:, :5]) or m)(network()),
+    "subclass": lambda: nn.Sequential(Turned(2, 4, 3), nn.Flatten(), nn.Linear(128, 5)).eval(),
+    "no running statistics": lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, track_running_stats=False),
+                                                   nn.Flatten(), nn.Linear(144, 5)).eval(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_kinds_of_modules(make, low, monkeypatch):
+    """The same logits, and all attacks run, in low precision too: that is for layers whose every step is known."""
+    monkeypatch.setattr(attacks, "fast_dtype", lambda _device: low)
+    model = make()
+    plain = getattr(model, "_orig_mod", model)
+    with torch.no_grad():
+        torch.testing.assert_close(predict(model, X), plain(X), atol=1e-6, rtol=1e-5)
+    before = {k: (v, v.clone()) for k, v in model.state_dict().items()}
+    for name in ("pgd", "simba", "autoattack", "flat"):
+        FUNCTIONS[name](model, X, Y)
+    with torch.no_grad():
+        torch.testing.assert_close(predict(model, X), plain(X), atol=1e-6, rtol=1e-5)
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, before[k][1])
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert unit_activity(model, X)[-1]["layer"] == "logits"
+
+
+def test_an_activation_used_twice_or_never():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.g, self.a, self.never = nn.Linear(128, 6), nn.Linear(6, 5), nn.ReLU(), nn.ReLU()
+
+        def forward(self, x):
+            return self.a(self.g(self.a(self.f(x.flatten(1)))))
+
+    model = Net().eval()
+    found = unit_activity(model, X, batch_size=4)
+    assert [(row["layer"], row["units"]) for row in found] == [("a", 6), ("a again", 5), ("logits", 5)]
+    hidden = model.f(X.flatten(1)).relu()
+    assert found[0]["dead"] == (hidden == 0).all(0).double().mean().item()
+
+
+@given(
+    eps=st.one_of(st.floats(1e-9, 1), st.fractions(0, 1).map(float), st.sampled_from([0.25, 0.5, 8 / 255, 2.0**-30])),
+    dtype=st.sampled_from([torch.float32, torch.float64]), norm=st.sampled_from(["linf", "l2"]),
+    attack=st.sampled_from(["pgd", "fgsm", "simba", "autoattack"]), seed=st.integers(0, 99), corners=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=50, deadline=None)
+def test_eps_is_kept_to_the_last_digit(eps, dtype, norm, attack, seed, corners):
+    x = torch.rand(3, 2, 8, 8, generator=generator(seed)).to(dtype)
+    x = (x * 3).round() / 3 if corners else x
+    model, y = network(seed=seed).to(dtype), torch.arange(3)
+    found = {
+        "pgd": lambda: pgd(model, x, y, eps=eps, step_size=eps, num_steps=2, norm=norm, generator=generator(seed)),
+        "fgsm": lambda: fgsm(model, x, y, eps=eps, norm=norm),
+        "simba": lambda: simba(model, x, y, eps=eps, num_queries=5, norm=norm, generator=generator(seed)),
+        "autoattack": lambda: autoattack(model, x, y, eps=eps, norm=norm, attacks=("apgd-ce",), num_steps=2),
+    }[attack]()
+    delta = (found.double() - x.double()).flatten(1)
+    assert found.dtype == dtype and found.min() >= 0 and found.max() <= 1
+    assert (delta.abs().max() if norm == "linf" else delta.norm(dim=1).max()) <= eps
+
+
+@every_function
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_types_that_are_too_coarse_for_eps(function, kind):
+    if function in (FUNCTIONS["predict"], FUNCTIONS["unit_activity"]):
+        assert function(network().to(kind), X.to(kind), Y) is not None
+    else:
+        with pytest.raises(ValueError, match=r"x must be float32 or float64 .* convert it, and the model"):
+            function(network().to(kind), X.to(kind), Y)
+
+
+@every_function
+@pytest.mark.parametrize("kind", ["ours", "views"])
+def test_a_model_of_another_type_than_its_images(function, kind):
+    with pytest.raises(ValueError, match=r"a model of torch.float64 .* does not take images of torch.float32"):
+        function(network(kind).double(), X, Y)
+
+
+NUMBERS = [np.float64, np.float32, lambda v: Fraction(v), np.float16]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_every_number_is_a_number(number):
+    eps, step = number(0.125), number(0.0625)
+    expected = pgd(network(), X, Y, eps=0.125, step_size=0.0625, num_steps=2, generator=generator())
+    found = pgd(network(), X, Y, eps=eps, step_size=step, num_steps=np.int64(2), num_restarts=np.int8(1),
+                generator=generator())  # fmt: skip
+    assert torch.equal(found, expected)
+    many = {"num_steps": np.int64(2), "num_restarts": np.int64(1), "num_queries": np.int32(3)}
+    expected = autoattack(network(), X, Y, eps=0.125, **{k: int(v) for k, v in many.items()})
+    assert torch.equal(autoattack(network(), X, Y, eps=eps, **many), expected)
+
+
+@pytest.mark.parametrize("logits", [
+    lambda z: z * 0, lambda z: z * 1e6, lambda z: z * 1e-12, lambda z: z + 1e6, lambda z: z.round(),
+    lambda z: torch.cat([z[:, :1]] * 5, 1),
+])  # fmt: skip
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("attack", attacks.LEAST_CLASSES)
+def test_autoattack_on_degenerate_logits(attack, norm, logits):
+    model = Wraps(logits).eval()
+    try:
+        found = autoattack(model, X, Y, eps=0.1, norm=norm, attacks=(attack,), num_steps=3, num_queries=20)
+    except ValueError as error:
+        assert str(error).startswith("square under l2 cannot attack images of (2, 8, 8) with such logits")
+    else:
+        stands = predict(model, found).argmax(1) == Y
+        assert torch.equal(found[stands], X[stands]) and not found.isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 5), (2, 1, 5, 9), (1, 2, 12, 6), (2, 1, 1, 1), (2, 1, 3, 3), (2, 1, 1, 7)])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("attack", attacks.LEAST_CLASSES)
+def test_autoattack_on_images_of_every_shape(attack, norm, shape):
+    x, y = torch.rand(shape, generator=generator()), torch.arange(shape[0])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 5)).eval()
+    y = predict(model, x).argmax(1)
+    run = partial(autoattack, model, x, y, eps=0.1, norm=norm, attacks=(attack,), num_steps=3, num_queries=20)
+    if (attack, norm) == ("square", "l2") and shape[2:] not in ((5, 5), (5, 9)):
+        with pytest.raises(ValueError, match=r"square under l2 cannot attack images of"):
+            run()
+    else:
+        assert run().shape == shape
+
+
+@pytest.mark.parametrize("attack", ["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t"])
+def test_autoattack_is_the_packages_own_at_its_defaults(attack):
+    x = torch.rand(2, 1, 6, 6, generator=generator())
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 10)).eval()
+    y, eps = predict(model, x).argmax(1), 0.04
+    found = autoattack(model, x, y, eps=eps, attacks=(attack,))
+    with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"), attacks.frozen(model, x) as logits_of:
+        whole = AutoAttack(logits_of, attacks=[attack], version="custom", eps=eps, seed=0, norm="Linf")
+        whole.logger.disabled = True
+        expected, _ = whole.run_standard_evaluation(x, y, batch_size=256)
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+def test_apgd_derives_its_checkpoints_from_its_steps(loss):
+    model, eps = network("views"), 0.1
+    y = predict(model, X).argmax(1)
+    found = autoattack(model, X, y, eps=eps, attacks=(f"apgd-{loss}",), num_steps=20, num_restarts=1)
+    with torch.random.fork_rng():
+        whole = APGDAttack(model, n_iter=20, norm="Linf", n_restarts=1, eps=eps, seed=0, loss=loss, device="cpu")
+        expected = whole.perturb(X, y)
+    fell = predict(model, expected).argmax(1) != y
+    assert fell.any()
+    torch.testing.assert_close(found[fell], expected[fell], atol=1e-6, rtol=0)
+    assert torch.equal(found[~fell], X[~fell])
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_stopping_early_breaks_the_same_images(trained, digits, norm, restarts):
+    x, y, eps = digits.x_test[:100], digits.y_test[:100], {"linf": 0.07, "l2": 1.0}[norm]
+    seen = []
+    handle = trained.register_forward_pre_hook(lambda _m, inputs: seen.append(len(inputs[0])))
+    run = partial(pgd, trained, x, y, eps=eps, step_size=eps / 4, num_steps=10, norm=norm, num_restarts=restarts)
+    whole = run(generator=generator())
+    steps, seen = sum(seen), seen.clear() or seen
+    early = run(generator=generator(), stop_early=True)
+    handle.remove()
+    fallen = wrong(trained, whole, y)
+    assert 0 < fallen.sum() < 100 and torch.equal(wrong(trained, early, y), fallen)
+    assert sum(seen) < 0.9 * steps
+    assert torch.equal(early[~fallen], whole[~fallen]) or restarts > 1
+    assert robust_error(trained, x, y, partial(run.func, **run.keywords, stop_early=True, generator=generator())) > 0
+
+
+class TestFast:
+    """The network as a function (`lib.fast`) against the network."""
+
+    @pytest.mark.parametrize("name, settings", [
+        ("lenet", {"image_size": 12}), ("lenet", {"in_channels": 3, "image_size": 12}), ("vgg16", {}), ("resnet18", {}),
+        ("resnet18", {"in_channels": 1}),
+    ])  # fmt: skip
+    @pytest.mark.parametrize("activation", models.ACTIVATIONS)
+    def test_logits_and_gradients_of_every_architecture(self, name, settings, activation):
+        model = models.build(name, seed=0, width=1, activation=activation, **settings).double()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for values in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
+                    values.uniform_(0.5, 1.5)
+        size, channels = settings.get("image_size", 32), settings.get("in_channels", 1 if name == "lenet" else 3)
+        check_fast(model.eval(), torch.rand(3, channels, size, size, dtype=torch.float64))
+        x = torch.rand(3, channels, size, size)
+        torch.testing.assert_close(predict(model.float(), x), model(x).detach(), atol=1e-4, rtol=1e-4)
+
+    @given(st.data())
+    @settings(max_examples=40, deadline=None)
+    def test_random_stacks(self, data):
+        torch.manual_seed(0)
+        channels = c = data.draw(st.sampled_from([1, 2]))
+        layers, side = [], 9
+        for kind in data.draw(st.lists(st.sampled_from("cccbbrripds"), min_size=1, max_size=8)):
+            if kind == "c":
+                out = data.draw(st.sampled_from([1, 3]))
+                k, p, s = data.draw(
+                    st.sampled_from([(3, 1, 1), (3, 0, 1), (2, 1, 1), (3, "same", 1), (1, 0, 2), (3, 2, 2)])
+                )
+                mode = data.draw(st.sampled_from(["zeros", "reflect", "circular"]))
+                if (mode != "zeros" and side < 4) or side < 3:
+                    continue
+                layers.append(nn.Conv2d(c, out, k, s, p, padding_mode=mode, bias=data.draw(st.booleans())))
+                c = out
+            elif kind == "b":
+                affine, stats = data.draw(st.booleans()), data.draw(st.booleans())
+                layers.append(nn.BatchNorm2d(c, affine=affine, track_running_stats=stats))
+                if stats:
+                    layers[-1].running_mean.uniform_(-1, 1)
+                    layers[-1].running_var.uniform_(0.5, 2)
+            elif kind == "p" and side < 4:
+                continue
+            else:
+                layers.append({"r": nn.ReLU(), "i": nn.ReLU(inplace=True), "p": nn.MaxPool2d(2), "d": nn.Dropout(),
+                               "s": nn.Sequential(nn.Identity())}[kind])  # fmt: skip
+            side = nn.Sequential(*layers)(torch.rand(2, channels, 9, 9)).shape[-1]
+        if layers and isinstance(layers[0], nn.ReLU) and layers[0].inplace:
+            layers[0] = nn.ReLU()  # in place on the caller's own images: PyTorch refuses that
+        model = nn.Sequential(*layers, nn.Flatten()).double().eval()
+        assert models.any_layout(model)
+        check_fast(model, torch.rand(2, channels, 9, 9, dtype=torch.float64))
+
+    def test_the_low_type_leaves_the_differences_of_large_logits(self, monkeypatch, trained, digits):
+        monkeypatch.setattr(attacks, "fast_dtype", lambda _device: torch.bfloat16)
+        x, y = digits.x_test[:60], digits.y_test[:60]
+        for add, factor in ((0, 1), (3000, 1), (0, 50)):
+            model = models.build("lenet", seed=0, width=2)
+            model.load_state_dict(trained.state_dict())
+            model[-1].weight.data *= factor
+            model[-1].bias.data = model[-1].bias * factor + add
+            run = partial(pgd, eps=0.06, step_size=0.015, num_steps=10, random_start=False)
+            auto, full = (wrong(model, x, y, partial(run, precision=p)) for p in ("auto", "full"))
+            assert auto.sum() >= full.sum() - 2 and full.sum() > 5
+
+
+def check_fast(model, x):
+    before, direction = x.clone(), None
+    outs = []
+    for run in (model, attacks.as_function(model)):
+        leaf = x.clone().requires_grad_()
+        logits = run(leaf * 1)
+        direction = torch.randn_like(logits) if direction is None else direction
+        (g,) = torch.autograd.grad((logits * direction).sum(), leaf)
+        outs.append((logits, g))
+        with torch.no_grad():
+            run(x)
+        assert torch.equal(x, before) or any(isinstance(m, nn.ReLU) and m.inplace for m in model.modules())
+    for a, b in zip(*outs, strict=True):
+        torch.testing.assert_close(b, a, atol=1e-9, rtol=1e-9)

@@ -1,0 +1,61 @@
+"""Recipes: what is asked for by name, and what is refused before anything runs."""
+
+import pytest
+import torch
+
+from lib import recipes
+from lib.training import TrainConfig
+
+
+def test_every_recipe_makes_a_config():
+    for name in recipes.RECIPES:
+        config = recipes.configure(recipes.get(name), eps=0.1, schedule="cosine", seed=3)
+        assert (config.eps, config.seed, config.step_size) == (0.1, 3, 0.1 * recipes.get(name)["step_fraction"])
+        assert config.schedule_stop == pytest.approx(0.1 * recipes.get(name)["stops"]["cosine"])
+
+
+def test_changes_go_before_the_recipe_and_leave_it_alone():
+    changes = {"lenet on mnist5k": {"width": 1, "step_fraction": 0.25}}
+    settings = recipes.get("lenet on mnist5k", changes)
+    config = recipes.configure(settings, eps=0.2, epochs=2, step_size=0.01)
+    assert (config.width, config.step_size, config.epochs) == (1, 0.01, 2)
+    assert recipes.configure(settings, eps=0.2).step_size == pytest.approx(0.05)
+    assert recipes.get("lenet on mnist5k")["width"] != 1
+    settings["width"] = 99
+    assert recipes.get("lenet on mnist5k", changes)["width"] == 1
+
+
+def test_computed_and_written_numbers_name_one_run():
+    settings = recipes.get("lenet on mnist5k")
+    computed = recipes.configure(settings, eps=0.4, schedule="cosine")
+    assert computed == recipes.configure(settings, eps=0.4, schedule="cosine", schedule_stop=0.6)
+
+
+@pytest.mark.parametrize("name, changes, message", [
+    ("lenet", None, "no recipe 'lenet': there are lenet on mnist5k"),
+    ("lenet on mnist5k", {"vgg": {}}, "no recipe 'vgg'"),
+    ("lenet on mnist5k", {"lenet on mnist5k": {"epoch": 3}}, "has no setting 'epoch': there are"),
+    ("lenet on mnist5k", {"lenet on mnist5k": {"lr": "1e-4"}}, "lr of 'lenet on mnist5k' is '1e-4'"),
+    ("lenet on mnist5k", {"lenet on mnist5k": {"images": 100}}, "images of 'lenet on mnist5k' is 100"),
+])  # fmt: skip
+def test_refused(name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.get(name, changes)
+
+
+def test_configure_refuses_names_it_does_not_know():
+    with pytest.raises(ValueError, match="unknown setting epoch: there are"):
+        recipes.configure(recipes.get("lenet on mnist5k"), eps=0.1, epoch=3)
+
+
+def test_images_set_aside_are_training_images_that_are_not_trained_on(digits):
+    whole, none = recipes.load({"dataset": "mnist5k", "images": [100, 50]})
+    assert none is None and len(whole.y_train) == 100
+    rest, aside = recipes.load({"dataset": "mnist5k", "images": [100, 50], "set_aside": 30})
+    assert torch.equal(rest.x_train, digits.x_train[:70]) and torch.equal(rest.x_test, digits.x_test[:50])
+    assert torch.equal(aside.x_test, digits.x_train[70:100]) and torch.equal(aside.x_train, rest.x_train)
+    assert "30 training images set aside" in aside.source
+
+
+def test_what_stands_beside_a_config_is_no_field_of_it():
+    assert not recipes.BESIDE & set(TrainConfig.__dataclass_fields__)

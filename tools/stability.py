@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Run the quick size again with other seeds, or as another processor would, and say which verdicts change.
+
+    python tools/stability.py [seeds] [avx2] [bfloat16]        (default: seeds and avx2)
+
+seeds: every parameter called `seeds`, at any depth, has 100 added to it, so that no network is one of the first run.
+avx2: the same seeds without the instructions of newer processors, trained anew. bfloat16: in that number format.
+All of it goes to build/stability; the comparison with figures/quick to figures/stability.md.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gallery
+import yaml
+from layout import Layout
+from profiles import definition
+
+from lib.files import write_bytes
+
+SHIFT = 100
+OTHER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+VARIANTS = {  # name: what it is, environment
+    "seeds": ("a disjoint set of seeds", {}),
+    "avx2": ("the same seeds, trained and measured with AVX2 only", OTHER_PROCESSOR),
+    "bfloat16": ("the same seeds, in bfloat16", {"PRECISION": "bfloat16"}),
+}
+INTRO = """\
+# Do the verdicts hold?
+
+The quick size was run again by `./run_all.sh --python tools/stability.py`, and its verdicts are compared with those of
+`figures/quick`. Undecided is no verdict: a change from or to it is a change of what can be told, not of what is told.
+"""
+
+
+def shifted(value, key=""):
+    """A parameter with other seeds: whole numbers under a name `seeds`, at any depth, moved by SHIFT."""
+    if isinstance(value, dict):
+        return {k: shifted(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [shifted(v, key) for v in value]
+    return value + SHIFT if key == "seeds" and type(value) is int else value
+
+
+def run(layout: Layout, variant: str) -> Path:
+    """Run all notebooks as the variant says; the folder of their figures. Raises CalledProcessError if one fails."""
+    folder, notebooks = layout.build / "stability" / variant, definition(layout)
+    del notebooks["recipes"]
+    sections = {
+        name: {k: shifted(v, k) for k, v in values.items() if variant == "seeds" and shifted(v, k) != v}
+        for name, values in notebooks.items()
+    }
+    profile = folder / f"stability-{variant}.yaml"
+    write_bytes(profile, yaml.safe_dump(sections).encode())
+    env = os.environ | VARIANTS[variant][1] | {"FIGURES_DIR": str(folder / "figures"), "RUNS_DIR": str(folder / "runs")}
+    subprocess.run([sys.executable, layout.root / "tools" / "run.py", "--profile", profile], env=env, check=True)
+    return folder / "figures"
+
+
+def verdicts(folder: Path) -> dict[tuple[str, str], str]:
+    """{(notebook, claim): verdict} of a folder of figures."""
+    ledgers = map(gallery.read_claims, sorted(folder.glob("*.claims.json")))
+    return {(ledger["notebook"], row["claim"]): row["verdict"] for ledger in ledgers for row in ledger["claims"]}
+
+
+def compare(before: dict, after: dict, what: str) -> str:
+    """The section of one variant: how many verdicts change, and which."""
+    both = sorted(before.keys() & after.keys())
+    changed = [(*key, before[key], after[key]) for key in both if before[key] != after[key]]
+    flips = sum({old, new} == {"reproduced", "not reproduced"} for *_, old, new in changed)
+    lines = [f"## {what[0].upper()}{what[1:]}\n", f"{len(changed)} of {len(both)} verdicts change; {flips} between "
+             "reproduced and not reproduced.\n"]  # fmt: skip
+    if changed:
+        lines.append(gallery.table(["notebook", "claim", "figures/quick", "here"], [list(row) for row in changed]))
+    return "\n".join(lines)
+
+
+def main(variants: list[str]) -> None:
+    if unknown := set(variants) - set(VARIANTS):
+        sys.exit(f"unknown: {', '.join(sorted(unknown))}\n\n{__doc__}")
+    layout, parts = Layout(), [INTRO]
+    for variant in variants or ["seeds", "avx2"]:
+        found = verdicts(run(layout, variant))
+        parts.append(compare(verdicts(layout.figures / "quick"), found, VARIANTS[variant][0]))
+        print(parts[-1])
+    write_bytes(layout.figures / "stability.md", "\n".join(parts).encode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
