@@ -267,7 +267,7 @@ for name, subject in subjects.items():
         gains[what][name] = audit.worst_case(masks) & ~base[name]
         rows += [{"network": name, "what": what, "number": k, "error": masks[k].mean()} for k in sorted(masks)]
     gains["restarts"][name] = (falls[name] <= number) & ~base[name][: len(falls[name])]
-    counted = np.unique(np.geomspace(1, number, 30).round().astype(int))
+    counted = sorted({*np.geomspace(1, number, 30).round().astype(int).tolist(), *(k for k in (10, 100) if k < number)})
     rows += [{"network": name, "what": "restarts", "number": k, "error": (falls[name] <= k).mean()} for k in counted]
 tuning = pd.DataFrame(rows)
 
@@ -278,7 +278,7 @@ for ax, (what, group) in zip(axes, tuning.groupby("what", sort=False)):
     for name, part in group.groupby("network", sort=False):
         ax.plot(part.number, part.error, "o-", ms=2 if what == "restarts" else 4, color=colours[name], label=name)
     ax.set(xscale="log", ylim=(0, 1), xlabel="step size / eps" if what == "step size" else f"number of {what}")
-    ticks = [10**k for k in range(4) if 10**k <= group.number.max()] if what == "restarts" else sorted(set(group.number))
+    ticks = sorted({1, 10, 100, 1000} & set(group.number)) if what == "restarts" else sorted(set(group.number))
     ax.set_xticks(ticks, [f"{k:g}" for k in ticks])
     ax.minorticks_off()
 axes[0].set_ylabel("robust error")
