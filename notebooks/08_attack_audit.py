@@ -35,7 +35,7 @@
 profile = "quick"
 recipe = "lenet on mnist5k"
 changes = {}
-seeds = [0, 1, 2]  # the first one's networks are on trial, the second one's lend examples, all decide the claim
+seeds = [0, 1, 2]  # the first one's networks are on trial, the second one's lend examples, all show the order
 trials = [["constant", 0.2], ["cosine", 0.2], ["ensemble", 0.2], ["cosine", 0.4]]  # kind of training, eps
 periods = [0.6]  # where the ensemble's budget begins anew, as fractions of the epochs
 test_images = 500
@@ -384,7 +384,8 @@ book.answer(
 
 # %% [markdown]
 # Table 1 of the paper gives a rising budget the lower robust error under PGD, APGD and Square alike (whether it has is
-# asked in notebook 7). Does the order depend on the attack? Both budgets at the eps that is claimed, over all seeds, on the same digits.
+# asked in notebook 7). Does the order depend on the attack? Both budgets at the eps that is claimed, over all seeds, on
+# the same digits.
 
 # %%
 by_attack = ["PGD", "APGD-CE", "APGD-DLR", "Square"]
