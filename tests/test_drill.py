@@ -39,8 +39,7 @@ from layout import Layout  # noqa: E402
 
 CONFIG = TrainConfig(width=1, eps=0.1, step_size=0.05, num_steps=1, epochs=4, batch_size=20, eval_images=10, lr=1e-3,
                      restarts=(2,), keep_every=3)  # fmt: skip
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lib.runs", "pytest"])
+CONTEXT = multiprocessing.get_context("fork")  # a kill hits the work, not seconds of imports
 DONE = {}  # {drill: [how often tried, how often it ended well]}
 drill = pytest.mark.drill
 
@@ -83,11 +82,10 @@ def content(folder):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """A run that nothing disturbs: folder, content, and the seconds that it takes in a process of its own."""
-    for name in ("to start the server", "run"):
-        folder, start = tmp_path_factory.mktemp("undisturbed") / name, time.monotonic()
-        process = CONTEXT.Process(target=train_in, args=[folder])
-        process.start()
-        process.join()
+    folder, start = tmp_path_factory.mktemp("undisturbed") / "run", time.monotonic()
+    process = CONTEXT.Process(target=train_in, args=[folder])
+    process.start()
+    process.join()
     assert process.exitcode == 0 and len(content(folder)[0]) == 4  # after 0, 2, 3 and 4 epochs
     return folder, content(folder), time.monotonic() - start
 
