@@ -361,8 +361,8 @@ book.answer(
     "Scattering needs no second derivative: a linear classifier scatters, and with smooth activations the weights' "
     f"gradient jumps {against.min():.2f} to {against.max():.2f} times as far as with ReLU. But Assumption 1 itself "
     f"fails for ReLU, whose biases' gradient jumps in x: its jump divided by eps is {share['relu']:.0f} at eps "
-    f"{small.eps.iloc[0]:g} (softplus {share['softplus']:.2f}, ELU {share['elu']:.2f}). So there the bound of "
-    "Proposition 2 says nothing, and the scattering is larger than it would allow, not smaller.",
+    f"{small.eps.iloc[0]:g} (softplus {share['softplus']:.2f}, ELU {share['elu']:.2f}). So for ReLU the bound of "
+    "Proposition 2 says nothing: there is more scattering than it speaks of, not less.",
     reviewer="Reviewer 1", n="two units, 7 eps, 3 activations", source=exact,
 )  # fmt: skip
 
