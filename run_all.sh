@@ -11,7 +11,7 @@ Usage: ./run_all.sh [NOTEBOOK ...] [--profile NAME] [-j N] [--timeout S] [--list
        ./run_all.sh --setup                  only make the environment
 
   NOTEBOOK    name, number or beginning of a name, such as 3 (default: all)
-  --profile   size of the experiments: quick, laptop, gpu, gpu-cifar, paper or tiny (default: quick, which rewrites
+  --profile   size of the experiments: quick, overnight, gpu, gpu-cifar, paper, tiny (default: quick, which rewrites
               notebooks/*.ipynb and figures/quick/; the others write build/PROFILE/*.ipynb and figures/PROFILE/, tiny
               only build/tiny/); or a file of your own, my.yaml, which writes only build/my/
   -j N        notebooks side by side (default: 2)
@@ -20,7 +20,8 @@ Usage: ./run_all.sh [NOTEBOOK ...] [--profile NAME] [-j N] [--timeout S] [--list
   --list      name the notebooks and the profiles
 
 The environment is the active one if it fits pyproject.toml, else .venv, made by uv or by Python 3.11 to 3.13.
-Variables: PYTHON (makes .venv), OMP_NUM_THREADS (default 1), FIGURES_DIR, RUNS_DIR, DATA_DIR (other folders).
+Variables: PYTHON (makes .venv), OMP_NUM_THREADS (default 1), PRECISION (float32 or bfloat16 where the processor would
+decide), FIGURES_DIR, RUNS_DIR, DATA_DIR (other folders).
 TEXT
 }
 

@@ -74,8 +74,8 @@ def pgd(
         generator: torch.Generator on x's device for the starts; without one, the global generator.
         precision: "auto" runs this library's own layers in bfloat16 where this machine gains by it (perturbation and
             loss stay in x's type); "full" never does.
-        stop_early: an image that is misclassified is moved no further and started no more. The same images fall,
-            in fewer steps; the loss of the fallen is not maximised.
+        stop_early: an image that is misclassified is moved no further and started no more. No fewer images fall, in
+            fewer steps (now and then one more, that would have recovered); the loss of the fallen is not maximised.
     Returns:
         x_adv (B, C, H, W), detached, in [0, 1], ||x_adv - x|| <= eps (exactly, if it is computed in float64).
     Raises:

@@ -75,8 +75,9 @@ class Hessian:
         return _flat(gradient(g, [*self._model.parameters()], v, keep=True))
 
     def _check(self, x, y):
-        # A graph that is kept freezes any noise, so this compares two products made afresh.
-        v = torch.ones(self.size, dtype=self.dtype, device=self.device)
+        # A graph that is kept freezes any noise, so this compares two products made afresh. The vector is random: one
+        # that is constant lies in the null space of a last layer's Hessian.
+        v = _normal(self, torch.Generator().manual_seed(0))
         g, again = self._gradient(x, y), self._gradient(x, y)
         first, second = self._product(g, v), self._product(again, v)
         eps, square = torch.finfo(self.dtype).eps, first @ first

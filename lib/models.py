@@ -207,7 +207,7 @@ def released(path, model, *, width=None):
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no file of tensors: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is no file of tensors: {error!s:.100}") from error
     tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
     tensors = {k.removeprefix("module."): t for k, t in tensors.items() if isinstance(t, torch.Tensor)}
     network = build(model, seed=0, **({} if model not in RELEASED else {"width": width or RELEASED[model]}))

@@ -29,9 +29,9 @@
 # %% tags=["parameters"]
 profile = "quick"
 recipe = "lenet on few digits"
-changes = {"lenet on few digits": {"images": [2000, 500], "set_aside": 0, "keep_every": 0, "eval_every": 4}}
+changes = {"lenet on few digits": {"images": [2000, 400], "set_aside": 0, "keep_every": 0, "eval_every": 4}}
 datasets = ["mnist5k", "mnistm"]  # those that every clone has; other profiles add mnist, cifar10 and fashionmnist
-eps_grid = [0.05, 0.1, 0.2, 0.4]
+eps_grid = [0.05, 0.1, 0.4]
 seeds = [0, 1, 2]
 stalled = 0.8  # a network with a larger clean error guesses
 attack_steps = 10

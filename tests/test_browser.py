@@ -148,12 +148,13 @@ class Lab:
 
     def write(self, number, text):
         """Put text in place of a cell's, by the keyboard."""
-        self.current(f"(panel.content.activeCellIndex = {number}, null)")
+        self.current(f"(panel.content.deselectAll(), panel.content.activeCellIndex = {number}, null)")
         self.do("notebook:enter-edit-mode")
-        self.page.locator(".jp-Cell.jp-mod-active .cm-content").focus()
+        self.current("(panel.content.activeCell.editor.focus(), null)")
         self.page.keyboard.press("ControlOrMeta+a")
         self.page.keyboard.insert_text(text)
         self.page.keyboard.press("Escape")
+        assert "".join(self.cells()[number]["source"]) == text
 
 
 def parameters(cells, **changes):

