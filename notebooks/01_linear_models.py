@@ -29,8 +29,9 @@
 # for experiments with linear classifiers, for a cleaner proof, and whether useless is the opposite of robust. The
 # answers are here. Where the statement needs care (a bias, more than two classes or one point) the text says so.
 #
-# *Change this, expect that.* `pairs = [[2, 8]]`: another eps_bar, and the same picture of SGD round it.
-# `sgd_steps = 100`: the loss just below eps_bar is not yet under log 2, and the answer turns to no. `directions = 50`: the shares of directions are off the arccos formula, and a self-check fails.
+# *Change this, expect that.* `pairs = [[2, 8]]`: another eps_bar, and the same picture of SGD round it. `sgd_steps =
+# 100`: the loss just below eps_bar is not yet under log 2, and the answer turns to no. `directions = 50`: the shares
+# of directions are off the arccos formula, and a self-check fails.
 
 # %% tags=["parameters"]
 profile = "quick"
