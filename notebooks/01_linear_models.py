@@ -29,9 +29,9 @@
 # for experiments with linear classifiers, for a cleaner proof, and whether useless is the opposite of robust. The
 # answers are here. Where the statement needs care (a bias, more than two classes or one point) the text says so.
 #
-# *Change this, expect that.* `pairs = [[2, 8]]`: another eps_bar, and the same picture of SGD round it.
-# `sgd_steps = 100`: the loss just below eps_bar is no longer under log 2, and the answer says that it is undecided or
-# wrong. `directions = 50`: the shares of directions are off the arccos formula, and a self-check fails.
+# *Change this, expect that.* `pairs = [[2, 8]]`: another eps_bar, and the same picture of SGD round it. `sgd_steps =
+# 100`: the loss just below eps_bar is not yet under log 2, and the answer turns to no. `directions = 50`: the shares
+# of directions are off the arccos formula, and a self-check fails.
 
 # %% tags=["parameters"]
 profile = "quick"
@@ -616,7 +616,8 @@ if nearest is not None and beyond is not None:
         f"Does SGD on two digits beat the constant classifier at {nearest} eps_bar: {said[below.holds]} (loss minus "
         f"log 2: {below.measured}). Does it end at the constant classifier at {beyond} eps_bar: {said[above.holds]} "
         f"({above.measured}); the weights there are at most {norms:.4f} of the largest.",
-        reviewer="A reviewer", n=f"{len(pairs)} pairs of digits x {len(seeds)} seeds", source=digits.source,
+        reviewer="A reviewer", source=digits.source,
+        n=f"{len(pairs)} pair{'s' * (len(pairs) > 1)} of digits x {len(seeds)} seed{'s' * (len(seeds) > 1)}",
     )  # fmt: skip
 lowest = (trained[trained.ratio > 1]["robust loss"] - np.log(2)).min()
 book.check("Beyond eps_bar no classifier that SGD finds beats the constant one", measured=f"lowest loss minus log 2: "

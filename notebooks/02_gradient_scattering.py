@@ -33,8 +33,9 @@
 # Two [reviewers](https://papers.neurips.cc/paper_files/paper/2020/file/f56d8183992b6c54c92c16a8519a6e2b-Review.html)
 # doubted it: one because ReLU has no second derivative, one because two worst inputs might have equal gradients.
 #
-# *Change this, expect that.* `sgd_lengths = [1000]`: only the largest eps are below the line of Theorem 2.
-# `network_eps = {"linf": [0.05, 0.1, 0.2]}`: less scattering, in the same order. `tight_cases = 10`: still equal.
+# *Change this, expect that.* `sgd_lengths = [100, 1000]`: the frequencies are above the lines of Theorem 2, and its
+# verdict is no longer "reproduced". `activations = ["softplus"]`: at this eps these networks learn nothing, and the
+# verdicts on networks are undecided for that reason. `tight_cases = 50`: still equal, to rounding.
 
 # %% tags=["parameters"]
 profile = "quick"
@@ -46,11 +47,12 @@ tight_cases = 1000
 sgd_lengths = [1000, 10000, 100000]
 sgd_runs = 100  # per seed
 train_eps = 0.1
-activations = ["relu", "softplus"]
-network_eps = {"linf": [0.1, 0.2, 0.3], "l2": [1.0, 2.0, 3.0]}
+activations = ["relu"]
+network_eps = {"linf": [0.05, 0.1, 0.2, 0.3], "l2": [0.5, 1.0, 2.0, 3.0]}
 distances = [0.001, 0.01]  # relative to the norm of the parameters
 num_directions = 2
 num_images = 50
+tie_images = 200  # for the pairs of worst inputs
 attack_steps = 5
 
 # %%
@@ -70,6 +72,12 @@ from lib.figures import Book, stepper
 
 book = Book("02_gradient_scattering", globals())
 exact = "closed form, no data"
+
+
+def of(n, what):
+    n = n if isinstance(n, int) else len(n)
+    return f"{n} {what}{'s' * (n != 1)}"
+
 
 # %% [markdown]
 # ## The sketch, computed
@@ -361,8 +369,8 @@ book.answer(
     "Scattering needs no second derivative: a linear classifier scatters, and with smooth activations the weights' "
     f"gradient jumps {against.min():.2f} to {against.max():.2f} times as far as with ReLU. But Assumption 1 itself "
     f"fails for ReLU, whose biases' gradient jumps in x: its jump divided by eps is {share['relu']:.0f} at eps "
-    f"{small.eps.iloc[0]:g} (softplus {share['softplus']:.2f}, ELU {share['elu']:.2f}). So there the bound of "
-    "Proposition 2 says nothing, and the scattering is larger than it would allow, not smaller.",
+    f"{small.eps.iloc[0]:g} (softplus {share['softplus']:.2f}, ELU {share['elu']:.2f}). So for ReLU the bound of "
+    "Proposition 2 says nothing: there is more scattering than it speaks of, not less.",
     reviewer="Reviewer 1", n="two units, 7 eps, 3 activations", source=exact,
 )  # fmt: skip
 
@@ -532,7 +540,7 @@ book.claim(
     "At a fixed threshold large gradients become more frequent with eps", section="3.2, Theorem 2", holds=finding,
     paper="the bound at a fixed threshold grows with eps", measured=f"{finding.measured}; slope of log P on log eps "
     f"(99 % interval) {'; '.join(slopes)} at T = {', '.join(f'{T:,}' for T in sgd_lengths)}, where the bound's is "
-    f"{np.polyfit(np.log(fractions), np.log(line), 1)[0]:.2f}", n=f"{len(seeds)} seeds x {sgd_runs} runs x 5 eps",
+    f"{np.polyfit(np.log(fractions), np.log(line), 1)[0]:.2f}", n=f"{of(seeds, 'seed')} x {sgd_runs} runs x 5 eps",
     source=exact,
 )  # fmt: skip
 
@@ -545,11 +553,11 @@ book.claim(
 # trained at one eps, so that only the attack differs. The usual attack takes signs of gradients, and signs jump even
 # where the worst input does not; so there is a control, an attack in the Euclidean ball, whose steps have no signs.
 # The random directions are filter-normalised (each filter's part is as long as the filter), distances are relative to
-# the norm of the parameters. Attack and gradients are in full precision: at the smallest distance changes are small.
+# the norm of the parameters. Attack and gradients are in full precision, since the changes are small.
 
 # %%
-scattered = inference.trend("scattering at the smallest distance along eps", expect="rises")
-aligned = inference.trend("cosine between the perturbations at the smallest distance along eps", expect="falls")
+scattered = inference.trend(f"scattering at distance {max(distances):g} along eps", expect="rises")
+aligned = inference.trend(f"cosine between the perturbations at distance {max(distances):g} along eps", expect="falls")
 print(scattered.text, aligned.text, sep="\n\n")
 
 # %%
@@ -593,7 +601,7 @@ network = pd.DataFrame(rows, columns=names)
 # %%
 CONTROL = {"linf": "sign steps (max norm)", "l2": "control: no signs (Euclidean)"}
 fig, axes = plt.subplots(2, len(network_eps), figsize=(7, 4.6), sharey="row", squeeze=False)
-near = network[network.distance == min(distances)]
+near = network[network.distance == max(distances)]
 for ax, (kind, radii) in zip(axes.T, network_eps.items()):
     part = near[near.norm == kind]
     for i, a in enumerate(activations):
@@ -610,23 +618,23 @@ axes[1, 0].set_ylabel("cosine of perturbations")
 fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
 book.save(
     fig, "02_network", network, source=digits.source, seeds=seeds,
-    caption=f"Networks moved by {min(distances):g} of their length in random directions. Top: change of the gradient "
+    caption=f"Networks moved by {max(distances):g} of their length in random directions. Top: change of the gradient "
     "that comes from the new attacks, and (dashed) the smooth rest. Bottom: cosine between old and new perturbations. "
-    f"Pale: {len(seeds)} seed{'s' * (len(seeds) > 1)}, mean of {num_directions} directions; {num_images} test digits, "
+    f"Pale: {of(seeds, 'seed')}, mean of {of(num_directions, 'direction')}; {num_images} test digits, "
     f"PGD-{attack_steps}.",
 )  # fmt: skip
 
 
 # %%
 def along_eps(rule, column):
-    """The rule's findings for each norm and activation, from the values (seeds, eps) at the smallest distance."""
+    """The rule's findings for each norm and activation, from the values (seeds, eps) at the largest distance."""
     return inference.together({
         f"{a}, {kind}": rule(part.groupby(["seed", "eps"])[column].mean().unstack(), unless=unless)
         for (a, kind), part in near.groupby(["activation", "norm"], sort=False)
     })  # fmt: skip
 
 
-n_text = f"{len(seeds)} seeds x {num_directions} directions x {num_images} digits, {len(keys)} networks"
+n_text = f"{of(seeds, 'seed')} x {of(num_directions, 'direction')} x {num_images} digits"
 book.claim(
     "In a network the gradients are more scattered the larger eps is, with sign steps and without", section="3.2, 4.2",
     paper="gradients are more scattered under larger budgets", holds=along_eps(scattered, "scattering"), n=n_text,
@@ -643,7 +651,7 @@ book.claim(
 #
 # The jump needs two inputs that are (nearly) equally bad and whose parameter gradients differ. A reviewer asked whether
 # the second can be taken for granted. Here each digit is attacked from two random starts; a pair counts if the two end
-# points have losses within 1 % of each other and perturbations that are not the same (cosine below 0.99).
+# points have losses within 5 % of each other and perturbations that are not the same (cosine below 0.99).
 
 # %%
 rule = inference.at_most("share of such pairs whose parameter gradients agree within 1 %", bound=0.05)
@@ -654,11 +662,12 @@ rule
 def maximisers(key, kind, e):
     """Of the pairs of nearly equal losses: the relative distance of their parameter gradients."""
     model = trained[key].model().requires_grad_(True)
-    ends = [attack_of(kind, e, random_start="ball", generator=torch.Generator().manual_seed(s))(model, x, y)
+    images, labels = digits.x_test[:tie_images], digits.y_test[:tie_images]
+    ends = [attack_of(kind, e, random_start="ball", generator=torch.Generator().manual_seed(s))(model, images, labels)
             for s in (0, 1)]  # fmt: skip
-    losses = [F.cross_entropy(model(z), y, reduction="none") for z in ends]
-    close = (losses[0] / losses[1]).log().abs() < 0.01
-    cosine = F.cosine_similarity(*((z - x).flatten(1) for z in ends))
+    losses = [F.cross_entropy(model(z), labels, reduction="none") for z in ends]
+    close = (losses[0] / losses[1]).log().abs() < 0.05
+    cosine = F.cosine_similarity(*((z - images).flatten(1) for z in ends))
     values = []
     for i in torch.nonzero(close & (cosine < 0.99)).flatten():
         g1, g2 = (torch.cat([g.flatten() for g in torch.autograd.grad(loss[i], list(model.parameters()),
@@ -667,11 +676,11 @@ def maximisers(key, kind, e):
     return values
 
 
-rows = []
-for key in keys:
+rows, learnt = [], [key for key in keys if errors[key] <= 0.5]
+for key in learnt:
     for kind, radii in network_eps.items():
         e = radii[len(radii) // 2]
-        facts = {"run": trained[key].folder.name, "norm": kind, "eps": e, "images": num_images,
+        facts = {"run": trained[key].folder.name, "norm": kind, "eps": e, "images": tie_images, "tie": 0.05,
                  "steps": attack_steps, "data": digits.fingerprint}  # fmt: skip
         rows += [(*key, kind, e, v) for v in runs.remember("maximisers", facts, partial(maximisers, key, kind, e))]
 pairs = pd.DataFrame(rows, columns=["activation", "seed", "norm", "eps", "difference"])
@@ -684,7 +693,7 @@ if len(pairs):
         f"({equal.outcome}); the relative distance is {middle:.2f} in the middle and above {low:.2f} in 99 % of the "
         "pairs."
         if equal.holds else f"Not settled here: {equal.outcome}, {equal.measured} of the pairs agree within 1 %.",
-        reviewer="Reviewer 2", n=f"{len(pairs)} pairs, {len(keys)} networks, both attacks", source=digits.source,
+        reviewer="Reviewer 2", n=f"{len(pairs)} pairs, {of(learnt, 'network')}, both attacks", source=digits.source,
     )  # fmt: skip
 pairs.groupby(["activation", "norm"]).difference.describe().round(3)
 
