@@ -251,6 +251,7 @@ def planes(eps, seed):
     ]
 
 
+# %%
 titles = [("initial point", "steepest descent", "random"), ("end of training", "random", "random")]
 facts = about | {"images": plane_images, "points": plane_points}
 shown = [eps for eps in plane_grid if eps in eps_grid]

@@ -47,9 +47,8 @@ from itertools import product
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 
-from lib import evaluation, inference, landscape, recipes, runs
+from lib import curvature, evaluation, inference, landscape, recipes, runs
 from lib.attacks import pgd
 from lib.compute import device
 from lib.differentiate import differentiating
@@ -90,8 +89,7 @@ def attack_of(eps, num_steps, step_fraction):
 def gradient_norm(network, eps):
     few, attack = parts["training"], attack_of(eps, test_steps, 2.5 / test_steps)
     inputs = evaluation.attacked(network, *few, attack) if attack else few[0]
-    loss = torch.nn.functional.cross_entropy(network(inputs), few[1])
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*network.parameters()])]).norm().item()
+    return curvature.loss_gradient(curvature.copied(network), inputs, few[1])[1].norm().item() / len(inputs)
 
 
 norms = pd.DataFrame(
