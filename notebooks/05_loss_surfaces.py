@@ -78,6 +78,7 @@ configs = [recipes.configure(settings, schedule="constant", eps=eps, seed=seed) 
 trained = dict(zip(keys, runs.grid(configs, images)))
 shape = {"in_channels": x.shape[1], "num_classes": images.num_classes, "image_size": x.shape[2]}
 origins = [1000 * seed + i for seed in seeds for i in range(starts_per_seed)]
+many = f"{len(origins)} initial point{'s' * (len(origins) > 1)}, {surface_images} training images"
 starts = {origin: models.build(settings["model"], seed=origin, width=settings["width"], **shape).to(where).eval()
           for origin in origins}  # fmt: skip
 n = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {surface_images} training images"
@@ -142,7 +143,7 @@ axes[1].set(xlabel="eps of the attack", ylabel="drop of the loss", ylim=(0, None
 book.save(
     fig, "05_drop", drops, source=images.source, seeds=origins,
     caption=f"Adversarial loss from the initial point along its steepest descent (cut above), mean and range, and the "
-    f"drop; {len(origins)} initial points, {surface_images} training images. Dotted: log {images.num_classes}.",
+    f"drop; {many}. Dotted: log {images.num_classes}.",
 )  # fmt: skip
 
 # %%
@@ -151,7 +152,7 @@ book.claim(
     section="4.1",
     paper="gradients are small round the initial point if eps is large (the surfaces are our reading)",
     holds=rule_drop(depth.to_numpy()),
-    n=f"{len(origins)} initial points, {surface_images} training images",
+    n=many,
     source=images.source,
 )
 
