@@ -56,9 +56,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-import torch
 
-from lib import evaluation, inference, models, recipes, runs
+from lib import curvature, evaluation, inference, models, recipes, runs
 from lib.attacks import pgd
 from lib.compute import device
 from lib.differentiate import differentiating
@@ -148,13 +147,13 @@ rule_start
 def gradients(network, eps, batch=settings["batch_size"]):
     """Norm of the gradient of the adversarial loss over all the images, and the mean norm over its mini-batches."""
     attacked = evaluation.attacked(network, x, y, attack_of(eps)) if eps else x
-    parameters, pieces = [*network.requires_grad_(True).parameters()], []
-    for part, labels in zip(attacked.split(batch), y.split(batch)):
-        loss = torch.nn.functional.cross_entropy(network(part), labels)
-        pieces.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]) * len(part))
-    sizes = [len(part) for part in x.split(batch)]
-    whole = sum(pieces).norm().item() / len(x)
-    return {"full": whole, "batch": float(np.mean([g.norm().item() / k for g, k in zip(pieces, sizes)]))}
+    batches, model = zip(attacked.split(batch), y.split(batch)), curvature.copied(network)
+    pieces = [curvature.loss_gradient(model, *part)[1] for part in batches]  # of the summed loss
+    sizes = [len(part) for part in y.split(batch)]
+    return {
+        "full": sum(pieces).norm().item() / len(x),
+        "batch": float(np.mean([g.norm().item() / k for g, k in zip(pieces, sizes)])),
+    }
 
 
 def at_start(seed):

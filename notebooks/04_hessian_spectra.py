@@ -64,6 +64,7 @@ from torch import nn
 from lib import certify, curvature, evaluation, inference, landscape, recipes, runs
 from lib.attacks import pgd
 from lib.compute import device
+from lib.differentiate import differentiating
 from lib.figures import Book, eps_colours
 
 book = Book("04_hessian_spectra", globals())
@@ -118,13 +119,13 @@ def measure(network, eps, part, k=top_k):
     values = found.values.tolist()
     result = {"top": values[:k], "smallest": values[k], "residual": found.residuals.max().item(),
               "squared_norm": landscape.flat(network).square().sum().item(),
-              "gradient": curvature_gradient(network, attacked, y)}  # fmt: skip
+              "gradient": gradient_norm(network, attacked, y)}  # fmt: skip
     return result | ({"moves": moves(network, eps, x, y, found.vectors[0])} if part == "train" and k == top_k else {})
 
 
-def curvature_gradient(network, x, y):
-    loss = nn.functional.cross_entropy(network(x), y)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*network.parameters()])]).norm().item()
+@differentiating()
+def gradient_norm(network, x, y):
+    return curvature.loss_gradient(curvature.copied(network), x, y)[1].norm().item() / len(x)
 
 
 def moves(network, eps, x, y, eigenvector):
@@ -139,6 +140,7 @@ def moves(network, eps, x, y, eigenvector):
     return rows
 
 
+# %%
 about = {"data": images.fingerprint, "images": hessian_images, "attack": hessian_steps, "k": top_k}
 moved_by = {"distances": distances, "steps": scatter_steps}
 spectra = {
@@ -392,10 +394,10 @@ def in_a_box(network, eps):
     signs = [torch.randn(len(theta), generator=generator).sign().to(where) for _ in range(box_samples)]
     signs += [pair.vectors[0].sign(), -pair.vectors[0].sign()]
     for r in box_radii:
-        found = [curvature_gradient(network, x, y)]
+        found = [gradient_norm(network, x, y)]
         for sign in signs:
             landscape.move(moved, theta + r * sign)
-            found.append(curvature_gradient(moved, x, y))
+            found.append(gradient_norm(moved, x, y))
         bound = certify.weight_box(network, x, y, radius=r).gradient
         by_hessian = found[0] + pair.values[0].item() * r * len(theta) ** 0.5
         rows.append({"radius": r, "bound": bound, "found": max(found), "by the Hessian": by_hessian})

@@ -35,10 +35,11 @@ changes = {}  # of the recipe: {recipe: {setting: value}}
 eps_grid = [0.0, 0.05, 0.1, 0.2]  # of the ends of training: those at which a constant budget leaves the plateau
 start_grid = [0.0, 0.05, 0.1, 0.2, 0.4]  # of the initial points
 seeds = [0, 1, 2]
+starts_per_seed = 4  # initial points
 through_below = 1.15  # mean adversarial loss of the last epoch: half of log 10
 surface_images = 100
 attack_steps = 3
-down_steps = [0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5]  # along steepest descent
+down_steps = [0.0, 0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.16, 0.2, 0.25]  # along steepest descent
 side_steps = [0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2]  # to both sides of the end of training
 plane_points = 9
 plane_images = 50
@@ -53,7 +54,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from lib import inference, landscape, recipes, runs
+from lib import inference, landscape, models, recipes, runs
 from lib.attacks import pgd
 from lib.compute import device
 from lib.figures import Book, eps_colours
@@ -68,14 +69,18 @@ chance = np.log(images.num_classes)  # the loss of even probabilities
 # %% [markdown]
 # ## The networks
 #
-# Those of notebooks 3 and 4: one network per eps and seed, trained with a constant budget. Of each, the end of
-# training; the initial point is that of its seed, the same for every eps.
+# The ends of training are those of notebooks 3 and 4: one network per eps and seed, trained with a constant budget.
+# Initial points cost no training, so there are more of them, the same for every eps.
 
 # %%
 keys = list(product(eps_grid, seeds))
 configs = [recipes.configure(settings, schedule="constant", eps=eps, seed=seed) for eps, seed in keys]
 trained = dict(zip(keys, runs.grid(configs, images)))
-starts = {seed: trained[eps_grid[0], seed].model(0).to(where) for seed in seeds}
+shape = {"in_channels": x.shape[1], "num_classes": images.num_classes, "image_size": x.shape[2]}
+origins = [1000 * seed + i for seed in seeds for i in range(starts_per_seed)]
+many = f"{len(origins)} initial point{'s' * (len(origins) > 1)}, {surface_images} training images"
+starts = {origin: models.build(settings["model"], seed=origin, width=settings["width"], **shape).to(where).eval()
+          for origin in origins}  # fmt: skip
 n = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {surface_images} training images"
 per_epoch = -(-len(images.y_train) // settings["batch_size"])
 stuck = [k for k, run in trained.items() if not run.steps.loss[-per_epoch:].mean() < through_below]
@@ -115,29 +120,30 @@ rule_drop
 
 
 # %%
-def down(seed):
-    return [loss_along(starts[seed], descent(starts[seed], e), down_steps, e).tolist() for e in start_grid]
+def down(origin):
+    return [loss_along(starts[origin], descent(starts[origin], e), down_steps, e).tolist() for e in start_grid]
 
 
-down_about = about | {"eps": start_grid, "steps": down_steps}
-found = {s: runs.remember("surfaces", down_about | {"start": trained[eps_grid[0], s].folder.name}, partial(down, s))
-         for s in seeds}  # fmt: skip
-drops = pd.DataFrame({"eps": e, "seed": s, "step": t, "loss": v} for s in seeds for e, line in zip(start_grid, found[s])
-                     for t, v in zip(down_steps, line))  # fmt: skip
-depth = drops.groupby(["seed", "eps"]).loss.agg(lambda v: v.iloc[0] - v.min()).unstack("eps")
+down_about = about | {"eps": start_grid, "steps": down_steps} | {k: settings[k] for k in ("model", "width")}
+found = {o: runs.remember("surfaces", down_about | {"start": o}, partial(down, o)) for o in origins}
+drops = pd.DataFrame({"eps": e, "start": o, "step": t, "loss": v} for o in origins
+                     for e, line in zip(start_grid, found[o]) for t, v in zip(down_steps, line))  # fmt: skip
+depth = drops.groupby(["start", "eps"]).loss.agg(lambda v: v.iloc[0] - v.min()).unstack("eps")
 fig, axes = plt.subplots(1, 2, figsize=(7, 3), width_ratios=[3, 2])
 sns.lineplot(drops, x="step", y="loss", hue="eps", palette=colours, errorbar=("pi", 100), err_kws={"alpha": 0.15},
              ax=axes[0])  # fmt: skip
 axes[0].axhline(chance, color="grey", linestyle=":")
-axes[0].set(xlabel="step along steepest descent", ylabel="adversarial loss", ylim=(None, chance + 0.4))
+axes[0].set(
+    xlabel="step along steepest descent", ylabel="adversarial loss", ylim=(drops.loss.min() - 0.02, chance + 0.2)
+)
 for eps in start_grid:
     axes[1].scatter([eps] * len(depth), depth[eps], color=colours[eps], clip_on=False)
 axes[1].plot(depth.mean(), color="0.6", zorder=0)
 axes[1].set(xlabel="eps of the attack", ylabel="drop of the loss", ylim=(0, None))
 book.save(
-    fig, "05_drop", drops, source=images.source, seeds=seeds,
+    fig, "05_drop", drops, source=images.source, seeds=origins,
     caption=f"Adversarial loss from the initial point along its steepest descent (cut above), mean and range, and the "
-    f"drop; {n}. Dotted: log {images.num_classes}.",
+    f"drop; {many}. Dotted: log {images.num_classes}.",
 )  # fmt: skip
 
 # %%
@@ -146,7 +152,7 @@ book.claim(
     section="4.1",
     paper="gradients are small round the initial point if eps is large (the surfaces are our reading)",
     holds=rule_drop(depth.to_numpy()),
-    n=n,
+    n=many,
     source=images.source,
 )
 
@@ -240,7 +246,7 @@ reaches.groupby(level=[0, 1, 3]).mean().unstack("eps").round(3)
 
 # %%
 def planes(eps, seed):
-    start, end = starts[seed], trained[eps, seed].model().to(where)
+    start, end = starts[1000 * seed], trained[eps, seed].model().to(where)
     down = np.concatenate([descent(start, eps).cpu(), landscape.random_directions(start, 1, seed=seed).cpu()])
     ticks = [np.linspace(-0.1, 0.4, plane_points), np.linspace(-0.3, 0.3, plane_points)]
     side = np.linspace(-0.5, 0.5, plane_points)
@@ -251,6 +257,7 @@ def planes(eps, seed):
     ]
 
 
+# %%
 titles = [("initial point", "steepest descent", "random"), ("end of training", "random", "random")]
 facts = about | {"images": plane_images, "points": plane_points}
 shown = [eps for eps in plane_grid if eps in eps_grid]
