@@ -11,7 +11,7 @@ Usage: ./run_all.sh [NOTEBOOK ...] [--profile NAME] [-j N] [--timeout S] [--list
        ./run_all.sh --setup                  only make the environment
 
   NOTEBOOK    name, number or beginning of a name, such as 3 (default: all)
-  --profile   size of the experiments: quick, laptop, gpu, gpu-cifar, paper or tiny (default: quick, which rewrites
+  --profile   size of the experiments: quick, overnight, gpu, gpu-cifar, paper or tiny (default: quick, which rewrites
               notebooks/*.ipynb and figures/quick/; the others write build/PROFILE/*.ipynb and figures/PROFILE/, tiny
               only build/tiny/); or a file of your own, my.yaml, which writes only build/my/
   -j N        notebooks side by side (default: 2)
