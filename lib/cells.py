@@ -23,7 +23,7 @@ import torch
 
 from . import compute, inference, recipes, runs, training
 from .attacks import autoattack, pgd
-from .evaluation import predict
+from .evaluation import wrong
 from .files import read_json, write_json
 from .models import Ensemble
 
@@ -43,24 +43,15 @@ def attacks(eps, seed, *, steps, step_fraction, strong_steps, queries):
     """PGD from a point of the ball, and the stronger ones: {name: a function (model, x, y) -> x_adv}."""
     common = {"eps": eps, "num_steps": strong_steps, "num_restarts": 1, "num_queries": queries, "seed": seed}
     first = partial(pgd, eps=eps, step_size=step_fraction * eps, num_steps=steps, random_start="ball",
-                    generator=torch.Generator(compute.device()).manual_seed(seed))  # fmt: skip
+                    stop_early=True, generator=torch.Generator(compute.device()).manual_seed(seed))  # fmt: skip
     apgd = f"APGD-{strong_steps}"
     names = {f"{apgd} CE": "apgd-ce", f"{apgd} DLR": "apgd-dlr", f"Square-{queries}": "square"}
     return {f"PGD-{steps}": first} | {k: partial(autoattack, attacks=(v,), **common) for k, v in names.items()}
 
 
-def wrong(model, x, y, attacks, *, batch_size=250):
-    """Masks (N,), True where an image is misclassified: "clean", and under each attack.
-
-    An image that is misclassified as it is counts as wrong under every attack, and no attack is spent on it.
-    """
-    clean = predict(model, x, batch_size=batch_size).argmax(1) != y
-    masks = {"clean": clean}
-    for name, attack in attacks.items():
-        masks[name] = clean.clone()
-        for i in (~clean).nonzero().squeeze(1).split(batch_size) if not clean.all() else ():
-            masks[name][i] = predict(model, attack(model, x[i], y[i])).argmax(1) != y[i]
-    return {name: mask.cpu().numpy() for name, mask in masks.items()}
+def mistakes(model, x, y, attacks):
+    """{"clean" and each attack: a mask (N,)}: as of `evaluation.wrong`, so that no attack is spent on what is wrong."""
+    return {name: wrong(model, x, y, attack).cpu().numpy() for name, attack in ({"clean": None} | attacks).items()}
 
 
 def make(recipe, settings, arm, data, aside, **changes):
@@ -76,7 +67,7 @@ def make(recipe, settings, arm, data, aside, **changes):
     """
     run, plan, periods = runs.run(configure(settings, arm, **changes), data), settings["plan"], settings["periods"]
     facts = {"run": run.folder.name, "aside": aside and aside.fingerprint, "plan": plan, "periods": periods}
-    measured = runs.remember("cells", facts, lambda: _measure(run, data, aside, periods, **plan))
+    measured = runs.remember("cells", facts, lambda: _measure(run, data, aside, periods, **plan), version=2)
     made = {"training": run.made, "attacks": measured["made"]}
     return _asked(recipe, arm, run.config, data, settings) | {"masks": measured["masks"], "made": made}
 
@@ -94,7 +85,7 @@ def _measure(run, data, aside, periods, *, pgd_images, strong_images, **plan):
     def look(network, epochs, part, images, chosen):
         members = [run.model(epoch) for epoch in epochs]
         net = (Ensemble(members) if len(members) > 1 else members[0]).to(compute.device())
-        masks = wrong(net, *(t.to(compute.device()) for t in images), chosen)
+        masks = mistakes(net, *(t.to(compute.device()) for t in images), chosen)
         entries.extend({"network": network, "part": part, "epochs": epochs, "attack": attack, "n": len(mask),
                         "wrong": np.packbits(mask).tobytes().hex()} for attack, mask in masks.items())  # fmt: skip
         return masks[next(iter(chosen))].mean()

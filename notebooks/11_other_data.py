@@ -109,7 +109,7 @@ def measured(run, found):
         eps = run.config.eps
         attack = partial(pgd, eps=eps, step_size=eps / 4, num_steps=attack_steps, random_start="ball",
                          generator=torch.Generator().manual_seed(run.config.seed))  # fmt: skip
-        masks = cells.wrong(run.model(), found.x_test, found.y_test, {"robust": attack})
+        masks = cells.mistakes(run.model(), found.x_test, found.y_test, {"robust": attack})
         return {kind: np.packbits(mask).tobytes().hex() for kind, mask in masks.items()}
 
     facts = {"run": run.folder.name, "attack": ["pgd", attack_steps, 0.25]}

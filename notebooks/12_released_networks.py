@@ -160,7 +160,7 @@ def load_all():
 lines, masks, sharp = [], {}, []
 for family, arm, number, eps, network, pictures in load_all():
     x, y = pictures.x_test[:images], pictures.y_test[:images]
-    found = cells.wrong(network, x, y, cells.attacks(eps, 0, **attacks))
+    found = cells.mistakes(network, x, y, cells.attacks(eps, 0, **attacks))
     found["worst"] = np.any(list(found.values()), axis=0)
     masks |= {(family, arm, number, kind.split("-")[0]): mask for kind, mask in found.items()}
     lines.append({"family": family, "arm": arm, "number": number} | {kind: mask.mean() for kind, mask in found.items()})

@@ -12,7 +12,7 @@ from torch import nn
 
 from lib import cells, inference, recipes, training
 from lib.attacks import pgd
-from lib.cells import compare, masks, notation, pair, path_of, rates, read, stuck, table, write, wrong
+from lib.cells import compare, masks, mistakes, notation, pair, path_of, rates, read, stuck, table, write
 from lib.evaluation import error, predict, robust_error
 from lib.models import Ensemble
 from lib.runs import run
@@ -54,14 +54,14 @@ def test_masks_by_hand():
         seen.append(len(x))
         return x + 0.1  # turns the second
 
-    found = wrong(Bright(), x, y, {"up": up, "down": lambda model, x, y: x - 0.1})
+    found = mistakes(Bright(), x, y, {"up": up, "down": lambda model, x, y: x - 0.1})
     assert {k: v.tolist() for k, v in found.items()} == {
         "clean": [False, False, False, True],
         "up": [False, True, False, True],
         "down": [False, False, True, True],
     }
     assert seen == [3]  # no attack on what is wrong already
-    found = wrong(Bright(), x, (x.mean((1, 2, 3)) < 0.5).long(), {"up": up})  # nothing left to attack
+    found = mistakes(Bright(), x, (x.mean((1, 2, 3)) < 0.5).long(), {"up": up})  # nothing left to attack
     assert found["up"].all() and seen == [3]
 
 
@@ -70,7 +70,7 @@ def test_masks_are_those_of_evaluation():
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     x, y = torch.rand(40, 1, 4, 4), torch.randint(3, (40,))
     attack = partial(pgd, eps=0.1, step_size=0.05, num_steps=5, random_start=False)
-    found = wrong(net, x, y, {"pgd": attack}, batch_size=7)
+    found = mistakes(net, x, y, {"pgd": attack})
     assert found["clean"].mean() == error(net, x, y)
     # A wrong image may be attacked back to its class: the definition counts it, for x itself is in the ball.
     assert found["pgd"].mean() >= robust_error(net, x, y, attack)
