@@ -45,12 +45,12 @@ networks = {
 }
 seeds = [0, 1, 2]
 eps_grid = [0.0, 0.002, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4]
-test_images = 150
+test_images = 120
 test_steps = 10
 few = 0.05  # a bound that proves at most this share of the digits is vacuous
 margin = 0.05  # a smaller difference of certified errors does not matter
 lipschitz_eps = [0.001, 0.01, 0.03, 0.1]
-lipschitz_images = 12
+lipschitz_images = 8
 lipschitz_points = 6  # in each ball, where gradients are looked at
 
 # %%
