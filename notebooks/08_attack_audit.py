@@ -466,8 +466,9 @@ signs["text"] = signs.digits.astype(str) + "/" + signs.n.astype(str)
 counts, seen = (signs.pivot(index="network", columns="sign", values=v).loc[list(masks), list(shows)]
                 for v in ("text", "seen"))  # fmt: skip
 fig, ax = plt.subplots(figsize=(7, 3.4))
-sns.heatmap(seen.fillna("no").map(["no", "?", "yes"].index), annot=counts.fillna("–"), fmt="", vmin=0, vmax=2, cbar=False, linewidths=1, ax=ax,
-            cmap=["#dfe8df", "#f1efe6", "#e08a78"], annot_kws={"color": "black", "size": 8})  # fmt: skip
+sns.heatmap(seen.fillna("no").map(["no", "?", "yes"].index), annot=counts.fillna("–"), fmt="", vmin=0, vmax=2,
+            cbar=False, linewidths=1, ax=ax, cmap=["#dfe8df", "#f1efe6", "#e08a78"],
+            annot_kws={"color": "black", "size": 8})  # fmt: skip
 ax.set(xlabel="", ylabel="")
 ax.set_xticks(ax.get_xticks(), [fill(k, 11) for k in shows], rotation=0)
 ax.tick_params(labelsize=8)
