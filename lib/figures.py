@@ -214,7 +214,7 @@ def explain(shell, name):
             return
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
         if where := _assigned_in(name).get(error.name):
-            print(f"`{error.name}` is made in the section {where!r}: run the cells from the top to there first.")
+            print(f"`{error.name}` comes from the section {where!r}: run the cells from the top to there first.")
 
     shell.set_custom_exc((NameError, KeyboardInterrupt), handle)
 
@@ -275,6 +275,8 @@ def _assigned(source):
             yield node.id
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from ((alias.asname or alias.name).split(".")[0] for alias in node.names)
 
 
 def _write_record(path, record):

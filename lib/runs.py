@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import compute
 from .files import folder_from_environment, read_json, write_json

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import models, schedules
 from .attacks import channels_last, check_eps, check_norm, check_start, pgd

@@ -213,7 +213,7 @@ def test_play(lab):
     lab.current(f"(panel.content.deselectAll(), panel.content.activeCellIndex = {alone}, null)")
     lab.do("notebook:run-cell")
     said = json.dumps(lab.cells()[alone]["outputs"])
-    assert "NameError" in said and re.search(r"is made in the section .*: run the cells from the top", said), said
+    assert "NameError" in said and re.search(r"comes from the section .*: run the cells from the top", said), said
 
     lab.write(
         *parameters(cells, seeds=[3, 4, 5], changes={"lenet on mnist5k": TINY | {"images": [4000, 50], "epochs": 40}})
