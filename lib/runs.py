@@ -54,6 +54,7 @@ def grid(configs, data):
     with tqdm(total=len(configs), desc="runs", disable=len(configs) < 2, mininterval=1) as bar:
         for wait in (False, True):
             for config in configs:
+                bar.set_postfix_str(config.describe(), refresh=False)
                 if config not in done and (found := run(config, data, wait=wait)):
                     done[config] = found
                     bar.update()

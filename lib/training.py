@@ -221,7 +221,8 @@ def train(config, data, *, folder):
     else:
         state.keep(folder)
     rest = range(state.epoch, config.epochs)
-    for _ in tqdm(rest, desc=config.describe(), initial=state.epoch, total=config.epochs, leave=False, mininterval=1):
+    bar = {"desc": config.describe(), "initial": state.epoch, "total": config.epochs, "leave": False, "mininterval": 1}
+    for _ in tqdm(rest, **bar, disable=bool(tqdm._instances)):  # one line at a time: a grid has its own
         try:
             with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
                 state.train_epoch()
