@@ -34,8 +34,9 @@
 # doubted it: one because ReLU has no second derivative, one because two worst inputs might have equal gradients.
 #
 # *Change this, expect that.* `sgd_lengths = [100, 1000]`: the frequencies are above the lines of Theorem 2, and its
-# verdict is undecided: T is too small for the smallest eps. `activations = ["softplus"]`: at this eps these networks learn nothing, and the
-# verdicts on networks are undecided for that reason. `tight_cases = 50`: still equal, to rounding.
+# verdict is undecided: T is too small for the smallest eps. `activations = ["softplus"]`: at this eps these networks
+# learn nothing, and the verdicts on networks are undecided for that reason. `tight_cases = 50`: still equal, to
+# rounding.
 
 # %% tags=["parameters"]
 profile = "quick"
@@ -602,7 +603,7 @@ network = pd.DataFrame(rows, columns=names)
 
 # %%
 CONTROL = {"linf": "sign steps (max norm)", "l2": "control: no signs (Euclidean)"}
-fig, axes = plt.subplots(2, len(network_eps), figsize=(7, 4.6), sharey="row", squeeze=False)
+fig, axes = plt.subplots(2, len(network_eps), figsize=(7, 4.6), squeeze=False)
 near = network[network.distance == max(distances)]
 for ax, (kind, radii) in zip(axes.T, network_eps.items()):
     part = near[near.norm == kind]
