@@ -308,7 +308,8 @@ book.answer(
 # ## Change this, expect that
 #
 # - `start_grid = [0.4]`: one eps has no trend; the verdict is undecided and says why.
-# - `side_steps = {"random": [0.01, 0.02], "top eigenvector": [0.001, 0.002]}`: no line reaches a rise of 1, all reaches are the longest step, and no order is seen.
+# - `side_steps = {"random": [0.01, 0.02], "top eigenvector": [0.001, 0.002]}`: no line reaches a rise of 1, all reaches
+#   are the longest step, and no order is seen.
 
 # %%
 book.close()
