@@ -329,7 +329,7 @@ def smoothed(network):
     smooth = copy.deepcopy(network)
     for i, layer in enumerate(smooth):
         if isinstance(layer, nn.ReLU):
-            smooth[i] = nn.Softplus(beta=smooth_beta, threshold=100)
+            smooth[i] = nn.Softplus(beta=smooth_beta)
     return smooth.eval()
 
 
