@@ -68,13 +68,16 @@ def test_the_lock_is_plain_and_universal():
     assert "linux" in markers and "darwin" in markers and "python_full_version" in markers
 
 
-def test_conda_brings_python_and_pip_and_no_more():
+def test_conda_brings_what_the_project_needs_at_the_versions_of_the_lock():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["name"] == PROJECT["name"]
     assert environment["channels"] == ["conda-forge", "nodefaults"]
-    python, pip = environment["dependencies"]
+    python, pip, packages = environment["dependencies"]
     version = re.fullmatch(r"python=(3\.\d+)", python)[1]
     assert version in SpecifierSet(PROJECT["requires-python"]) and pip == "pip"
+    pins = pins_on(next(machine for machine in MACHINES if machine["python_version"] == version))
+    needs = [Requirement(need).name for need in PROJECT["dependencies"]]
+    assert packages["pip"] == [f"{name}=={pins[canonicalize_name(name)]}" for name in needs]
 
 
 def test_actions_are_pinned_by_commit():
