@@ -48,7 +48,8 @@ def tool(folder, *arguments):
 def reader(folder):
     """The environment of a reader whose active Python is this one, and whose `lib` is that of the clone."""
     env = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "FIGURES_DIR", "RUNS_DIR", "PROFILE")}
-    return env | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "PYTHONPATH": str(folder)}
+    own = {f"JUPYTER_{name}_DIR": str(folder.parent / "jupyter") for name in ("CONFIG", "DATA", "RUNTIME")}
+    return env | own | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "PYTHONPATH": str(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +229,7 @@ def test_play(lab):
     lab.current("panel.context.__running.then(() => null, () => null)")
     said = json.dumps(lab.cells()[alone]["outputs"])
     assert "Interrupted. What was trained and measured is kept" in said and "Traceback" not in said, said
+    lab.current(f"(panel.content.activeCellIndex = {alone}, panel.content.scrollToItem({alone}), null)")
     lab.page.screenshot(path=lab.folder.parent / "interrupted.png")
     lab.write(*parameters(lab.cells(), seeds=[1, 2], changes={"lenet on mnist5k": TINY}))
     assert lab.run_all()[1] == []
