@@ -441,7 +441,7 @@ book.answer(
     "What holds round the point, not only at it?",
     f"The local Lipschitz constant of the loss in its parameters is proved to within a factor of 2 of what is found "
     f"for boxes of radius up to {', '.join(f'{r:g} (eps {e:g})' for e, r in tight.items()) or 'none of those tried'}; "
-    f"beyond, interval bounds say nothing (a factor of {loose.iloc[-1]:.1g} at radius {loose.index[-1]:g}), and only "
+    f"beyond, interval bounds say nothing (a factor of {loose.iloc[-1]:,.0f} at radius {loose.index[-1]:g}), and only "
     f"eigenvalues and samples remain.",
     reviewer="Reviewer 2, on the Hessian",
     n=f"{len(eps_grid)} networks, {box_images} images",
