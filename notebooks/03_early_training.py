@@ -148,7 +148,7 @@ def gradients(network, eps, batch=settings["batch_size"]):
     """Norm of the gradient of the adversarial loss over all the images, and the mean norm over its mini-batches."""
     attacked = evaluation.attacked(network, x, y, attack_of(eps)) if eps else x
     batches, model = zip(attacked.split(batch), y.split(batch)), curvature.copied(network)
-    pieces = [curvature.loss_gradient(model, *part)[1] for part in batches]  # of the summed loss
+    pieces = [curvature.loss_gradient(model, *part) for part in batches]  # of the summed loss
     sizes = [len(part) for part in y.split(batch)]
     return {
         "full": sum(pieces).norm().item() / len(x),
