@@ -125,7 +125,7 @@ def measure(network, eps, part, k=top_k):
 
 @differentiating()
 def gradient_norm(network, x, y):
-    return curvature.loss_gradient(curvature.copied(network), x, y)[1].norm().item() / len(x)
+    return curvature.loss_gradient(curvature.copied(network), x, y).norm().item() / len(x)
 
 
 def moves(network, eps, x, y, eigenvector):

@@ -89,7 +89,7 @@ def attack_of(eps, num_steps, step_fraction):
 def gradient_norm(network, eps):
     few, attack = parts["training"], attack_of(eps, test_steps, 2.5 / test_steps)
     inputs = evaluation.attacked(network, *few, attack) if attack else few[0]
-    return curvature.loss_gradient(curvature.copied(network), inputs, few[1])[1].norm().item() / len(inputs)
+    return curvature.loss_gradient(curvature.copied(network), inputs, few[1]).norm().item() / len(inputs)
 
 
 norms = pd.DataFrame(
