@@ -266,9 +266,8 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_other_tools_leave_what_is_committed(lab, command):
     """On the notebook as the reader left it."""
-    before = {
-        path: path.read_bytes() for folder in ("notebooks", "figures") for path in lab.folder.glob(f"{folder}/*.*")
-    }
+    paths = [path for folder in ("notebooks", "figures") for path in lab.folder.glob(f"{folder}/*") if path.is_file()]
+    before = {path: path.read_bytes() for path in paths}
     os.utime(lab.folder / COMMANDS[command][-1]) if "sync" in command else None
     done = subprocess.run(
         [sys.executable, *COMMANDS[command]], cwd=lab.folder, env=reader(lab.folder), capture_output=True
