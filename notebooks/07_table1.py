@@ -197,6 +197,7 @@ def counts(row):
     return f"{part['seed'].nunique()} seed{'s' * (part['seed'].nunique() > 1)}, {n:,} test images, {names[row]}"
 
 
+# %%
 for name, row in claimed.items():
     lr, on = usual[name], {arm: cells.stuck(of[row], arm, usual[name]) for arm in ("constant", "cosine")}
     cause = "" if on["constant"] else "no constant run is on the plateau: nothing to leave"
