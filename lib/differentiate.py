@@ -45,8 +45,8 @@ def gradient(value, inputs, v=None, *, again=False, keep=None):
     if not value.requires_grad:  # it depends on none of them
         return tuple(torch.zeros_like(t) for t in inputs)
     if v is not None:  # not as PyTorch's grad_outputs: their check imports a computer algebra system, for seconds
-        with torch.enable_grad():
-            value = (value * v).sum()
+        with torch.inference_mode(False), torch.enable_grad():
+            value = (value * own(v)).sum()
     try:
         return torch.autograd.grad(value, inputs, create_graph=again, retain_graph=keep, materialize_grads=True)
     except RuntimeError as error:

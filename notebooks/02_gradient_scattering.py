@@ -434,6 +434,7 @@ def exceed(eps, thresholds, T):
     return counts.mean(3) / T, squares.mean(2) / T
 
 
+# %%
 grid = 10 ** np.arange(-1.75, -0.2, 0.25)
 fractions = np.array([0.15, 0.2, 0.3, 0.4, 0.5])  # eps as a fraction of a fixed threshold 2 T^(-1/4): γ = 2 and more
 tails, growth = [], []
@@ -588,6 +589,7 @@ def scatter_of(key, kind, e, k):
     return [list(map(float, values)) for values in zip(*moved)]
 
 
+# %%
 rows = []
 for key in keys:
     for kind, radii in network_eps.items():
@@ -679,6 +681,7 @@ def maximisers(key, kind, e):
     return values
 
 
+# %%
 rows, learnt = [], [key for key in keys if errors[key] <= 0.5]
 for key in learnt:
     for kind, radii in network_eps.items():

@@ -88,6 +88,7 @@ unless = f"{len(stuck)} of {len(keys)} networks are not through" if stuck else "
 print(unless or "All networks are through.")
 
 
+# %%
 def attack_of(eps):
     # No random start: the adversarial loss is then a function of the parameters and of nothing else.
     step = max(2.5 / attack_steps, 1) if attack_steps < 3 else 2.5 / attack_steps

@@ -92,6 +92,7 @@ def gradient_norm(network, eps):
     return curvature.loss_gradient(curvature.copied(network), inputs, few[1]).norm().item() / len(inputs)
 
 
+# %%
 norms = pd.DataFrame(
     {"eps": e, "initial point": gradient_norm(trained[e, s].model(0).to(where), e), "end": gradient_norm(m, e),
      "loss in training, last epoch": trained[e, s].steps.loss[-len(y) // settings["batch_size"] :].mean()}

@@ -371,14 +371,24 @@ class TestPrecision:
         torch.testing.assert_close(a, b, atol=0.03 * b.abs().max().item(), rtol=0)
         assert torch.equal(b, predict(trained, batch[0]))
 
-    @pytest.mark.parametrize("capabilities, native", [
-        ({}, False), ({"neon": True, "bf16": True}, False), ({"avx512_bf16": False, "amx_bf16": False}, False),
-        ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True),
+    @pytest.mark.parametrize("capabilities, vendor, gains", [
+        ({}, "GenuineIntel", False), ({"neon": True, "bf16": True}, "", False),
+        ({"avx512_bf16": True}, "GenuineIntel", False), ({"avx512_bf16": True}, "AuthenticAMD", True),
+        ({"amx_bf16": True, "avx512_bf16": True}, "GenuineIntel", True),
     ])  # fmt: skip
-    def test_which_processors_have_it(self, monkeypatch, capabilities, native):
+    def test_which_processors_gain_by_it(self, monkeypatch, capabilities, vendor, gains):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-        assert compute.fast_dtype(torch.device("cpu")) == (torch.bfloat16 if native else None)
+        monkeypatch.setattr(compute, "_cpuinfo", lambda _field: vendor)
+        assert compute.fast_dtype(torch.device("cpu")) == (torch.bfloat16 if gains else None)
         assert compute.fast_dtype(torch.device("mps")) is None
+
+    def test_the_environment_decides_before_the_processor(self, monkeypatch):
+        for asked, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
+            monkeypatch.setenv("PRECISION", asked)
+            assert compute.fast_dtype(torch.device("cpu")) == dtype
+        monkeypatch.setenv("PRECISION", "half")
+        with pytest.raises(ValueError, match="PRECISION is 'half': choose auto, float32 or bfloat16"):
+            compute.fast_dtype(torch.device("cpu"))
 
     @pytest.mark.parametrize("channels", [1, 3])
     def test_layers_after_the_first_get_their_channels_last(self, channels, monkeypatch):

@@ -548,7 +548,7 @@ class TestTraining:
             train(CONFIG, data, folder=tmp_path / "cut")
         assert (tmp_path / "cut" / "checkpoint.safetensors").exists()
         train(CONFIG, data, folder=tmp_path / "cut")
-        for path in (tmp_path / "whole").iterdir():
+        for path in set((tmp_path / "whole").iterdir()) - {tmp_path / "whole" / "made.json"}:  # that says when
             assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
 
     def test_it_proves_what_other_training_does_not(self, data, tmp_path):
@@ -568,8 +568,6 @@ class TestTraining:
         with pytest.raises(ValueError, match=message):
             replace(CONFIG, **change)
 
-    def test_batch_normalisation_is_refused(self, data, tmp_path):
-        colours = Data(*(t.expand(-1, 3, -1, -1) if t.dim() == 4 else t for t in
-                         (data.x_train[:50], data.y_train[:50], data.x_test, data.y_test)), "stripes")  # fmt: skip
-        with pytest.raises(ValueError, match=r"training failed in epoch 0.*no interval bounds for layer BatchNorm2d"):
-            train(replace(CONFIG, model="resnet18"), colours, folder=tmp_path)
+    def test_batch_normalisation_is_refused_before_anything_runs(self):
+        with pytest.raises(ValueError, match="batch normalisation mixes the inputs of resnet18"):
+            replace(CONFIG, model="resnet18")
