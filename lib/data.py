@@ -84,7 +84,7 @@ class Images:
         return replace(self, device=torch.device(device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Data:
     """A data set: x_train, x_test (N, C, H, W) float32 in [0, 1], each a tensor or `Images` on disk; y_train, y_test
     (N,) int64; source, a sentence."""
@@ -94,6 +94,10 @@ class Data:
     x_test: torch.Tensor
     y_test: torch.Tensor
     source: str
+
+    def __repr__(self):
+        size = " x ".join(map(str, self.x_train.shape[1:]))
+        return f"Data({self.source}: {len(self.y_train):,} + {len(self.y_test):,} images, {size})"
 
     @cached_property
     def num_classes(self):

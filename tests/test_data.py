@@ -729,3 +729,7 @@ class TestCut:
 def test_the_default_folder_is_beside_lib(monkeypatch):
     monkeypatch.delenv("DATA_DIR")
     assert data.data_dir() == data.ROOT / "data"
+
+
+def test_a_data_set_says_what_it_is_in_a_line(digits):
+    assert repr(digits) == f"Data({digits.source}: 4,000 + 1,000 images, 1 x 28 x 28)"
