@@ -27,6 +27,7 @@ from . import models, schedules
 from .attacks import channels_last, check_eps, check_norm, check_start, pgd
 from .certify import worst_margins
 from .compute import device, fast_dtype, made
+from .differentiate import differentiating
 from .evaluation import evaluate, predict
 from .files import read_json, write_bytes, write_json
 
@@ -197,6 +198,7 @@ class Run:
         return model.eval()
 
 
+@differentiating()
 def train(config, data, *, folder):
     """Train by the config, or go on with a run that was cut off, or read a finished one.
 
@@ -224,8 +226,7 @@ def train(config, data, *, folder):
     bar = {"desc": config.describe(), "initial": state.epoch, "total": config.epochs, "leave": False, "mininterval": 1}
     for _ in tqdm(rest, **bar, disable=bool(tqdm._instances)):  # one line at a time: a grid has its own
         try:
-            with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
-                state.train_epoch()
+            state.train_epoch()
         except ValueError as error:
             raise ValueError(f"training failed in epoch {state.epoch}, {config.describe()}: {error}") from error
         if state.epoch in (*config.restarts, config.epochs) or state.epoch % (config.keep_every or config.epochs) == 0:

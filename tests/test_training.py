@@ -1,6 +1,5 @@
 """Training against loops written out, and against being killed."""
 
-import json
 import math
 import multiprocessing
 import os
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import attacks, compute, models, training
+from lib import attacks, compute, files, models, training
 from lib.data import Data
 from lib.training import TrainConfig, augment, train
 
@@ -220,10 +219,10 @@ class TestBudget:
             assert budget(begin) == 0
             assert budget(begin + length / 4) == pytest.approx(16 / 255 * (1 - math.sqrt(0.5)) / 2)
             assert budget(begin + length / 2) == pytest.approx(8 / 255)
-            assert budget(begin + length - 1e-9) == 8 / 255  # clipped
+            assert budget(begin + length - 1e-9) == pytest.approx(8 / 255, rel=1e-11)  # clipped
             rates = [config.learning_rate(begin + f * length) for f in (0, 0.49, 0.5, 0.74, 0.75, 0.999)]
             assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-        assert budget(200) == 8 / 255 and config.learning_rate(200) == pytest.approx(0.001)
+        assert budget(200) == pytest.approx(8 / 255, rel=1e-11) and config.learning_rate(200) == pytest.approx(0.001)
         assert hash(config) == hash(replace(config, restarts=(100, 150)))
 
     def test_l2_and_the_start_reach_the_attack(self, tmp_path, monkeypatch):
@@ -284,9 +283,9 @@ class TestFiles:
             training.read(folder, replace(BASE, epochs=1)).model()
 
     def test_a_model_of_another_architecture_is_named(self, folder):
-        record = json.loads((folder / "run.json").read_text())
+        record = files.read_json(folder / "run.json")
         record["config"]["model"] = "resnet18"
-        (folder / "run.json").write_text(json.dumps(record))
+        files.write_json(folder / "run.json", record)
         path = folder / "model-1.safetensors"
         tensors, about = training._load(path)
         del about["model"]["image_size"]
@@ -357,8 +356,8 @@ def test_models_are_kept_as_asked(tmp_path):
 # raise training.VERSION and write the new numbers here; rounding on other processors stays far within the tolerance.
 GOLDEN = {
     "lenet": [1.09604, 1.12365, 1.1151, 1.12544, 1.10755, 1.10724, 1.11042, 1.12125],
-    "vgg16": [1.34022, 1.34126, 1.26209, 1.07713, 0.819741, 0.743968, 0.684278, 0.60003],
-    "resnet18": [1.29807, 1.10398, 1.15737, 1.16216, 1.13344, 1.03253, 1.1477, 1.14646],
+    "vgg16": [1.34022, 1.33456, 1.16654, 0.792735, 0.603756, 0.553707, 0.482353, 0.377152],
+    "resnet18": [1.29807, 1.10508, 1.13824, 1.15605, 1.14332, 1.09276, 1.29557, 1.25033],
     "interval": [1.09655, 1.19797, 2.07893, 2.56575, 1.10472, 1.10213, 1.09312, 1.10143],
 }
 
@@ -369,10 +368,13 @@ def test_training_still_means_what_its_version_says(tmp_path, monkeypatch, name)
     assert training.VERSION == 1
     data = stripes(80, 20)
     data = data if name in ("lenet", "interval") else data.rgb()
+    # Attacks on untrained networks with batch normalisation follow the rounding: LeNet's is the one that is held.
+    rising = {"eps": 0.1, "schedule": "cosine", "schedule_stop": 0.15}
+    budget = rising if name in ("lenet", "interval") else {"eps": 0.0, "schedule": "constant"}
     config = replace(
         BASE, model="lenet" if name == "interval" else name, objective="interval" if name == "interval" else "attack",
         epochs=2, batch_size=20, optimizer="sgd", lr=0.05, weight_decay=1e-2, restarts=(1,), lr_drops=(0.5,),
-        augment=name != "interval", eps=0.1, step_size=0.05, schedule="cosine", schedule_stop=0.15,
+        augment=name != "interval", step_size=0.05, **budget,
     )  # fmt: skip
     losses = train(config, data, folder=tmp_path).steps["loss"].tolist()
     assert losses == pytest.approx(GOLDEN[name], rel=2e-3)
