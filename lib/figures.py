@@ -125,17 +125,6 @@ class Book:
         display(Shown(content["png"], format="png", width=_width(content["png"]), alt=caption))
         display(Markdown(f"*{caption}* Data: {source}."))
 
-    def show_other_sizes(self, stem):
-        """Show the figure `stem` as the other profiles drew it, each under its record's caption and data.
-
-        Only what stands in figures/ is shown, in the order of the profiles' names; nothing is drawn.
-        """
-        for path in sorted(ROOT.glob(f"figures/*/{stem}.json")):
-            if (profile := path.parent.name) not in (self.profile, "quick"):
-                record, picture = read_json(path), path.with_suffix(".png").read_bytes()
-                display(Shown(picture, format="png", width=_width(picture), alt=record["caption"]))
-                display(Markdown(f"**Profile `{profile}`.** *{record['caption']}* Data: {record['source']}."))
-
     def claim(self, claim, **facts):
         """Add a row to the paper's ledger and show its verdict (`claims.claim`: section, holds, n, source, ...).
 
