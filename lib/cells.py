@@ -27,6 +27,7 @@ from .evaluation import wrong
 from .files import read_json, write_json
 from .models import Ensemble
 
+NAMES = {"lenet": "LeNet", "vgg16": "VGG16", "resnet18": "ResNet18"}
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 ARM = ("schedule", "schedule_stop", "restarts", "lr", "seed")  # by these settings the cells of one row may differ
 
@@ -200,6 +201,14 @@ def _mixed(rows):
             for (profile, recipe, eps), group in kinds if group["row"].nunique() > 1]  # fmt: skip
 
 
+def title(rows):
+    """What a row of cells is called: "VGG16, cifar10, eps 8/255"."""
+    (recipe, eps), pixels = rows[["recipe", "eps"]].iloc[0], 255 * rows["eps"].iloc[0]
+    model, data = recipe.split(" on ")
+    text = f"{round(pixels)}/255" if eps < 0.2 and abs(pixels - round(pixels)) < 1e-3 else f"{eps:g}"
+    return f"{NAMES.get(model, model)}, {data}, eps {text}"
+
+
 def masks(rows, arm, lr, network="end", part="test", kind="PGD"):
     """{seed: mask} of an arm at a learning rate. rows: of one row. Raises ValueError where a seed has two."""
     asked = {"arm": arm, "lr": lr, "network": network, "part": part, "kind": kind}
@@ -231,9 +240,9 @@ def rates(rows, arm):
 
 
 def stuck(rows, arm, lr):
-    """How many runs of an arm are on the plateau: they err on four images in five, and no attack changes that."""
+    """Seeds whose run of an arm is on the plateau: it errs on four images in five, and no attack changes that."""
     clean, attacked = (masks(rows, arm, lr, kind=kind) for kind in ("clean", "PGD"))
-    return sum(bool(clean[s].mean() >= 0.8 and attacked[s].mean() - clean[s].mean() <= 0.02) for s in clean)
+    return [s for s in clean if clean[s].mean() >= 0.8 and attacked[s].mean() - clean[s].mean() <= 0.02]
 
 
 def notation(values):

@@ -24,6 +24,7 @@ from PIL import Image, ImageChops
 
 from . import claims, compute, recipes, runs
 from .files import folder_from_environment, read_json, write_bytes, write_json
+from .settings import SettingError, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, DPI = 7, 200  # inches at most, pixels per inch
@@ -71,15 +72,15 @@ class Book:
     def _now(self):
         missing = [name for name in self.names if name not in self.namespace]
         if missing:
-            raise ValueError(f"{', '.join(missing)} is not set: run the parameters cell first")
+            raise SettingError(f"{', '.join(missing)} is not set: run the parameters cell first")
         return {name: self.namespace[name] for name in self.names}
 
     def _fresh(self):
         now = self._now()
         changed = [name for name in self.names if repr(now[name]) != repr(self.parameters[name])]
         if changed:
-            raise ValueError(f"{', '.join(changed)} changed since the book was opened: run the notebook again from the "
-                             f"cell with Book({self.name!r}, ...) on, so that all of it has one setting")  # fmt: skip
+            raise SettingError(f"{', '.join(changed)} changed since the book was opened: run the notebook again "
+                               f"from the cell with Book({self.name!r}, ...) on, so that all of it has one setting")
 
     def recipe(self, name):
         """The settings of a recipe (`recipes.get`), with this notebook's `changes`; shown, too."""
@@ -222,8 +223,14 @@ def _profile(name, parameters):
         return (profile, "") if os.environ.get("PROFILE") == profile else ("mine", f"profile = {profile!r}")
     path = ROOT / "notebooks" / "profiles" / "quick.json"
     defined = read_json(path) if path.exists() else {}
-    now = json.loads(json.dumps(parameters, default=repr))
-    different = [f"{k} = {_short(v)}" for k, v in now.items() if name in defined and defined[name].get(k) != v]
+    known, now = defined.get(name, {}), json.loads(json.dumps(parameters, default=repr))
+    if known and (odd := sorted(set(known) ^ set(now))):
+        raise SettingError(f"parameters cell: {odd[0]!r} is {'new' if odd[0] in now else 'gone'}; there should be "
+                           f"{', '.join(known)}")  # fmt: skip
+    different = [f"{k} = {_short(v)}" for k, v in now.items() if known and known[k] != v]
+    for key, old in known.items():
+        if key != "changes" and now[key] != old and fit(f"parameters cell: {key}", now[key], old) != now[key]:
+            raise SettingError(f"parameters cell: {key} is the text {now[key]!r}: write the number without quotes")
     if name in defined and json.loads(json.dumps(recipes.RECIPES)) != defined["recipes"]:
         different.append("other recipes")
     return ("mine", ", ".join(different)) if different else ("quick", "")

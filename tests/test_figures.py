@@ -4,15 +4,18 @@ import hashlib
 import io
 import json
 import math
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 
 from lib import claims, figures, inference
 from lib.figures import Book
+from lib.settings import SettingError
 
 TABLE = pd.DataFrame({"epoch": [1, 2, 3], "error": [0.1, 1 / 3, 0.25]})
 PARAMETERS = {"profile": "quick", "seeds": [0, 1], "eps": 0.4, "restarts": (1, 2), "settings": {"a": None}}
@@ -178,6 +181,32 @@ class TestParameters:
             assert (book(**other).profile, book(**other).folder) == ("mine", tmp_path / "build" / "mine" / "figures")
         monkeypatch.setenv("PROFILE", "gpu")
         assert book(profile="gpu", eps=0.3).profile == "gpu"
+
+    @pytest.mark.parametrize("change, said", [
+        ({"seeds": []}, "parameters cell: seeds is empty"),
+        ({"eps": [0.3]}, "parameters cell: eps is [0.3], but should be a number"),
+        ({"eps": "0.3"}, "parameters cell: eps is the text '0.3': write the number without quotes"),
+    ])  # fmt: skip
+    def test_what_cannot_be_used_is_one_sentence_in_the_cell(self, tmp_path, monkeypatch, change, said):
+        monkeypatch.setattr(figures, "ROOT", tmp_path)
+        quick = tmp_path / "notebooks" / "profiles" / "quick.json"
+        quick.parent.mkdir(parents=True)
+        quick.write_text(json.dumps({"03_toy": PARAMETERS, "recipes": figures.recipes.RECIPES}))
+        with pytest.raises(SettingError, match=f"^{re.escape(said)}") as caught:
+            book(**change)
+        shell = InteractiveShell.instance()
+        shown = []
+        monkeypatch.setattr(shell, "_showtraceback", lambda _kind, _error, lines: shown.extend(lines))
+        shell.showtraceback((caught.type, caught.value, caught.tb))
+        assert shown == [str(caught.value)]
+
+    def test_a_name_that_is_new_or_gone_is_named(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(figures, "ROOT", tmp_path)
+        quick = tmp_path / "notebooks" / "profiles" / "quick.json"
+        quick.parent.mkdir(parents=True)
+        quick.write_text(json.dumps({"03_toy": PARAMETERS | {"old": 1}, "recipes": figures.recipes.RECIPES}))
+        with pytest.raises(SettingError, match="'old' is gone"):
+            book()
 
     def test_changes_reach_a_recipe_by_name(self, monkeypatch):
         monkeypatch.setitem(PARAMETERS, "changes", {"lenet on mnist5k": {"width": 1}})
