@@ -11,7 +11,6 @@ figures/<profile>/cells/<recipe>-eps<eps>/<arm>-lr<rate>-seed<seed>.json.
 import hashlib
 import json
 import re
-import time
 from dataclasses import asdict
 from decimal import ROUND_HALF_UP, Decimal
 from functools import partial
@@ -80,7 +79,7 @@ def _asked(recipe, arm, config, data, settings):
 
 
 def _measure(run, data, aside, periods, *, pgd_images, strong_images, **plan):
-    config, began, entries = run.config, time.monotonic(), []
+    config, began, entries = run.config, compute.clock(), []
     (name, first), *others = attacks(config.eps, config.seed, **plan).items()
 
     def look(network, epochs, part, images, chosen):
@@ -101,7 +100,7 @@ def _measure(run, data, aside, periods, *, pgd_images, strong_images, **plan):
         look(network, epochs, "test", (data.x_test[:pgd_images], data.y_test[:pgd_images]), {name: first})
     row = "ensemble" if config.restarts else "end"  # the network that stands in the paper's Table 1
     look(row, networks[row], "strong", (data.x_test[:strong_images], data.y_test[:strong_images]), dict(others))
-    return {"masks": entries, "made": compute.made(time.monotonic() - began)}
+    return {"masks": entries, "made": compute.made(compute.clock() - began)}
 
 
 def path_of(folder, cell):

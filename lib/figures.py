@@ -8,7 +8,6 @@ import html
 import io
 import json
 import os
-import time
 from functools import cache
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from .settings import SettingError, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, DPI = 7, 200  # inches at most, pixels per inch
-PRODUCTION = ("commit", "wall_time_s", "seconds")  # when and how fast: no reason to write a record again
+PRODUCTION = ("commit", "seconds")  # when and how fast: no reason to write a record again
 SCHEDULE_COLOURS = dict(zip(("constant", "linear", "cosine", "cosine_misread"),
                             (sns.color_palette("colorblind")[i] for i in (0, 1, 2, 4)), strict=True))  # fmt: skip
 
@@ -56,7 +55,7 @@ class Book:
         self.folder = folder_from_environment("FIGURES_DIR", ROOT / "figures" / self.profile)
         if own and self.folder.resolve().is_relative_to(ROOT / "figures"):
             self.folder = ROOT / "build" / "mine" / "figures"
-        self.started, self.last = time.monotonic(), ""
+        self.started, self.last = compute.clock(), ""
         self.rows = {"claims": [], "answers": [], "checks": []}
         compute.fix_threads()
         runs.journal.clear()
@@ -164,7 +163,7 @@ class Book:
         used = {entry["run"]: entry for entry in runs.journal}
         uses = [{"run": k, "what": e["what"], "seconds": e["made"]["seconds"]} for k, e in sorted(used.items())]
         path = self.folder / f"{self.name}.uses.json"
-        _write_record(path, about | {"runs": uses, "seconds": round(time.monotonic() - self.started, 1)})
+        _write_record(path, about | {"runs": uses, "seconds": round(compute.clock() - self.started, 1)})
         if journal := os.environ.get("JOURNAL"):  # for the runner's closing table
             states = [entry["state"] for entry in used.values()]
             write_json(Path(journal), {state: states.count(state) for state in dict.fromkeys(states)})
@@ -179,7 +178,7 @@ class Book:
             n = len(self.rows["checks"])
             lines.append(f"Self-checks: {n - len(failed)} of {n} pass" + "".join(f"; FAILS: {text}" for text in failed))
         where = sorted({f"{m['device']}, {m['precision']}" for m in _made()} or {compute.hardware()["device"]})
-        foot = f"Profile `{self.profile}`; {seconds:.0f} s when it was first run, on {'; '.join(where)}."
+        foot = f"Profile `{self.profile}`; {seconds:.0f} s of computing when it was first run, on {'; '.join(where)}."
         return "\n".join(["**Answers**", "", *(f"- {line.rstrip('.')}." for line in lines), "", foot])
 
     def _about(self):
@@ -191,7 +190,7 @@ class Book:
             "hardware": compute.hardware(),
             "made": _made(),
             "commit": compute.commit(),
-            "wall_time_s": round(time.monotonic() - self.started, 1),
+            "seconds": round(compute.clock() - self.started, 1),
         }
 
 
