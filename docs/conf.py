@@ -23,10 +23,10 @@ suppress_warnings = ["myst.header"]  # an included part begins at the level that
 
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
-nb_merge_streams = True
 nb_code_prompt_show = "Show the code"
 nb_code_prompt_hide = "Hide the code"
 myst_enable_extensions = ["dollarmath", "amsmath", "attrs_block"]
+myst_dmath_double_inline = True  # display formulas within a paragraph
 myst_heading_anchors = 3
 
 html_theme = "sphinx_book_theme"
@@ -34,12 +34,14 @@ html_theme_options = {
     "home_page_in_toc": True,
     "show_navbar_depth": 1,
     "use_fullscreen_button": False,
+    "use_download_button": False,  # notebooks name theirs
     "footer_content_items": ["copyright.html"],
 }
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system is
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_extra_path = ["root"]
-html_copy_source = True
+html_copy_source = False
 
 
 def _day(commit):
@@ -62,10 +64,10 @@ def provenance(name):
     commits = _distinct(f"{record['commit']} {_day(record['commit'])}".strip() for record in records)
     machines = _distinct(f"{record['hardware']['device']}, {record['hardware']['precision']}" for record in records)
     profiles = _distinct(f"`{record['profile']}`" for record in records)
-    data = _distinct(record["source"] for record in records)
+    data = _distinct(part for record in records for part in record["source"].split("; "))
     return (
         f"**This run.** Profile: {profiles}. Data: {data}. Machine: {machines}. Commit and day: {commits}. "
-        f"Source: [{name}.py]({name}.py)."
+        f"Files: [{name}.py]({name}.py), {{download}}`{name}.ipynb`."
     )
 
 
