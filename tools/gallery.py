@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from jobs import recorded_times
 from layout import Layout
 
 from lib.claims import VERDICTS
@@ -28,6 +27,7 @@ LEDGERS = {  # ledger: its heading, and its columns: key of a row -> head
     "checks": ("What checks this companion itself", {"check": "check", "measured": "measured", "passed": "result"}),
 }  # fmt: skip
 BELIEVED = 10
+NOTHING = "nothing is judged in this run: its data are not there"
 NOTEBOOKS = re.compile(r"(<!-- notebooks: .*? -->\n).*(<!-- /notebooks -->)", re.S)
 INTRO = """\
 # Claims and figures
@@ -218,7 +218,7 @@ def _notebook(records: list[dict], seconds: float) -> list[str]:
     rows = {row["claim"]: row for row, _ in _rows(records, "claims")}  # of each the verdict of the largest profile
     shown = [row for row in rows.values() if row.get("believe")] or list(rows.values())[:1]
     lines = [f"{_words(row['claim'])}: **{row['verdict']}**" for row in shown]
-    lines = lines or [_words(row["question"]) for row, _ in _rows(records, "answers")[:1]] or ["-"]
+    lines = lines or [_words(row["question"]) for row, _ in _rows(records, "answers")[:1]] or [NOTHING]
     name, title = records[0]["notebook"], " ".join(records[0]["title"].split())
     return [f"[{title}](notebooks/{name}.ipynb)", "<br>".join(lines), _counts(records), _minutes(seconds)]
 
@@ -230,7 +230,8 @@ def _minutes(seconds: float) -> str:
 def notebooks(layout: Layout) -> str:
     """The table of notebooks: what is asked, what came out, and how long it took where its figures were made."""
     claims, _ = collect(layout)
-    times = recorded_times(layout, PROFILES[0])
+    paths = {path.name.split(".")[0]: path for path in (layout.figures / PROFILES[0]).glob("*.uses.json")}
+    times = {name: read_json(path).get("seconds", 0) for name, path in paths.items()}
     groups = {name: [record for record in claims if record["notebook"] == name] for name in layout.names()}
     rows = [_notebook(records, times.get(name, 0)) for name, records in groups.items() if records]
     rows.append(["together, two side by side", "", _counts(claims), _minutes(sum(times.values()) / 2)])
