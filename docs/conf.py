@@ -25,7 +25,7 @@ nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
 nb_code_prompt_show = "Show the code"
 nb_code_prompt_hide = "Hide the code"
-myst_enable_extensions = ["dollarmath", "amsmath", "attrs_block"]
+myst_enable_extensions = ["dollarmath", "amsmath", "attrs_block", "attrs_inline"]
 myst_dmath_double_inline = True  # display formulas within a paragraph
 myst_heading_anchors = 3
 
@@ -88,12 +88,19 @@ def dress_notebook(app, docname, source):
     source[0] = json.dumps(notebook)
 
 
+def _as_drawn(match):
+    """A picture's address, with the width at which it was drawn: it has 200 dots per inch, a page has 96."""
+    width = int.from_bytes((ROOT / "figures" / match[1]).read_bytes()[16:20], "big")
+    return f"{match[0]}{{width={round(width * 96 / 200)}px}}"
+
+
 def move_links(app, path, docname, source):
     """Links of an included part, from its own folder to this one; a link to a picture leads to it in the gallery."""
     text = source[0]
     if Path(path).parts[0] == "figures":
         text = re.sub(r"(?<!!)\[\w+\]\(([\w-]+)/(\w+)\.png\)", r"[\2](#\1-\2)", text)
         text = re.sub(r"^(?=!\[.*\]\(([\w-]+)/(\w+)\.png\)$)", r"(\1-\2)=\n", text, flags=re.M)
+        text = re.sub(r"\]\(([\w-]+/\w+\.png)\)$", _as_drawn, text, flags=re.M)
         text = re.sub(r"\]\((?=[\w-]+/)", "](../figures/", text)
     else:
         text = re.sub(r"\]\((?!https?:|#)", "](../", text).replace("../figures/README.md", "claims.md")

@@ -1,18 +1,21 @@
 """The site as a browser shows it, from the first page to the last; and that the index of the paper leads somewhere."""
 
-import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from docutils.nodes import make_id
-from test_browser import ROOT, page  # noqa: F401 - a fixture
+from test_browser import CI, ROOT, page, reader  # noqa: F401 - `page` is a fixture
+
+sys.path.insert(0, str(ROOT / "tools"))
+import checkenv
 
 INDEX = ROOT / "docs/paper_index.md"
 SCREENSHOTS = ROOT / "build/screenshots"
 WIDTHS = {"desktop": 1200, "phone": 390}
+PICTURES = (("desktop", "light"), ("phone", "dark"))
 TALLEST = 16000  # pixels of a screenshot, about what Chromium can draw in one
 LOOK = """async () => {
     if (window.MathJax) await MathJax.startup.promise;
@@ -28,7 +31,9 @@ LOOK = """async () => {
         untypeset: all('.math').filter((math) => !math.querySelector('mjx-container')).map((math) => math.textContent),
         wrong: all('mjx-merror').map((error) => error.textContent),
         unloaded: all('img').filter((image) => !image.complete || !image.naturalWidth).map((image) => image.src),
-        nameless: all('img').filter((image) => !(image.alt || '').trim()).map((image) => image.src.slice(0, 99)),
+        nameless: all('img').filter((image) => !/^[^/]*[a-z]{3}[^/.]*/i.test(image.alt) || /\\.png$/.test(image.alt))
+            .map((image) => image.alt + ' ' + image.src.slice(0, 99)),
+        run: all('.provenance').map((line) => line.innerText).join(),
         ids: all('[id]').map((element) => element.id),
         links: all('a[href]').map((link) => link.href),
     }
@@ -43,6 +48,7 @@ def targets():
 
 
 def test_each_line_of_the_index_leads_to_a_section():
+    make_id = pytest.importorskip("docutils.nodes").make_id
     lines = [line for line in INDEX.read_text(encoding="utf-8").splitlines() if re.match(r"\| (?!---)", line)]
     heads = sum("| here |" in line for line in lines)
     assert heads == 3 and sum("](../notebooks/" in line for line in lines) == len(lines) - heads
@@ -59,9 +65,20 @@ def test_the_index_covers_the_questions_of_the_ledger():
     assert named == set(re.findall(r"^\| (Reviewers? \d(?: and \d)?)", INDEX.read_text(encoding="utf-8"), flags=re.M))
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "figures/README.md", "docs/paper_index.md"])
+def test_no_link_of_the_repository_is_dead(name):
+    links = re.findall(r"\]\((?!https://)([^)#]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8"))
+    assert all((ROOT / name).parent.joinpath(link).exists() for link in links), links
+    assert links or name == "CONTRIBUTING.md"
+
+
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    done = subprocess.run([ROOT / "run_all.sh", "--site"], capture_output=True, text=True, env=os.environ | {"CI": ""})
+def site():
+    lacking = checkenv.problems(ROOT, extras=("site",))
+    if lacking:
+        assert not CI, lacking
+        pytest.skip(f"the extra `site`: {lacking[0]}")
+    done = subprocess.run([ROOT / "run_all.sh", "--site"], capture_output=True, text=True, env=reader(ROOT))
     assert done.returncode == 0, done.stderr[-3000:]
     return ROOT / "build/site"
 
@@ -71,7 +88,7 @@ def file_of(link):
 
 
 def states(page, name):  # noqa: F811
-    """The page at both widths, light and dark: no sideways scrolling, and a picture of each."""
+    """The page at both widths, light and dark: no sideways scrolling. Two of the four are kept as pictures."""
     for theme in ("light", "dark"):
         page.emulate_media(color_scheme=theme)
         for device, width in WIDTHS.items():
@@ -79,9 +96,10 @@ def states(page, name):  # noqa: F811
             assert page.evaluate("document.documentElement.dataset.theme") == theme
             wide, tall = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
             assert wide <= width, (name, device, wide)
-            clip = {"x": 0, "y": 0, "width": width, "height": min(tall, TALLEST)}
-            path = SCREENSHOTS / f"{name}-{device}-{theme}.jpg"
-            page.screenshot(path=path, type="jpeg", quality=60, full_page=True, clip=clip)
+            if (device, theme) in PICTURES:
+                clip = {"x": 0, "y": 0, "width": width, "height": min(tall, TALLEST)}
+                path = SCREENSHOTS / f"{name}-{device}-{theme}.jpg"
+                page.screenshot(path=path, type="jpeg", quality=60, full_page=True, clip=clip, animations="disabled")
 
 
 def test_walk_the_site(page, site):  # noqa: F811
@@ -99,6 +117,8 @@ def test_walk_the_site(page, site):  # noqa: F811
         here = file_of(page.url)
         for trouble in ("raw", "untypeset", "wrong", "unloaded", "nameless"):
             assert not seen[trouble], (here, trouble, seen[trouble])
+        ran = r"This run\. Profile: \w+\. Data: .+\. Machine: .+\. Commit and day: \w{7,}.*\. Files: .+\.py, .+\.ipynb."
+        assert re.fullmatch(ran, seen["run"]) or here.parent.name != "notebooks", (here, seen["run"])
         found[here] = seen
         states(page, here.relative_to(site).with_suffix("").as_posix().replace("/", "-"))
         inside = {link.partition("#")[0] for link in seen["links"] if link.startswith("file:")}
