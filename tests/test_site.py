@@ -72,6 +72,14 @@ def test_no_link_of_the_repository_is_dead(name):
     assert links or name == "CONTRIBUTING.md"
 
 
+def test_the_lines_of_the_readme_run(digits):
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    names = {}
+    exec(lines, names)
+    assert names["x_adv"].shape == (100, 1, 28, 28)
+    assert 0.29 < (names["x_adv"] - digits.x_test[:100]).abs().max() <= 0.3 + 1e-6
+
+
 @pytest.fixture(scope="module")
 def site():
     lacking = checkenv.problems(ROOT, extras=("site",))
