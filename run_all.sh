@@ -6,6 +6,7 @@ usage() {
   cat <<'TEXT'
 Usage: ./run_all.sh [NOTEBOOK ...] [--profile NAME] [-j N] [--timeout S] [--list] [--dry-run]
        ./run_all.sh --lab [arguments]        JupyterLab on the notebooks
+       ./run_all.sh --site                   the site, in build/site
        ./run_all.sh --test [pytest arguments]
        ./run_all.sh --python ARGUMENTS       any other command, such as benchmarks/bench_curvature.py
        ./run_all.sh --setup                  only make the environment
@@ -127,7 +128,7 @@ mode=run dev=
 case ${1-} in
   -h | --help) usage; exit ;;
   --setup | --test | --python) mode=${1#--} dev=--dev; shift ;;
-  --lab) mode=lab dev=--lab; shift ;;
+  --lab | --site) mode=${1#--} dev=$1; shift ;;
 esac
 here=$PWD
 cd "$root"
@@ -138,6 +139,11 @@ case $mode in
     export PYTHONSTARTUP=$root/tools/lab/startup.py
     export JUPYTER_CONFIG_PATH="$root/tools/lab${JUPYTER_CONFIG_PATH:+:$JUPYTER_CONFIG_PATH}"
     exec "$python" -m jupyterlab --ServerApp.root_dir="$root/notebooks" "$@"
+    ;;
+  site)
+    rm -rf build/site
+    "$python" -m sphinx -q -W --keep-going -E -c docs -d build/doctrees . build/site "$@"
+    echo "site: build/site/index.html"
     ;;
   setup) echo "environment: $python" ;;
   test) exec "$python" -m pytest -n 2 --dist loadfile "$@" ;;

@@ -1,5 +1,6 @@
 """The ways to make the environment (run_all.sh, pip or uv, conda) ask for the same packages at the same versions."""
 
+import json
 import os
 import re
 import shutil
@@ -78,6 +79,19 @@ def test_conda_brings_what_the_project_needs_at_the_versions_of_the_lock():
     pins = pins_on(next(machine for machine in MACHINES if machine["python_version"] == version))
     needs = [Requirement(need).name for need in PROJECT["dependencies"]]
     assert packages["pip"] == [f"{name}=={pins[canonicalize_name(name)]}" for name in needs]
+
+
+def test_binder_and_the_dev_container_make_the_conda_environment():
+    """Read, not run: both take environment.yml, then the project without its needs."""
+    assert (ROOT / ".binder/environment.yml").resolve() == ROOT / "environment.yml"
+    assert (ROOT / ".binder/postBuild").stat().st_mode & 0o111
+    container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+    made, then = container["postCreateCommand"].split(" && ")
+    assert made == "conda env create -f environment.yml"
+    assert then == f"conda run -n {PROJECT['name']} pip install --no-deps -e ."
+    assert "\npip install --no-deps -e .\n" in (ROOT / ".binder/postBuild").read_text()
+    interpreter = container["customizations"]["vscode"]["settings"]["python.defaultInterpreterPath"]
+    assert f"/envs/{PROJECT['name']}/" in interpreter
 
 
 def test_actions_are_pinned_by_commit():

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
-import build_site  # noqa: E402
 import check_pairs  # noqa: E402
 import gallery  # noqa: E402
 import jobs  # noqa: E402
@@ -754,6 +753,28 @@ def test_the_gallery_shows_ledger_and_figures(shelf):
     assert gallery.page(shelf).count("![01_slope]") == 1  # one picture under two profiles: once
 
 
+def test_the_table_of_notebooks_is_filled_from_the_records(shelf):
+    path = shelf.root / "README.md"
+    path.write_text("above\n<!-- notebooks: by whom -->\nold\n<!-- /notebooks -->\nbelow\n")
+    (shelf.figures / "quick/01_a.uses.json").write_text('{"seconds": 130}')
+    gallery.write(shelf)
+    above, head, rule, row, total, below = re.sub(r"<!--.*-->\n", "", path.read_text()).splitlines()
+    assert (above, below) == ("above", "below") and head.count("|") == rule.count("|") == 5
+    link = "[1. Linear models](notebooks/01_a.ipynb)"
+    said = r"V shrinks \| T grows: **undecided**"  # of the larger profile
+    assert row == f"| {link} | {said} | 1 reproduced, 1 undecided, 1 answered | 2 min |"
+    assert total == "| together, two side by side |  | 1 reproduced, 1 undecided, 1 answered | 1 min |"
+    text = path.read_text()
+    gallery.write(shelf)
+    assert path.read_text() == text
+
+
+def test_the_committed_pages_are_those_of_the_committed_records():
+    layout = Layout()
+    assert (layout.figures / "README.md").read_text(encoding="utf-8") == gallery.page(layout)
+    assert (layout.root / "README.md").read_text(encoding="utf-8") == gallery.readme(layout)
+
+
 def test_an_empty_gallery_says_so(toy):
     gallery.write(toy)
     assert "No notebook has run yet" in (toy.figures / "README.md").read_text()
@@ -797,61 +818,3 @@ def test_a_figure_without_its_picture_is_an_error(shelf):
     (shelf.figures / "quick" / "01_slope.png").unlink()
     with pytest.raises(gallery.RecordError, match=r"01_slope\.json: 01_slope\.png is missing"):
         gallery.page(shelf)
-
-
-# ---------------------------------------------------------------- site
-
-
-@pytest.fixture
-def printed(shelf):
-    """A project with an executed notebook and its gallery, ready for the site."""
-    words = "# Title with $\\epsilon$\n\n$$\\max_{\\|\\delta\\|\\le\\epsilon} a < b$$\n\n[next](02_b.ipynb)"
-    words += '\n\n<script src="https://cdn.example/x.js"></script>\n\n![big](../figures/gpu/01_slope.png)'
-    notebook = nbclean.clean(executed(shown(image_png=PICTURE)))
-    notebook["cells"][0]["source"] = words
-    (shelf.notebooks / "01_a.ipynb").write_text(nbclean.dumps(notebook))
-    gallery.write(shelf)
-    return shelf
-
-
-def test_the_site_needs_no_network(printed):
-    site = build_site.build(printed)
-    pages = {path.name: path.read_text() for path in site.glob("*.html")}
-    assert set(pages) == {"index.html", "01_a.html"}
-    for page in pages.values():
-        assert "<script" not in page and not re.search(r'(src|href)="(https?:)?//', page)
-        for link in re.findall(r'(?:src|href)="([^"#]+)"', page):
-            assert link.startswith("data:") or (site / link).exists() or link == "02_b.html"
-    assert "<math" in pages["01_a.html"] and "$" not in re.sub(r"<pre>.*?</pre>", "", pages["01_a.html"], flags=re.S)
-    assert f"data:image/png;base64,{PICTURE}" in pages["01_a.html"].replace("\n", "")
-    assert "T grows" in pages["index.html"] and 'src="figures/quick/01_slope.png"' in pages["index.html"]
-
-
-@pytest.mark.parametrize("tex", [r"\nosuchcommand x", "a & b", r"\left( x"])
-def test_a_formula_that_would_not_show_is_an_error(printed, tex):
-    path = printed.notebooks / "01_a.ipynb"
-    notebook = json.loads(path.read_text())
-    notebook["cells"][0]["source"] = f"# T\n\n${tex}$"
-    path.write_text(nbclean.dumps(notebook))
-    with pytest.raises(build_site.SiteError, match=r"01_a\.ipynb: cannot convert"):
-        build_site.build(printed)
-
-
-@pytest.mark.parametrize("html", ['<img src="https://example.org/a.png">', "<style>@import 'x';</style>"])
-def test_a_part_from_the_network_is_an_error(printed, html):
-    path = printed.notebooks / "01_a.ipynb"
-    notebook = json.loads(path.read_text())
-    notebook["cells"][0]["source"] = f"# T\n\n{html}"
-    path.write_text(nbclean.dumps(notebook))
-    with pytest.raises(build_site.SiteError, match="01_a: the page would need"):
-        build_site.build(printed)
-
-
-def test_a_site_without_notebooks_is_an_error(toy):
-    with pytest.raises(build_site.SiteError, match="no executed notebook"):
-        build_site.build(toy)
-
-
-def test_aligned_formulas_become_rows():
-    made = build_site.mathml(r"\begin{aligned} a &= b \\ c &= \arg\max d \end{aligned}", "block")
-    assert made.count("<mtr>") == 2 and "arg" in made

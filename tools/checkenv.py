@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does the Python that runs this file fit the project? It prints what does not, and then exits with 1.
 
-    python tools/checkenv.py [--dev] [--lab] | --python-only
+    python tools/checkenv.py [--dev] [--lab] [--site] | --python-only
 
 Standard library only, because it runs before anything is installed.
 """
@@ -90,7 +90,7 @@ def problems(root: Path = ROOT, *, extras: tuple = (), python_only: bool = False
 
 
 if __name__ == "__main__":
-    extras = tuple(extra for extra in ("dev", "lab") if f"--{extra}" in sys.argv)
+    extras = tuple(extra for extra in ("dev", "lab", "site") if f"--{extra}" in sys.argv)
     found = problems(extras=extras, python_only="--python-only" in sys.argv)
     print("\n".join(found), end="\n" if found else "")
     sys.exit(bool(found))

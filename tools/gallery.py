@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Write figures/README.md: the ledger of claims and the gallery, from the records that the notebooks leave.
+"""Write figures/README.md, the ledger of claims and the gallery, and the table of notebooks in README.md.
 
     python tools/gallery.py
 
-Every number and every word of it comes out of figures/PROFILE/*.json. No dates: the same records give the same bytes.
+Every number and every word of them comes out of figures/PROFILE/*.json. No dates: the same records give the same bytes.
 """
 
 import hashlib
@@ -27,6 +27,8 @@ LEDGERS = {  # ledger: its heading, and its columns: key of a row -> head
     "checks": ("What checks this companion itself", {"check": "check", "measured": "measured", "passed": "result"}),
 }  # fmt: skip
 BELIEVED = 10
+NOTHING = "nothing is judged in this run: its data are not there"
+NOTEBOOKS = re.compile(r"(<!-- notebooks: .*? -->\n).*(<!-- /notebooks -->)", re.S)
 INTRO = """\
 # Claims and figures
 
@@ -203,9 +205,50 @@ def page(layout: Layout) -> str:
     return "\n".join(parts)
 
 
+def _counts(records: list[dict]) -> str:
+    """How many of the claims have which verdict, and how many questions an answer."""
+    counts = Counter(row["verdict"] for row, _ in _rows(records, "claims"))
+    answered = len({row["question"] for row, _ in _rows(records, "answers")})
+    said = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]]
+    return ", ".join(said + [f"{answered} answered"] * bool(answered)) or "-"
+
+
+def _notebook(records: list[dict], seconds: float) -> list[str]:
+    """A notebook's line in README.md: the claims that it marks, else its first claim, else its first question."""
+    rows = {row["claim"]: row for row, _ in _rows(records, "claims")}  # of each the verdict of the largest profile
+    shown = [row for row in rows.values() if row.get("believe")] or list(rows.values())[:1]
+    lines = [f"{_words(row['claim'])}: **{row['verdict']}**" for row in shown]
+    lines = lines or [_words(row["question"]) for row, _ in _rows(records, "answers")[:1]] or [NOTHING]
+    name, title = records[0]["notebook"], " ".join(records[0]["title"].split())
+    return [f"[{title}](notebooks/{name}.ipynb)", "<br>".join(lines), _counts(records), _minutes(seconds)]
+
+
+def _minutes(seconds: float) -> str:
+    return f"{max(1, round(seconds / 60))} min" if seconds else "-"
+
+
+def notebooks(layout: Layout) -> str:
+    """The table of notebooks: what is asked, what came out, and how long it took where its figures were made."""
+    claims, _ = collect(layout)
+    paths = {path.name.split(".")[0]: path for path in (layout.figures / PROFILES[0]).glob("*.uses.json")}
+    times = {name: read_json(path).get("seconds", 0) for name, path in paths.items()}
+    groups = {name: [record for record in claims if record["notebook"] == name] for name in layout.names()}
+    rows = [_notebook(records, times.get(name, 0)) for name, records in groups.items() if records]
+    rows.append(["together, two side by side", "", _counts(claims), _minutes(sum(times.values()) / 2)])
+    return table(["notebook", "a claim of the paper, or a question of its reviewers", "all verdicts", "time"], rows)
+
+
+def readme(layout: Layout) -> str:
+    """The text of README.md with the table of notebooks as the records have it."""
+    text = (layout.root / "README.md").read_text(encoding="utf-8")
+    return NOTEBOOKS.sub(lambda match: f"{match[1]}{notebooks(layout)}{match[2]}", text)
+
+
 def write(layout: Layout) -> None:
-    """Write figures/README.md anew."""
+    """Write figures/README.md anew, and the table in README.md if there is one."""
     write_bytes(layout.figures / "README.md", page(layout).encode())
+    if (layout.root / "README.md").exists():
+        write_bytes(layout.root / "README.md", readme(layout).encode())
 
 
 if __name__ == "__main__":
