@@ -49,7 +49,7 @@ import numpy as np
 import pandas as pd
 
 from lib import cells, inference, recipes, runs
-from lib.figures import SCHEDULE_COLOURS, Book
+from lib.figures import SCHEDULE_COLOURS, Book, stepper
 
 book = Book("06_periodic_scheduling", globals())
 settings = book.recipe(recipe)
@@ -71,22 +71,31 @@ keys = [(arm, s) for arm in shown for s in (seeds[:line_seeds] if arm == "linear
 configs = {(arm, s): cells.configure(settings, arm, eps=eps, seed=s) for arm, s in keys}
 found = dict(zip(configs, runs.grid(configs.values(), digits)))
 curves = pd.concat(run.history.assign(arm=arm, seed=seed) for (arm, seed), run in found.items())
-time = np.linspace(0, epochs, 400, endpoint=False)
+
+
+# %%
+def draw(axes, until):
+    """The budgets, and the errors of the networks up to an epoch, a column per arm."""
+    time = np.linspace(0, epochs, 400, endpoint=False)
+    for (above, below), arm in zip(axes.T, shown):
+        colour, group = SCHEDULE_COLOURS[arm], curves[(curves.arm == arm) & (curves.epoch <= until)].groupby("epoch")
+        again = cells.configure(settings, f"periodic {arm}", eps=eps, seed=0).budget()
+        above.plot(time, [found[arm, seeds[0]].config.budget()(t) for t in time], color=colour)
+        above.plot(time, [again(t) for t in time], ":", color=colour)
+        for column, style in (("clean_error", {"mfc": "none", "ls": "--"}), ("robust_error", {})):
+            mean, low, high = group[column].mean(), group[column].min(), group[column].max()
+            below.fill_between(mean.index, low, high, color=colour, alpha=0.2, linewidth=0)
+            below.plot(mean, "o", **{"ls": "-"} | style, color=colour)
+        below.axhline(0.9, color="grey", linestyle=":")
+        above.set(title=arm, ylim=(-0.02, 1.2 * eps))
+        below.set(xlabel="epoch", xlim=(-0.05 * epochs, 1.05 * epochs), ylim=(0, 1.03),
+                  xticks=range(0, epochs + 1, max(1, epochs // 4)))  # fmt: skip
+    axes[0, 0].set_ylabel("budget eps")
+    axes[1, 0].set_ylabel("error on test digits")
+
+
 fig, axes = plt.subplots(2, 3, figsize=(7, 3.8), sharex=True, sharey="row")
-for (above, below), arm in zip(axes.T, shown):
-    colour, group = SCHEDULE_COLOURS[arm], curves[curves.arm == arm].groupby("epoch")
-    again = cells.configure(settings, f"periodic {arm}", eps=eps, seed=0).budget()
-    above.plot(time, [found[arm, seeds[0]].config.budget()(t) for t in time], color=colour)
-    above.plot(time, [again(t) for t in time], ":", color=colour)
-    for column, style in (("clean_error", {"mfc": "none", "ls": "--"}), ("robust_error", {})):
-        mean, low, high = group[column].mean(), group[column].min(), group[column].max()
-        below.fill_between(mean.index, low, high, color=colour, alpha=0.2, linewidth=0)
-        below.plot(mean, "o", **{"ls": "-"} | style, color=colour)
-    below.axhline(0.9, color="grey", linestyle=":")
-    above.set(title=arm, ylim=(-0.02, 1.2 * eps))
-    below.set(xlabel="epoch", ylim=(0, 1.03), xticks=range(0, epochs + 1, max(1, epochs // 4)))
-axes[0, 0].set_ylabel("budget eps")
-axes[1, 0].set_ylabel("error on test digits")
+draw(axes, epochs)
 book.save(
     fig, "06_budgets", curves, source=digits.source, seeds=seeds,
     caption=f"Above: the budget over {epochs} epochs in one rise, and dotted with restarts after {periods[0]} and "
@@ -94,6 +103,21 @@ book.save(
     f"solid, filled) on {settings['eval_images']} test digits; mean and range over {n} "
     f"(linear: {len(seeds[:line_seeds])}). Dotted grey: guessing.",
 )  # fmt: skip
+
+# %% [markdown]
+# Step through it, epoch by epoch: the line in the upper row is where the budgets are.
+
+# %%
+figs, texts = [], []
+for epoch in sorted(set(curves.epoch)):
+    fig, axes = plt.subplots(2, 3, figsize=(6, 3.2), sharex=True, sharey="row")
+    draw(axes, epoch)
+    for ax in axes[0]:
+        ax.axvline(epoch, color="black", linewidth=0.8)
+    now = curves[curves.epoch == epoch].groupby("arm", sort=False).robust_error.mean()
+    figs.append(fig)
+    texts.append(f"after epoch {epoch:g}, robust error: " + ", ".join(f"{arm} {e:.2f}" for arm, e in now.items()))
+stepper(figs, texts, what="Three budgets, and the errors of the networks under each")
 
 # %% [markdown]
 # ## At one learning rate

@@ -224,9 +224,9 @@ book.save(
 # %%
 pairs = {"undefended": on_trial(trained["undefended", 0.0, first]).network, shown: network}
 fig, axes = plt.subplots(2 * len(pairs), len(shown_steps), figsize=(7, 2.7 * len(pairs)))
-rows = []
+rows, by_steps = [], {}
 for (title, attacked), pair in zip(pairs.items(), axes.reshape(len(pairs), 2, -1)):
-    made = {}
+    made = by_steps[title] = {}
     for steps in shown_steps:
         how = pgd(shown_eps, num_steps=steps, stop_early=False)
         attack = audit.attack_by_name(how.pop("attack"), seed=first, device=x.device, **how)
@@ -239,6 +239,15 @@ book.save(
     f"above each picture the label given (the digit is a {y[picked[0]].item()}) and its probability. Below, the "
     "perturbation: red +eps, blue -eps.",
 )  # fmt: skip
+
+# %%
+figs = []
+for steps in by_steps[shown]:
+    fig, axes = plt.subplots(2, len(pairs), figsize=(3.4, 3.8))
+    for (title, attacked), column in zip(pairs.items(), axes.T):
+        list(strip(column.reshape(2, 1), attacked, x[picked[0]], shown_eps, {title: by_steps[title][steps]}))
+    figs.append(fig)
+figures.stepper(figs, list(by_steps[shown]), what=f"PGD at eps {shown_eps:g} on a {y[picked[0]].item()}")
 
 # %% [markdown]
 # ## 1. "Was the attack tuned?" Step size, steps, restarts
