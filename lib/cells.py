@@ -11,7 +11,6 @@ figures/<profile>/cells/<recipe>-eps<eps>/<arm>-lr<rate>-seed<seed>.json.
 import hashlib
 import json
 import re
-import time
 from dataclasses import asdict
 from decimal import ROUND_HALF_UP, Decimal
 from functools import partial
@@ -27,6 +26,7 @@ from .evaluation import wrong
 from .files import read_json, write_json
 from .models import Ensemble
 
+NAMES = {"lenet": "LeNet", "vgg16": "VGG16", "resnet18": "ResNet18"}
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 ARM = ("schedule", "schedule_stop", "restarts", "lr", "seed")  # by these settings the cells of one row may differ
 
@@ -79,7 +79,7 @@ def _asked(recipe, arm, config, data, settings):
 
 
 def _measure(run, data, aside, periods, *, pgd_images, strong_images, **plan):
-    config, began, entries = run.config, time.monotonic(), []
+    config, began, entries = run.config, compute.clock(), []
     (name, first), *others = attacks(config.eps, config.seed, **plan).items()
 
     def look(network, epochs, part, images, chosen):
@@ -100,7 +100,7 @@ def _measure(run, data, aside, periods, *, pgd_images, strong_images, **plan):
         look(network, epochs, "test", (data.x_test[:pgd_images], data.y_test[:pgd_images]), {name: first})
     row = "ensemble" if config.restarts else "end"  # the network that stands in the paper's Table 1
     look(row, networks[row], "strong", (data.x_test[:strong_images], data.y_test[:strong_images]), dict(others))
-    return {"masks": entries, "made": compute.made(time.monotonic() - began)}
+    return {"masks": entries, "made": compute.made(compute.clock() - began)}
 
 
 def path_of(folder, cell):
@@ -200,6 +200,14 @@ def _mixed(rows):
             for (profile, recipe, eps), group in kinds if group["row"].nunique() > 1]  # fmt: skip
 
 
+def title(rows):
+    """What a row of cells is called: "VGG16, cifar10, eps 8/255"."""
+    (recipe, eps), pixels = rows[["recipe", "eps"]].iloc[0], 255 * rows["eps"].iloc[0]
+    model, data = recipe.split(" on ")
+    text = f"{round(pixels)}/255" if eps < 0.2 and abs(pixels - round(pixels)) < 1e-3 else f"{eps:g}"
+    return f"{NAMES.get(model, model)}, {data}, eps {text}"
+
+
 def masks(rows, arm, lr, network="end", part="test", kind="PGD"):
     """{seed: mask} of an arm at a learning rate. rows: of one row. Raises ValueError where a seed has two."""
     asked = {"arm": arm, "lr": lr, "network": network, "part": part, "kind": kind}
@@ -231,9 +239,9 @@ def rates(rows, arm):
 
 
 def stuck(rows, arm, lr):
-    """How many runs of an arm are on the plateau: they err on four images in five, and no attack changes that."""
+    """Seeds whose run of an arm is on the plateau: it errs on four images in five, and no attack changes that."""
     clean, attacked = (masks(rows, arm, lr, kind=kind) for kind in ("clean", "PGD"))
-    return sum(bool(clean[s].mean() >= 0.8 and attacked[s].mean() - clean[s].mean() <= 0.02) for s in clean)
+    return [s for s in clean if clean[s].mean() >= 0.8 and attacked[s].mean() - clean[s].mean() <= 0.02]
 
 
 def notation(values):

@@ -19,6 +19,11 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def clock():
+    """Seconds of CPU time, which other programs on the machine do not lengthen; by the clock where a GPU computes."""
+    return time.process_time() if device().type == "cpu" else time.monotonic()
+
+
 def fast_dtype(where):
     """The type in which models are run where full precision is not asked for: torch.bfloat16 or None (float32).
 

@@ -8,7 +8,6 @@ import html
 import io
 import json
 import os
-import time
 from functools import cache
 from pathlib import Path
 
@@ -24,10 +23,11 @@ from PIL import Image, ImageChops
 
 from . import claims, compute, recipes, runs
 from .files import folder_from_environment, read_json, write_bytes, write_json
+from .settings import SettingError, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, DPI = 7, 200  # inches at most, pixels per inch
-PRODUCTION = ("commit", "wall_time_s", "seconds")  # when and how fast: no reason to write a record again
+PRODUCTION = ("commit", "seconds")  # when and how fast: no reason to write a record again
 SCHEDULE_COLOURS = dict(zip(("constant", "linear", "cosine", "cosine_misread"),
                             (sns.color_palette("colorblind")[i] for i in (0, 1, 2, 4)), strict=True))  # fmt: skip
 
@@ -55,7 +55,7 @@ class Book:
         self.folder = folder_from_environment("FIGURES_DIR", ROOT / "figures" / self.profile)
         if own and self.folder.resolve().is_relative_to(ROOT / "figures"):
             self.folder = ROOT / "build" / "mine" / "figures"
-        self.started, self.last = time.monotonic(), ""
+        self.started, self.last = compute.clock(), ""
         self.rows = {"claims": [], "answers": [], "checks": []}
         compute.fix_threads()
         runs.journal.clear()
@@ -71,15 +71,15 @@ class Book:
     def _now(self):
         missing = [name for name in self.names if name not in self.namespace]
         if missing:
-            raise ValueError(f"{', '.join(missing)} is not set: run the parameters cell first")
+            raise SettingError(f"{', '.join(missing)} is not set: run the parameters cell first")
         return {name: self.namespace[name] for name in self.names}
 
     def _fresh(self):
         now = self._now()
         changed = [name for name in self.names if repr(now[name]) != repr(self.parameters[name])]
         if changed:
-            raise ValueError(f"{', '.join(changed)} changed since the book was opened: run the notebook again from the "
-                             f"cell with Book({self.name!r}, ...) on, so that all of it has one setting")  # fmt: skip
+            raise SettingError(f"{', '.join(changed)} changed since the book was opened: run the notebook again "
+                               f"from the cell with Book({self.name!r}, ...) on, so that all of it has one setting")
 
     def recipe(self, name):
         """The settings of a recipe (`recipes.get`), with this notebook's `changes`; shown, too."""
@@ -163,7 +163,7 @@ class Book:
         used = {entry["run"]: entry for entry in runs.journal}
         uses = [{"run": k, "what": e["what"], "seconds": e["made"]["seconds"]} for k, e in sorted(used.items())]
         path = self.folder / f"{self.name}.uses.json"
-        _write_record(path, about | {"runs": uses, "seconds": round(time.monotonic() - self.started, 1)})
+        _write_record(path, about | {"runs": uses, "seconds": round(compute.clock() - self.started, 1)})
         if journal := os.environ.get("JOURNAL"):  # for the runner's closing table
             states = [entry["state"] for entry in used.values()]
             write_json(Path(journal), {state: states.count(state) for state in dict.fromkeys(states)})
@@ -178,7 +178,7 @@ class Book:
             n = len(self.rows["checks"])
             lines.append(f"Self-checks: {n - len(failed)} of {n} pass" + "".join(f"; FAILS: {text}" for text in failed))
         where = sorted({f"{m['device']}, {m['precision']}" for m in _made()} or {compute.hardware()["device"]})
-        foot = f"Profile `{self.profile}`; {seconds:.0f} s when it was first run, on {'; '.join(where)}."
+        foot = f"Profile `{self.profile}`; {seconds:.0f} s of computing when it was first run, on {'; '.join(where)}."
         return "\n".join(["**Answers**", "", *(f"- {line.rstrip('.')}." for line in lines), "", foot])
 
     def _about(self):
@@ -190,7 +190,7 @@ class Book:
             "hardware": compute.hardware(),
             "made": _made(),
             "commit": compute.commit(),
-            "wall_time_s": round(time.monotonic() - self.started, 1),
+            "seconds": round(compute.clock() - self.started, 1),
         }
 
 
@@ -222,8 +222,14 @@ def _profile(name, parameters):
         return (profile, "") if os.environ.get("PROFILE") == profile else ("mine", f"profile = {profile!r}")
     path = ROOT / "notebooks" / "profiles" / "quick.json"
     defined = read_json(path) if path.exists() else {}
-    now = json.loads(json.dumps(parameters, default=repr))
-    different = [f"{k} = {_short(v)}" for k, v in now.items() if name in defined and defined[name].get(k) != v]
+    known, now = defined.get(name, {}), json.loads(json.dumps(parameters, default=repr))
+    if known and (odd := sorted(set(known) ^ set(now))):
+        raise SettingError(f"parameters cell: {odd[0]!r} is {'new' if odd[0] in now else 'gone'}; there should be "
+                           f"{', '.join(known)}")  # fmt: skip
+    different = [f"{k} = {_short(v)}" for k, v in now.items() if known and known[k] != v]
+    for key, old in known.items():
+        if key != "changes" and now[key] != old and fit(f"parameters cell: {key}", now[key], old) != now[key]:
+            raise SettingError(f"parameters cell: {key} is the text {now[key]!r}: write the number without quotes")
     if name in defined and json.loads(json.dumps(recipes.RECIPES)) != defined["recipes"]:
         different.append("other recipes")
     return ("mine", ", ".join(different)) if different else ("quick", "")

@@ -11,6 +11,7 @@ by its parameter `changes`, a profile by its section `recipes`.
 from dataclasses import fields, replace
 
 from . import data
+from .settings import SettingError, fit
 from .training import TrainConfig
 
 PAPER_STOPS = {"linear": 2.0, "cosine": 2.0, "cosine_misread": 2.0}
@@ -55,24 +56,22 @@ def get(name, changes=None):
     Returns:
         A dict of settings, new each time.
     Raises:
-        ValueError: as for `check`.
+        SettingError: as for `check`.
     """
     check(name, changes)
     return RECIPES[name] | (changes or {}).get(name, {})
 
 
 def check(name, changes=None):
-    """Raise ValueError for a recipe or setting that does not exist, here or in changes, or a value of another type."""
+    """Raise SettingError for a recipe or setting that does not exist, here or in changes, or another type of value."""
     for recipe, settings in {name: {}, **(changes or {})}.items():
         if recipe not in RECIPES:
-            raise ValueError(f"no recipe {recipe!r}: there are {', '.join(RECIPES)}")
+            raise SettingError(f"no recipe {recipe!r}: there are {', '.join(RECIPES)}")
         for setting, value in settings.items():
             if setting not in KNOWN:
-                raise ValueError(f"{recipe!r} has no setting {setting!r}: there are {', '.join(sorted(KNOWN))}")
-            usual = RECIPES[recipe].get(setting)
-            numbers = isinstance(usual, (int, float)) and not isinstance(usual, bool)
-            if usual is not None and not isinstance(value, (int, float) if numbers else type(usual)):
-                raise ValueError(f"{setting} of {recipe!r} is {value!r}, but should be like {usual!r}")
+                raise SettingError(f"{recipe!r} has no setting {setting!r}: there are {', '.join(sorted(KNOWN))}")
+            if fit(f"{setting} of {recipe!r}", value, RECIPES[recipe].get(setting)) != value:
+                raise SettingError(f"{setting} of {recipe!r} is the text {value!r}: write the number without quotes")
 
 
 def load(settings):
@@ -94,10 +93,10 @@ def configure(settings, **changes):
         settings: of a recipe.
         changes: fields of TrainConfig, or settings of a recipe; they go before settings.
     Raises:
-        ValueError: a name that is neither, and as for TrainConfig.
+        SettingError: a name that is neither. ValueError: as for TrainConfig.
     """
     if unknown := (set(settings) | set(changes)) - KNOWN:
-        raise ValueError(f"unknown setting {', '.join(sorted(unknown))}: there are {', '.join(sorted(KNOWN))}")
+        raise SettingError(f"unknown setting {', '.join(sorted(unknown))}: there are {', '.join(sorted(KNOWN))}")
     chosen = settings | changes
     beside = {name: chosen.pop(name, None) for name in BESIDE}
     if beside["step_fraction"] and "step_size" not in changes:

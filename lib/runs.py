@@ -7,7 +7,6 @@ machine is found on another. `journal` says what was found and what was made sin
 
 import hashlib
 import json
-import time
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -77,9 +76,9 @@ def remember(kind, facts, compute_value, *, version=1):
     path = runs_dir() / kind / f"{_hash(facts, version)}.json"
     with _once(path, path.with_suffix(".lock")) as there:
         if not there:
-            start = time.monotonic()
+            start = compute.clock()
             value = compute_value()
-            write_json(path, {"facts": facts, "value": value, "made": compute.made(time.monotonic() - start)})
+            write_json(path, {"facts": facts, "value": value, "made": compute.made(compute.clock() - start)})
     record = read_json(path)
     journal.append(
         {

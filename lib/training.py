@@ -9,7 +9,6 @@ off and resumed ends in the same bits as one that is not.
 import hashlib
 import json
 import math
-import time
 import warnings
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from . import models, schedules
 from .attacks import channels_last, check_eps, check_norm, check_start, pgd
 from .certify import worst_margins
-from .compute import device, fast_dtype, made
+from .compute import clock, device, fast_dtype, made
 from .differentiate import differentiating
 from .evaluation import evaluate, predict
 from .files import read_json, write_bytes, write_json
@@ -217,7 +216,7 @@ def train(config, data, *, folder):
     if (folder / "run.json").exists():
         return read(folder, config)
     state = _State(config, data)
-    start = time.monotonic()
+    start = clock()
     if (folder / "checkpoint.safetensors").exists():
         state.restore(folder / "checkpoint.safetensors")
     else:
@@ -231,8 +230,8 @@ def train(config, data, *, folder):
             raise ValueError(f"training failed in epoch {state.epoch}, {config.describe()}: {error}") from error
         if state.epoch in (*config.restarts, config.epochs) or state.epoch % (config.keep_every or config.epochs) == 0:
             state.keep(folder)
-        state.seconds += time.monotonic() - start
-        start = time.monotonic()
+        state.seconds += clock() - start
+        start = clock()
         state.save(folder / "checkpoint.safetensors")
     write_json(folder / "made.json", made(state.seconds))
     write_json(folder / "run.json", {"config": asdict(config), "data": data.source, "history": state.history,

@@ -36,7 +36,7 @@ profile = "quick"
 recipe = "lenet on mnist5k"
 changes = {}  # of the recipe: {recipe: {setting: value}}
 eps_grid = [0.0, 0.05, 0.1, 0.2]  # those at which a constant budget leaves the plateau (notebook 3)
-seeds = [0, 1, 2]
+seeds = [0, 1, 2, 3]
 through_below = 1.15  # mean adversarial loss of the last epoch: half of log 10
 hessian_images = 200
 hessian_steps = 20  # PGD-20, as in the paper
@@ -44,6 +44,7 @@ top_k = 20
 distances = [0.003, 0.02, 0.1]  # lengths by which the parameters move, to both sides
 scatter_steps = 5  # of PGD
 smooth_k = 5  # eigenvalues with softplus in place of ReLU
+smooth_seeds = 1  # so many of the networks of an eps
 smooth_beta = 50.0  # softplus(beta t) / beta is within log 2 / beta of ReLU
 box_radii = [1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3]
 box_images = 20
@@ -115,12 +116,14 @@ def attack_of(eps, num_steps):
 def measure(network, eps, part, k=top_k):
     x, y = (getattr(images, f"{name}_{part}")[:hessian_images].to(where) for name in "xy")
     attacked = evaluation.attacked(network, x, y, attack_of(eps, hessian_steps)) if eps else x
-    found = curvature.top_eigenpairs(network, attacked, y, k, num_smallest=1, tolerance=5e-3)
-    values = found.values.tolist()
-    result = {"top": values[:k], "smallest": values[k], "residual": found.residuals.max().item(),
-              "squared_norm": landscape.flat(network).square().sum().item(),
-              "gradient": gradient_norm(network, attacked, y)}  # fmt: skip
-    return result | ({"moves": moves(network, eps, x, y, found.vectors[0])} if part == "train" and k == top_k else {})
+    whole = part == "train" and k == top_k
+    found = curvature.top_eigenpairs(network, attacked, y, k, num_smallest=int(whole), tolerance=5e-3)
+    result = {"top": found.values[:k].tolist(), "residual": found.residuals.max().item()}
+    if whole:
+        result |= {"smallest": found.values[k].item(), "gradient": gradient_norm(network, attacked, y),
+                   "squared_norm": landscape.flat(network).square().sum().item(),
+                   "moves": moves(network, eps, x, y, found.vectors[0])}  # fmt: skip
+    return result
 
 
 @differentiating()
@@ -333,19 +336,16 @@ def smoothed(network):
     return smooth.eval()
 
 
-rule_smooth = inference.trend(f"sum of the top {smooth_k} eigenvalues with softplus, along eps", expect="rises")
-rule_smooth
-
 # %%
 soft_about = about | {"k": smooth_k, "beta": smooth_beta, "part": "train"}
 soft = {
     key: runs.remember("spectra", soft_about | {"run": trained[key].folder.name},
                        partial(measure, smoothed(networks[key]), key[0], "train", smooth_k))
-    for key in keys
+    for key in keys if key[1] in seeds[:smooth_seeds]
 }  # fmt: skip
 both = pd.DataFrame(
     {"eps": e, "seed": s, "relu": sum(spectra[e, s, "train"]["top"][:smooth_k]), "softplus": sum(soft[e, s]["top"])}
-    for e, s in keys
+    for e, s in soft
 )
 fig, ax = plt.subplots(figsize=(3.6, 3.2))
 ax.scatter(both.relu, both.softplus, color=[colours[e] for e in both.eps], clip_on=False)
@@ -357,20 +357,20 @@ ax.plot([ends_of.min(), ends_of.max()], [ends_of.min(), ends_of.max()], color="0
 ax.set(xlabel="ReLU", ylabel=f"softplus, beta {smooth_beta:g}", xscale="log", yscale="log")
 ax.tick_params(which="minor", labelbottom=False, labelleft=False)
 book.save(
-    fig, "04_softplus", both, source=images.source, seeds=seeds,
+    fig, "04_softplus", both, source=images.source, seeds=seeds[:smooth_seeds],
     caption=f"Sum of the top {smooth_k} Hessian eigenvalues of the same weights with ReLU and with softplus; a point "
-    f"per network ({n}), grey: equal.",
+    f"per network ({len(both)} of them, {hessian_images} training images), grey: equal.",
 )  # fmt: skip
 
 # %%
-found = rule_smooth(table({k: sum(v["top"]) for k, v in soft.items()}), unless=unless)
-ratio = both.softplus / both.relu
+ratio, same = both.softplus / both.relu, (both.relu.argsort() == both.softplus.argsort()).all()
 book.answer(
     "Does the order of the eigenvalues hang on ReLU, whose Hessian does not exist everywhere?",
-    f"With softplus in place of ReLU the sum is {ratio.min():.2f} to {ratio.max():.2f} times that of ReLU; its trend "
-    f"along eps: {found.outcome} ({found.measured}).",
+    f"With softplus in place of ReLU the sum of the top {smooth_k} is {ratio.min():.2f} to {ratio.max():.2f} times "
+    f"that of ReLU, where that differs between networks by a factor of {both.relu.max() / both.relu.min():.1f}; their "
+    f"order {'is the same' if same else 'changes'}.",
     reviewer="Reviewer 2, on the Hessian",
-    n=n,
+    n=f"{len(both)} network{'s' * (len(both) > 1)}, {hessian_images} images",
     source=images.source,
 )
 

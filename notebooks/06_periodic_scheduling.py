@@ -36,10 +36,8 @@ recipe = "lenet on few digits"
 changes = {}  # of the recipe: {recipe: {setting: value}}
 seeds = [0, 1, 2, 3]
 eps = 0.4
-arms = ["constant", "cosine", "periodic cosine", "cosine_misread"]
+arms = ["constant", "cosine"]  # those that are made here; more stand in the cells of the profile overnight
 line_seeds = 1  # under how many the linear budget, of the first figure only
-rate_grid = [3e-3, 3e-2]  # beside the recipe's own learning rate, for constant and cosine
-rate_seeds = 1  # so many of the seeds are trained at these
 margin = 0.02  # a difference in robust error that matters
 near = 0.05  # a learning rate is near the best one if its robust error is at most so much larger
 
@@ -104,6 +102,9 @@ book.save(
 # attack changes that; to leave it is to classify at all, and so it is judged by the clean error. Robust errors are by
 # PGD from a random point of the ball, image by image, so that two arms are compared on the same digits under the same
 # seeds.
+#
+# The evidence is kept in *cells*, one per run (notebook 7). Two arms are made here. Where a committed profile has cells
+# of just these settings under more seeds, these are judged, and the next line says whose they are.
 
 # %%
 escape = inference.difference("clean error at one learning rate, cosine minus constant", margin=margin)
@@ -111,11 +112,19 @@ escape
 
 # %%
 lr = settings["lr"]
-made = [cells.make(recipe, settings, arm, digits, aside, eps=eps, seed=s) for arm in arms for s in seeds]
-rows = cells.table(made)
+made = cells.table([cells.make(recipe, settings, arm, digits, aside, eps=eps, seed=s) for arm in arms for s in seeds])
+committed, _ = cells.read()
+alike = committed[committed["row"].str[-6:] == made["row"].iloc[0][-6:]]  # of equal settings, data and attacks
+rows = max((made, *(part for _, part in alike.groupby("row"))), key=lambda part: part["seed"].nunique())
+arms = [arm for arm in dict.fromkeys([*arms, *rows["arm"]]) if (rows[rows["lr"] == lr]["arm"] == arm).any()]
+count = rows[(rows["lr"] == lr) & (rows["arm"] == arms[0])]["seed"].nunique()
+n = f"{count} seed{'s' * (count > 1)}"
+print(f"Judged: cells of the profile {rows['profile'].iloc[0]}, {n}, made on {'; '.join(sorted(set(rows['device'])))}")
+
+# %%
 images, attack = settings["plan"]["pgd_images"], f"PGD-{settings['plan']['steps']}"
-final = rows[rows.part == "test"].assign(error=[w.mean() for w in rows[rows.part == "test"]["wrong"]])
-final = final[["arm", "network", "seed", "kind", "error"]]
+final = rows[(rows["part"] == "test") & (rows["lr"] == lr)]
+final = final.assign(error=[w.mean() for w in final["wrong"]])[["arm", "network", "seed", "kind", "error"]]
 places = [(arm, network) for arm in arms for network in ("end", "ensemble")]
 
 fig, ax = plt.subplots(figsize=(7, 0.28 * len(places) + 0.9))
@@ -127,14 +136,14 @@ ax.axvline(90, color="grey", linestyle=":")
 ax.set(yticks=range(len(places)), yticklabels=[f"{arm}, {network}" for arm, network in places], xlim=(0, 101),
        xlabel="error, %", ylim=(len(places) - 0.5, -0.5))  # fmt: skip
 book.save(
-    fig, "06_final_errors", final, source=digits.source, seeds=seeds,
+    fig, "06_final_errors", final, source=digits.source, seeds=sorted(set(final["seed"])),
     caption=f"Errors after {epochs} epochs on {images} test digits, clean (hollow) and under {attack} at eps {eps:g} "
     f"(filled); a point per seed. Ensemble: of the networks after {periods[0]}, {periods[-1]} and {epochs} "
     "epochs, which of an arm without periods are its own checkpoints. Dotted: guessing.",
 )  # fmt: skip
 
 # %%
-on = {arm: cells.stuck(rows, arm, lr) for arm in arms}
+on = {arm: len(cells.stuck(rows, arm, lr)) for arm in arms}
 cause = "" if on.get("constant") else "no constant run is on the plateau: nothing to leave"
 left, stayed = ((arm, lr, "end", "test", "clean") for arm in ("cosine", "constant"))
 finding = cells.compare(escape, rows, left, stayed, unless=cause)
@@ -144,7 +153,7 @@ paired = f"{n}, paired, {images} test digits, {attack}"
 book.claim(
     "A rising budget leaves the plateau on which a constant budget stays, at one learning rate",
     section="5", paper="LeNet at eps 0.4 does not train under a constant budget, and does under a rising one",
-    measured=f"on the plateau: {', '.join(f'{k} of {len(seeds)} {a}' for a, k in on.items())}; "
+    measured=f"on the plateau: {', '.join(f'{k} of {count} {a}' for a, k in on.items())}; "
     f"{finding.measured}",
     holds=finding, n=paired, source=digits.source, believe=True,
 )  # fmt: skip
@@ -194,7 +203,7 @@ ax.axvline(0, color="black", linewidth=0.8)
 ax.set(yticks=range(len(gaps)), yticklabels=gaps["difference"], ylim=(len(gaps) - 0.5, -0.5), xlim=(-60, 60),
        xlabel="difference in robust error, percentage points")  # fmt: skip
 book.save(
-    fig, "06_controls", gaps, source=digits.source, seeds=seeds,
+    fig, "06_controls", gaps, source=digits.source, seeds=sorted(set(rows["seed"])),
     caption=f"Differences in robust error ({attack}), first minus second: negative, the first is better. 99 % "
     f"intervals over {n} and {images} test digits; filled: decided; grey band: the margin of {100 * margin:g} points.",
 )  # fmt: skip
@@ -230,78 +239,98 @@ book.answer(
 # %% [markdown]
 # ## Each arm at its own learning rate
 #
-# A schedule that only shifted the best learning rate would be no remedy. So both arms are trained over a grid of rates.
-# The rate is chosen by the robust error on the digits *set aside*; the comparison is on the test digits. The *range* of
-# an arm is the number of rates, of the grid, whose robust error is near that of its own best one. Where the best rate
-# is the first or last of the grid, a better one may lie beyond it, and the comparison is left undecided.
+# A schedule that only shifted the best learning rate would be no remedy. So both arms are trained over a grid of rates
+# (in the profile overnight: these are its committed cells). The rate is chosen by the robust error on images *set
+# aside*; the comparison is on the test images. Where the best rate is the first or last of the grid, a better one may
+# lie beyond it, and the comparison is left undecided. The *range* of an arm under a seed is the number of rates of the
+# grid at which its network leaves the plateau and ends near the arm's best one: a network that guesses everywhere has
+# no range, although its errors are all alike.
 
 # %%
 best_rule = inference.difference("robust error, cosine minus constant, each at its own best rate", margin=margin)
-range_rule = inference.difference("the number of learning rates near the best, cosine minus constant", margin=0.5,
-                                  expect="larger")  # fmt: skip
+range_rule = inference.difference("the number of learning rates that end near the best, off the plateau, cosine minus "
+                                  "constant", margin=0.5, expect="larger")  # fmt: skip
 best_rule
 
 # %%
 range_rule
 
 # %%
-wide = [(arm, rate, s) for arm in ("constant", "cosine") for rate in rate_grid for s in seeds[:rate_seeds]]
-made += [cells.make(recipe, settings, arm, digits, aside, eps=eps, lr=rate, seed=s) for arm, rate, s in wide]
-grids = {recipe: cells.table(made)}
-for other, part in cells.read()[0].groupby("row"):  # what larger profiles have found
-    if part["recipe"].iloc[0] != recipe and part.groupby("arm")["lr"].nunique().max() > 1:
-        grids[f"{part['recipe'].iloc[0]} ({other})"] = part
-tried = pd.DataFrame([{"cells": name, "arm": arm, "lr": rate, "seed": s, "robust": error}
-                      for (name, part), arm in product(grids.items(), ("constant", "cosine"))
-                      for rate, errors in cells.rates(part, arm).items() for s, error in errors.items()])  # fmt: skip
-
-# %%
-fig, axes = plt.subplots(1, len(grids), figsize=(min(7, 3.6 * len(grids)), 3), sharey=True, squeeze=False)
-for ax, (name, part) in zip(axes[0], tried.groupby("cells", sort=False)):
-    for arm, group in part.groupby("arm"):
-        colour = SCHEDULE_COLOURS[arm]
-        mean = group.groupby("lr")["robust"].mean()
-        ax.plot(mean, color=colour, label=arm)
-        ax.plot(group["lr"], group["robust"], "o", color=colour)
-    ax.set(xscale="log", xlabel="learning rate", title=name, ylim=(0, 1.03))
-    ax.set_xticks(sorted(part["lr"].unique()), [f"{rate:g}" for rate in sorted(part["lr"].unique())])
-    ax.minorticks_off()
-axes[0, 0].legend(loc="lower left")
-axes[0, 0].set_ylabel("robust error, images set aside")
-book.save(
-    fig, "06_learning_rates", tried, source=digits.source, seeds=seeds,
-    caption=f"Robust error on images set aside ({attack}, eps {eps:g}) by the learning rate of the training: a point "
-    f"per seed ({n} at {lr:g}, {rate_seeds} at the others), lines through the means.",
+both, grids = ("constant", "cosine"), {}
+for _, part in committed.groupby("row"):
+    name = cells.title(part)
+    if all(part[part["arm"] == arm]["lr"].nunique() > 1 for arm in both):
+        grids[name if name not in grids else f"{name} ({part['row'].iloc[0]})"] = part
+tried = pd.DataFrame(
+    [{"cells": name, "arm": arm, "lr": rate, "seed": s, "robust": error}
+     for (name, part), arm in product(grids.items(), both)
+     for rate, errors in cells.rates(part, arm).items() for s, error in errors.items()],
+    columns=["cells", "arm", "lr", "seed", "robust"],
 )  # fmt: skip
 
 # %%
-for name, part in grids.items():
-    each = {arm: cells.rates(part, arm) for arm in ("constant", "cosine")}
-    by = {arm: {rate: np.mean(list(v.values())) for rate, v in errors.items()} for arm, errors in each.items()}
-    best = {arm: min(errors, key=errors.get) for arm, errors in by.items()}
-    ends = [arm for arm in best if not min(by[arm]) < best[arm] < max(by[arm])]
+if grids:
+    fig, axes = plt.subplots(1, len(grids), figsize=(7 if len(grids) > 1 else 4, 3), sharey=True, squeeze=False)
+    for ax, (name, part) in zip(axes[0], tried.groupby("cells", sort=False)):
+        for arm, group in part.groupby("arm"):
+            ax.plot(group.groupby("lr")["robust"].mean(), color=SCHEDULE_COLOURS[arm], label=arm)
+            ax.plot(group["lr"], group["robust"], "o", color=SCHEDULE_COLOURS[arm])
+        ax.set(xscale="log", xlabel="learning rate", ylim=(0, 1.03))
+        ax.set_title(name, fontsize=8)
+        ax.set_xticks(sorted(part["lr"].unique()), [f"{rate:g}" for rate in sorted(part["lr"].unique())], fontsize=8)
+        ax.minorticks_off()
+    axes[0, 0].legend(loc="lower left")
+    axes[0, 0].set_ylabel("robust error, images set aside")
+    book.save(
+        fig, "06_learning_rates", tried, seeds=sorted(set(tried["seed"])),
+        source="; ".join(dict.fromkeys(part["source"].iloc[0] for part in grids.values())),
+        caption="Robust error on images set aside (PGD) by the learning rate of the training: a point per seed, lines "
+        "through the means. From committed cells.",
+    )  # fmt: skip
+else:
+    print("No committed cells at several learning rates: ./run_all.sh --profile overnight 07 makes them.")
+
+
+# %%
+def at_best(part):
+    """Cosine against constant, each at its best rate: what is measured, and the finding."""
+    mean = {arm: {lr: np.mean(list(v.values())) for lr, v in cells.rates(part, arm).items()} for arm in both}
+    best = {arm: min(errors, key=errors.get) for arm, errors in mean.items()}
+    idle = [arm for arm in both if all(len(cells.stuck(part, arm, lr)) == len(cells.masks(part, arm, lr))
+                                       for lr in mean[arm])]  # fmt: skip
+    ends = [arm for arm in both if arm not in idle and not min(mean[arm]) < best[arm] < max(mean[arm])]
     cause = f"the best rate of {' and '.join(ends)} is the first or last of the grid: widen it" if ends else ""
-    two = ("cosine", best["cosine"]), ("constant", best["constant"])
-    found_best = cells.compare(best_rule, part, *two, unless=cause)
+    found = cells.compare(best_rule, part, *((arm, best[arm]) for arm in ("cosine", "constant")), unless=cause)
+    rates = ", ".join(f"{arm} {'trains at none' if arm in idle else f'{best[arm]:g}'}" for arm in both)
+    return f"best rates: {rates}; {found.measured}", found
+
+
+def ranges(part):
+    """The ranges of cosine and of constant, each (seeds,), over the rates and seeds that both have."""
+    each = {arm: cells.rates(part, arm) for arm in both}
+    rates = sorted(set(each["cosine"]) & set(each["constant"]))
+    common = sorted(set.intersection(*(set(each[arm][lr]) for arm in both for lr in rates)))
+    off = {arm: {lr: set(common) - set(cells.stuck(part, arm, lr)) for lr in rates} for arm in both}
+    best = {arm: {s: min(each[arm][lr][s] for lr in rates) for s in common} for arm in both}
+    return rates, *(np.array([sum(s in off[arm][lr] and each[arm][lr][s] <= best[arm][s] + near for lr in rates)
+                              for s in common], float) for arm in ("cosine", "constant"))  # fmt: skip
+
+
+# %%
+for name, part in grids.items():
+    measured, finding = at_best(part)
     book.claim(
-        f"A rising budget is better than a constant one, each at its own best learning rate: {name}",
-        section="5", paper="both are compared at one learning rate", holds=found_best,
-        measured=f"rates {best['cosine']:g} (cosine) and {best['constant']:g} (constant): {found_best.measured}",
+        f"A rising budget is better than a constant one, each at its own best learning rate: {name}", section="5",
+        paper="both are compared at one learning rate", measured=measured, holds=finding,
         n=f"{part['seed'].nunique()} seeds at most, {part[part.part == 'test']['n'].min():,} test images",
         source=part["source"].iloc[0],
     )  # fmt: skip
-    common = sorted(set.intersection(*(set(v) for arm in each.values() for v in arm.values())))
-    widths = {arm: [sum(v[s] <= min(w[s] for w in each[arm].values()) + near for v in each[arm].values())
-                    for s in common] for arm in each}  # fmt: skip
-    stays = [arm for arm in by if min(by[arm].values()) >= 0.8]
+    rates, rising, constant = ranges(part)
     book.claim(
         f"A rising budget is less sensitive to the learning rate: {name}", section="5",
-        paper="it trains at a wider range of learning rates",
-        holds=range_rule(np.array(widths["cosine"], float), np.array(widths["constant"], float),
-                         unless=f"at no rate of the grid trains: {', '.join(stays)}" if stays else ""),
-        measured=f"near the best, of {len(by['cosine'])} rates: {np.mean(widths['cosine']):.1f} (cosine), "
-        f"{np.mean(widths['constant']):.1f} (constant)",
-        n=f"{len(common)} seed{'s' * (len(common) > 1)}, {len(by['cosine'])} rates", source=part["source"].iloc[0],
+        paper="it trains at a wider range of learning rates", holds=range_rule(rising, constant),
+        measured=f"rates in range, of {len(rates)}: {rising.mean():.1f} (cosine), {constant.mean():.1f} (constant)",
+        n=f"{len(rising)} seed{'s' * (len(rising) > 1)}, {len(rates)} rates", source=part["source"].iloc[0],
     )  # fmt: skip
 
 # %% [markdown]

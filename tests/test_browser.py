@@ -201,6 +201,10 @@ def test_play(lab):
     lab.write(*parameters(lab.cells(), **small))
     shown, errors = lab.run_all()
     assert not errors and "Your own settings" in shown, shown
+    lab.write(*parameters(lab.cells(), seeds=[]))
+    shown, errors = lab.run_all()
+    assert errors and '"traceback": ["parameters cell: seeds is empty"]' in shown, shown
+    lab.page.screenshot(path=lab.folder.parent / "refused.png")
     lab.write(*parameters(lab.cells(), eps_grid=[0.0, 0.3], seeds=[1, 2]))
     shown, errors = lab.run_all()  # in the same kernel
     assert not errors and "seeds = [1, 2]" in shown, shown

@@ -4,15 +4,18 @@ import hashlib
 import io
 import json
 import math
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 
 from lib import claims, figures, inference
 from lib.figures import Book
+from lib.settings import SettingError
 
 TABLE = pd.DataFrame({"epoch": [1, 2, 3], "error": [0.1, 1 / 3, 0.25]})
 PARAMETERS = {"profile": "quick", "seeds": [0, 1], "eps": 0.4, "restarts": (1, 2), "settings": {"a": None}}
@@ -78,14 +81,14 @@ class TestSave:
         assert record["parameters"] == json.loads(json.dumps(PARAMETERS))
         assert record["sha256"] == {k: hashlib.sha256(files[f"03_error.{k}"]).hexdigest() for k in ("png", "csv")}
         assert set(record) == {"stem", "notebook", "profile", "caption", "parameters", "seeds", "source", "versions",
-                               "hardware", "commit", "wall_time_s", "sha256", "made", "checksum"}  # fmt: skip
+                               "hardware", "commit", "seconds", "sha256", "made", "checksum"}  # fmt: skip
         assert (record["seeds"], record["source"], record["commit"]) == ([0, 1], "noise", "0123456789ab")
 
     def test_the_same_again_changes_no_byte(self, folder, monkeypatch):
         save(book())
         before = contents(folder)
         monkeypatch.setattr(figures.compute, "commit", lambda: "another")
-        monkeypatch.setattr(figures.time, "monotonic", lambda: 1e9)
+        monkeypatch.setattr(figures.compute, "clock", lambda: 1e9)
         save(book())
         assert contents(folder) == before
 
@@ -115,7 +118,7 @@ class TestSave:
         after = contents(folder)
         for record in (before, after):
             record["03_error.json"] = {
-                k: v for k, v in json.loads(record["03_error.json"]).items() if k not in ("wall_time_s", "checksum")
+                k: v for k, v in json.loads(record["03_error.json"]).items() if k not in ("seconds", "checksum")
             }
         assert after == before
 
@@ -178,6 +181,32 @@ class TestParameters:
             assert (book(**other).profile, book(**other).folder) == ("mine", tmp_path / "build" / "mine" / "figures")
         monkeypatch.setenv("PROFILE", "gpu")
         assert book(profile="gpu", eps=0.3).profile == "gpu"
+
+    @pytest.mark.parametrize("change, said", [
+        ({"seeds": []}, "parameters cell: seeds is empty"),
+        ({"eps": [0.3]}, "parameters cell: eps is [0.3], but should be a number"),
+        ({"eps": "0.3"}, "parameters cell: eps is the text '0.3': write the number without quotes"),
+    ])  # fmt: skip
+    def test_what_cannot_be_used_is_one_sentence_in_the_cell(self, tmp_path, monkeypatch, change, said):
+        monkeypatch.setattr(figures, "ROOT", tmp_path)
+        quick = tmp_path / "notebooks" / "profiles" / "quick.json"
+        quick.parent.mkdir(parents=True)
+        quick.write_text(json.dumps({"03_toy": PARAMETERS, "recipes": figures.recipes.RECIPES}))
+        with pytest.raises(SettingError, match=f"^{re.escape(said)}") as caught:
+            book(**change)
+        shell = InteractiveShell.instance()
+        shown = []
+        monkeypatch.setattr(shell, "_showtraceback", lambda _kind, _error, lines: shown.extend(lines))
+        shell.showtraceback((caught.type, caught.value, caught.tb))
+        assert shown == [str(caught.value)]
+
+    def test_a_name_that_is_new_or_gone_is_named(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(figures, "ROOT", tmp_path)
+        quick = tmp_path / "notebooks" / "profiles" / "quick.json"
+        quick.parent.mkdir(parents=True)
+        quick.write_text(json.dumps({"03_toy": PARAMETERS | {"old": 1}, "recipes": figures.recipes.RECIPES}))
+        with pytest.raises(SettingError, match="'old' is gone"):
+            book()
 
     def test_changes_reach_a_recipe_by_name(self, monkeypatch):
         monkeypatch.setitem(PARAMETERS, "changes", {"lenet on mnist5k": {"width": 1}})

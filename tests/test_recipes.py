@@ -35,7 +35,7 @@ def test_computed_and_written_numbers_name_one_run():
     ("lenet", None, "no recipe 'lenet': there are lenet on mnist5k"),
     ("lenet on mnist5k", {"vgg": {}}, "no recipe 'vgg'"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"epoch": 3}}, "has no setting 'epoch': there are"),
-    ("lenet on mnist5k", {"lenet on mnist5k": {"lr": "1e-4"}}, "lr of 'lenet on mnist5k' is '1e-4'"),
+    ("lenet on mnist5k", {"lenet on mnist5k": {"lr": "1e-4"}}, "lr of 'lenet on mnist5k' is the text '1e-4'"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"images": 100}}, "images of 'lenet on mnist5k' is 100"),
 ])  # fmt: skip
 def test_refused(name, changes, message):

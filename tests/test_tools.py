@@ -496,7 +496,7 @@ def test_the_longest_notebook_comes_first(toy, tmp_path):
     records = toy.figures / "quick"
     records.mkdir(parents=True)
     for name, seconds in (("01_a", 5), ("02_b", 50), ("02_b", 60), ("03_c", 20)):
-        (records / f"{name}{seconds}.json").write_text(json.dumps({"notebook": name, "wall_time_s": seconds}))
+        (records / f"{name}{seconds}.json").write_text(json.dumps({"notebook": name, "seconds": seconds}))
     (records / "02_b.claims.json").write_text(json.dumps({"notebook": "02_b"}))
     (records / "03_half.json").write_text("{")
 
@@ -704,7 +704,7 @@ def figure(layout, profile, stem, **changes):
         "caption": "Slope *2* at [0, 1].",
         "sha256": digests,
     }
-    record |= {"source": "5,000 digits", "seeds": [0, 1], "parameters": {}, "wall_time_s": 12.3}
+    record |= {"source": "5,000 digits", "seeds": [0, 1], "parameters": {}, "seconds": 12.3}
     (folder / f"{stem}.json").write_text(json.dumps(record | changes))
 
 

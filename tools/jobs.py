@@ -167,5 +167,5 @@ def recorded_times(layout: Layout, profile: str) -> dict[str, float]:
     for path in (layout.figures / profile).glob("*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(path.read_text(encoding="utf-8"))
-            times[record["notebook"]] = max(times.get(record["notebook"], 0.0), record["wall_time_s"])
+            times[record["notebook"]] = max(times.get(record["notebook"], 0.0), record["seconds"])
     return times

@@ -12,7 +12,6 @@ profile, so that no result carries the name of a size it did not have; an empty 
 
 import ast
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -23,13 +22,10 @@ from jupytext.config import load_jupytext_config
 from layout import Layout
 
 from lib.files import read_json, write_json
+from lib.settings import PLAIN, fit, kind
+from lib.settings import SettingError as ProfileError
 
 QUICK, MINE = "quick", "mine"
-PLAIN = "write numbers plainly, such as 10000, 1.0e-4 or 8/255"
-
-
-class ProfileError(ValueError):
-    """A profile, a notebook's name, a source or a `parameters` cell that cannot be used."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -227,19 +223,17 @@ def _section(where: str, section: dict, known: dict, everywhere: dict) -> dict:
 
 def _recipes(where: str, changes: dict) -> dict:
     """{recipe: {setting: value}}, checked."""
-    if _kind(changes) != "dict":
-        raise ProfileError(f"{where} holds a {_kind(changes)}, not recipes")
+    if kind(changes) != "dict":
+        raise ProfileError(f"{where} holds a {kind(changes)}, not recipes")
     found = {}
     for name, settings in changes.items():
         from lib import recipes  # takes seconds: only where it is needed
 
         try:
-            found[name] = fit(f"{where}: {name}", settings, recipes.get(name))
-            recipes.check(name, {name: found[name]})
-        except ProfileError:
-            raise
-        except ValueError as error:
+            known = recipes.get(name)
+        except ProfileError as error:
             raise ProfileError(f"{where}: {error}") from None
+        found[name] = fit(f"{where}: {name}", settings, known)
     return found
 
 
@@ -261,60 +255,8 @@ def _texts(value) -> list[str]:
     """All texts in a value, at any depth."""
     if isinstance(value, str):
         return [value]
-    inner = [*value, *value.values()] if isinstance(value, dict) else value if _kind(value) == "list" else []
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if kind(value) == "list" else []
     return [text for one in inner for text in _texts(one)]
-
-
-def _kind(value) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str, tuple)):
-        return type(value).__name__
-    return {str: "text", tuple: "list"}.get(type(value), "number")
-
-
-def fit(where: str, value, like):
-    """A profile's value for a parameter that is ``like`` in the notebook; text that is a number becomes one.
-
-    Raises:
-        ProfileError: another type, a name that neither the notebook nor the recipes have (at any depth), an empty list.
-    """
-    if like is None:
-        return value
-    if _kind(like) == "number" and isinstance(value, str):
-        value = _number(where, value, like)
-    if _kind(value) != _kind(like):
-        hint = {"number": f"; {PLAIN}", "text": "; quote it: YAML reads off, no and on as truth values"}
-        raise ProfileError(f"{where} is {value!r}, but should be a {_kind(like)}{hint.get(_kind(like), '')}")
-    if isinstance(value, dict):
-        from lib.recipes import KNOWN
-
-        if unknown := [key for key in value if key not in like and key not in KNOWN]:
-            raise ProfileError(f"{where}: no name {unknown[0]!r}: there are {', '.join(map(str, like))}")
-        return {key: one if one is None else fit(f"{where}: {key}", one, like.get(key)) for key, one in value.items()}
-    if isinstance(value, list):
-        if like and not value:
-            raise ProfileError(f"{where} is empty")
-        return [one if one is None else fit(f"{where}, item {n}", one, _item(like)) for n, one in enumerate(value, 1)]
-    return value
-
-
-def _item(values):
-    """What stands for any item of a list: all their names if they are dicts, None where they differ in kind."""
-    if not values or len({_kind(value) for value in values}) > 1:
-        return None
-    if isinstance(values[0], dict):
-        return {key: _item([value[key] for value in values if key in value]) for value in values for key in value}
-    return [one for value in values for one in value] if _kind(values[0]) == "list" else values[0]
-
-
-def _number(where: str, text: str, like):
-    try:
-        above, slash, below = text.partition("/")
-        value = float(above) / float(below if slash else 1)
-        if not math.isfinite(value):
-            raise ValueError
-    except (ValueError, ZeroDivisionError):
-        raise ProfileError(f"{where} is {text!r}, but should be a number; {PLAIN}") from None
-    return int(value) if isinstance(like, int) and value.is_integer() else value
 
 
 def choose(asked: list[str], names: list[str]) -> list[str]:

@@ -1,0 +1,67 @@
+"""Values that people write into parameters cells and profiles: taken as they are meant, or refused in one sentence."""
+
+import math
+
+PLAIN = "write numbers plainly, such as 10000, 1.0e-4 or 8/255"
+
+
+class SettingError(ValueError):
+    """A value, name or cell of a person's that cannot be used. A notebook shows the sentence and no traceback."""
+
+    def _render_traceback_(self):  # asked for by IPython
+        return [f"{self}"]
+
+
+def kind(value):
+    """What people call the type of a value: number, text, list, ..."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str, tuple)):
+        return type(value).__name__
+    return {str: "text", tuple: "list"}.get(type(value), "number")
+
+
+def fit(where, value, like):
+    """A value for a setting that is `like` in the notebook or recipe; text that is a number becomes one.
+
+    Args:
+        where: what the sentence begins with.
+    Raises:
+        SettingError: another type, a name that neither like nor the recipes have (at any depth), an empty list.
+    """
+    if like is None:
+        return value
+    if kind(like) == "number" and isinstance(value, str):
+        value = _number(where, value, like)
+    if kind(value) != kind(like):
+        hint = {"number": f"; {PLAIN}", "text": "; quote it: YAML reads off, no and on as truth values"}
+        raise SettingError(f"{where} is {value!r}, but should be a {kind(like)}{hint.get(kind(like), '')}")
+    if isinstance(value, dict):
+        from .recipes import KNOWN  # takes seconds: only where it is needed
+
+        if unknown := [key for key in value if key not in like and key not in KNOWN]:
+            raise SettingError(f"{where}: no name {unknown[0]!r}: there are {', '.join(map(str, like))}")
+        return {key: one if one is None else fit(f"{where}: {key}", one, like.get(key)) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        if like and not value:
+            raise SettingError(f"{where} is empty")
+        return [one if one is None else fit(f"{where}, item {n}", one, _item(like)) for n, one in enumerate(value, 1)]
+    return value
+
+
+def _item(values):
+    """What stands for any item of a list: all their names if they are dicts, None where they differ in kind."""
+    if not values or len({kind(value) for value in values}) > 1:
+        return None
+    if isinstance(values[0], dict):
+        return {key: _item([value[key] for value in values if key in value]) for value in values for key in value}
+    return [one for value in values for one in value] if kind(values[0]) == "list" else values[0]
+
+
+def _number(where, text, like):
+    try:
+        above, slash, below = text.partition("/")
+        value = float(above) / float(below if slash else 1)
+        if not math.isfinite(value):
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
+        raise SettingError(f"{where} is {text!r}, but should be a number; {PLAIN}") from None
+    return int(value) if isinstance(like, int) and value.is_integer() else value
