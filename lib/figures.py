@@ -33,8 +33,11 @@ SCHEDULE_COLOURS = dict(zip(("constant", "linear", "cosine", "cosine_misread"),
 
 
 def eps_colours(grid):
-    """{eps: colour}: on one scale for all figures, from dark at 0 to light (but no yellow) at 0.4 and above."""
-    return {eps: mpl.colormaps["viridis"](0.8 * min(eps / 0.4, 1)) for eps in grid}
+    """{eps: colour}: on one scale for all figures, from dark at 0 to light (but no yellow) at 0.4 and above.
+
+    The root of eps, since most of what is compared is small.
+    """
+    return {eps: mpl.colormaps["viridis"](0.8 * min(eps / 0.4, 1) ** 0.5) for eps in grid}
 
 
 class Book:

@@ -50,6 +50,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import display
 from matplotlib.colors import ListedColormap
 from scipy.special import expit, logsumexp
 from scipy.stats import entropy
@@ -193,7 +194,7 @@ rules = {
                                 tolerance=0),
 }  # fmt: skip
 for each in rules.values():
-    print(each.text)
+    display(each)
 
 # %%
 turn = 2 * np.pi * np.arange(32) / 32
@@ -360,7 +361,7 @@ rules = {
     "bounds": inference.exact("by how much the gap of the loss is outside its bounds, nats", tolerance=0),
 }
 for each in rules.values():
-    print(each.text)
+    display(each)
 
 
 # %%
@@ -550,7 +551,7 @@ nearest = max((r for r in sgd_ratios if r < 1), default=None)
 beyond = min((r for r in sgd_ratios if r > 1), default=None)
 useful = inference.difference(f"robust loss after SGD at {nearest} eps_bar minus log 2, nats", margin=1e-4)
 constant = inference.difference(f"the same at {beyond} eps_bar", margin=1e-3, expect="no difference")
-print(useful.text, constant.text, sep="\n\n")
+display(useful, constant)
 
 
 # %%

@@ -65,6 +65,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 import torch.nn.functional as F
+from IPython.display import display
 from scipy.special import erfc, expit
 
 from lib import inference, landscape, linear, recipes, runs
@@ -199,7 +200,7 @@ rules = {
     "local": inference.exact("1 minus jump / bound of logistic regression, for the smallest box", tolerance=0.01),
 }
 for each in rules.values():
-    print(each.text)
+    display(each)
 
 # %%
 rng = np.random.default_rng(seeds[0])
@@ -410,7 +411,7 @@ largest_T = max(sgd_lengths)
 late = inference.difference(f"frequency / bound of Theorem 2 at T = {largest_T:,}, the largest over eps and γ, minus 1",
                             margin=0.05)  # fmt: skip
 moreau = inference.exact("by how much a frequency is above the bound by the envelope", tolerance=0)
-print(late.text, moreau.text, sep="\n\n")
+display(late, moreau)
 
 
 # %%
@@ -562,7 +563,7 @@ book.claim(
 # %%
 scattered = inference.trend(f"scattering at distance {max(distances):g} along eps", expect="rises")
 aligned = inference.trend(f"cosine between the perturbations at distance {max(distances):g} along eps", expect="falls")
-print(scattered.text, aligned.text, sep="\n\n")
+display(scattered, aligned)
 
 # %%
 settings = book.recipe(recipe)

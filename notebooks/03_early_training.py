@@ -128,7 +128,7 @@ for ax in axes.flat:
 book.save(
     fig, "03_attacked_digits", pd.DataFrame(rows), source=digits.source, seeds=seeds[:1],
     caption="Test digits attacked (PGD-10) at the eps of training, and below each the perturbation on a scale of its "
-    "own. The title gives the network's answer, red if wrong.",
+    "own. The title gives the network's answer, orange if wrong.",
 )  # fmt: skip
 
 # %% [markdown]

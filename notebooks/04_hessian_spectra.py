@@ -247,8 +247,10 @@ book.check(
     "Eigenpairs: the largest relative residual of all networks",
     holds=inference.exact("residual", tolerance=5e-3)(largest),
 )
-print("Smallest eigenvalue (mean by eps):", ends.groupby("eps").smallest.mean().round(2).to_dict(),
-      "- the end of training is", "a minimum" if (ends.smallest >= 0).all() else "no minimum")  # fmt: skip
+least = ", ".join(f"{value:.2f} at eps {eps:g}" for eps, value in ends.groupby("eps").smallest.mean().items())
+print(
+    f"Smallest eigenvalue, mean: {least}. The end of training is {'a' if (ends.smallest >= 0).all() else 'no'} minimum."
+)
 
 # %% [markdown]
 # ## 3. Scattered gradients

@@ -132,15 +132,16 @@ drops = pd.DataFrame({"eps": e, "start": o, "step": t, "loss": v} for o in origi
 depth = drops.groupby(["start", "eps"]).loss.agg(lambda v: v.iloc[0] - v.min()).unstack("eps")
 fig, axes = plt.subplots(1, 2, figsize=(7, 3), width_ratios=[3, 2])
 sns.lineplot(drops, x="step", y="loss", hue="eps", palette=colours, errorbar=("pi", 100), err_kws={"alpha": 0.15},
-             ax=axes[0])  # fmt: skip
+             ax=axes[0], legend=False)  # fmt: skip
 axes[0].axhline(chance, color="grey", linestyle=":")
 axes[0].set(
     xlabel="step along steepest descent", ylabel="adversarial loss", ylim=(drops.loss.min() - 0.02, chance + 0.2)
 )
 for eps in start_grid:
-    axes[1].scatter([eps] * len(depth), depth[eps], color=colours[eps], clip_on=False)
+    axes[1].scatter([eps] * len(depth), depth[eps], color=colours[eps], clip_on=False, label=f"{eps:g}")
 axes[1].plot(depth.mean(), color="0.6", zorder=0)
 axes[1].set(xlabel="eps of the attack", ylabel="drop of the loss", ylim=(0, None))
+fig.legend(loc="outside right center", title="eps")
 book.save(
     fig, "05_drop", drops, source=images.source, seeds=origins,
     caption=f"Adversarial loss from the initial point along its steepest descent (cut above), mean and range, and the "
@@ -211,9 +212,10 @@ for row, direction in zip(axes, ("random", "top eigenvector")):
     for ax, loss in zip(row, ("frozen", "adversarial")):
         shown = lines[(lines.direction == direction) & (lines.loss == loss) & (lines.step > 0)]
         sns.lineplot(shown, x="step", y="rise", hue="eps", palette=colours, errorbar=("pi", 100), ax=ax,
-                     err_kws={"alpha": 0.15}, legend=ax is axes[0, 0])  # fmt: skip
+                     err_kws={"alpha": 0.15}, legend=ax is axes[0, 1])  # fmt: skip
         ax.axhline(1, color="grey", linestyle=":")
         ax.set(ylim=(0, 3), xlabel=f"step, {direction}", ylabel="rise of the loss", title=loss)
+sns.move_legend(axes[0, 1], "upper left", bbox_to_anchor=(1, 1), title="eps", frameon=False)
 book.save(
     fig, "05_rise", lines, source=images.source, seeds=seeds,
     caption=f"How far the loss rises above its value at the end of training, mean of both sides; mean and range over "

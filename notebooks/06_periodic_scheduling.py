@@ -157,8 +157,8 @@ for i, (arm, network) in enumerate(places):
     for kind, face in (("clean", "none"), ("PGD", colour)):
         ax.plot(100 * here[here.kind == kind]["error"], [i] * here["seed"].nunique(), "o", color=colour, mfc=face)
 ax.axvline(90, color="grey", linestyle=":")
-ax.set(yticks=range(len(places)), yticklabels=[f"{arm}, {network}" for arm, network in places], xlim=(0, 101),
-       xlabel="error, %", ylim=(len(places) - 0.5, -0.5))  # fmt: skip
+labels = [f"{arm}, {network}".replace("_", " ") for arm, network in places]
+ax.set(yticks=range(len(places)), yticklabels=labels, xlim=(0, 101), xlabel="error, %", ylim=(len(places) - 0.5, -0.5))
 book.save(
     fig, "06_final_errors", final, source=digits.source, seeds=sorted(set(final["seed"])),
     caption=f"Errors after {epochs} epochs on {images} test digits, clean (hollow) and under {attack} at eps {eps:g} "

@@ -593,7 +593,7 @@ for k, style in {
     "PGD": {"marker": "s"},
     "worst": {"marker": "|", "ms": 10, "mew": 2, "color": "black"},
 }.items():
-    ax.plot(wide[k], range(len(wide)), ls="", label=k, **style)  # fmt: skip
+    ax.plot(wide[k], range(len(wide)), ls="", label=k, clip_on=False, **style)  # fmt: skip
 ax.set(xlim=(0, 1), xlabel="error", yticks=range(len(wide)), yticklabels=[f"{k} at {e:g}" for e, k in wide.index])
 ax.invert_yaxis()
 fig.legend(loc="outside right center", title="attack")
