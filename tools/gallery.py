@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write figures/README.md, the ledger of claims and the gallery, and the table of notebooks in README.md.
 
-    python tools/gallery.py
+    python tools/gallery.py        (and all pictures on one, build/contact_sheet.png)
 
 Every number and every word of them comes out of figures/PROFILE/*.json. No dates: the same records give the same bytes.
 """
@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from layout import Layout
+from PIL import Image
 
 from lib.claims import VERDICTS
 from lib.files import read_json, write_bytes
@@ -251,8 +252,22 @@ def write(layout: Layout) -> None:
         write_bytes(layout.root / "README.md", readme(layout).encode())
 
 
+def contact_sheet(layout: Layout, columns: int = 5, side: int = 420) -> Path:
+    """All pictures of figures/quick on one, for a look at their style: build/contact_sheet.png."""
+    paths = sorted((layout.figures / "quick").glob("*.png"))
+    sheet = Image.new("RGB", (columns * side, -(-len(paths) // columns) * side), "white")
+    for i, path in enumerate(paths):
+        picture = Image.open(path).convert("RGB")
+        picture.thumbnail((side - 12, side - 12))
+        sheet.paste(picture, (i % columns * side, i // columns * side))
+    layout.build.mkdir(exist_ok=True)
+    sheet.save(layout.build / "contact_sheet.png")
+    return layout.build / "contact_sheet.png"
+
+
 if __name__ == "__main__":
     try:
         write(Layout())
+        print("All pictures on one:", contact_sheet(Layout()))
     except RecordError as error:
         sys.exit(str(error))
