@@ -559,7 +559,7 @@ class TestTraining:
         assert attack <= proved < 0.5 < other
 
     @pytest.mark.parametrize("change, message", [
-        ({"objective": "crown"}, "unknown objective 'crown': choose attack or interval"),
+        ({"objective": "crown"}, "unknown objective 'crown': choose one of attack, interval"),
         ({"norm": "l2"}, "interval training is for a linf ball of eps > 0, got l2"),
         ({"eps": 0.0, "schedule": "constant"}, "interval training is for a linf ball of eps > 0, got linf and eps 0.0"),
     ])  # fmt: skip
