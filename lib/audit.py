@@ -116,20 +116,9 @@ def worst_case(masks):
 
     Raises ValueError for no masks at all, or masks of unequal length.
     """
-    return np.logical_or.reduce(list(_checked(masks).values()))
-
-
-def _checked(masks):
     if not len(masks):
         raise ValueError("no attacks: a worst case needs at least one mask")
-    masks = {name: np.asarray(mask) for name, mask in masks.items()}
-    lengths = {name: len(mask) for name, mask in masks.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"masks of unequal length: {', '.join(f'{k} {v}' for k, v in lengths.items())}")
-    for name, mask in masks.items():
-        if mask.dtype != bool or mask.ndim != 1 or not len(mask):
-            raise ValueError(f"the mask of {name} must be booleans, one per image")
-    return masks
+    return np.logical_or.reduce([masks[name] for name in masks])
 
 
 def signs(reported, rivals, by_eps, flat):
@@ -152,9 +141,8 @@ def signs(reported, rivals, by_eps, flat):
     if not len(rivals) or len(by_eps) < 2:
         raise ValueError(f"needs at least one rival and two eps, got {len(rivals)} and {len(by_eps)}")
     grid = sorted(by_eps)
-    flat, reported, *curve = _checked({"flat": flat, "reported": reported} | {e: by_eps[e] for e in grid}).values()
-    rivals = {name: _checked({name: mask, "reported": reported[: len(mask)]})[name] for name, mask in rivals.items()}
-    found = {f"only {name} breaks it": mask & ~reported[: len(mask)] for name, mask in rivals.items()}
+    flat, reported, *curve = np.array([flat, reported, *(by_eps[e] for e in grid)], bool)
+    found = {f"only {name} breaks it": np.array(mask) & ~reported[: len(mask)] for name, mask in rivals.items()}
     found["it stands again at a larger eps"] = max((a & ~b for a, b in pairwise(curve)), key=np.sum)
     return found | {f"it stands at eps {grid[-1]:g}": ~curve[-1], "its loss is flat": flat}
 
