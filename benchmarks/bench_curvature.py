@@ -187,7 +187,7 @@ def main():
     settings = {"eps": 0.1, "step_size": 0.02, "num_steps": 10}
     x_adv = pgd(model, x[: given.images], y[: given.images], **settings, random_start=False, precision="full")
     record = vars(given) | {
-        "attack": settings, "source": digits.source, "parameters": models.num_parameters(model),
+        "attack": settings, "source": digits.source, "parameters": flat(model).numel(),
         "hardware": compute.hardware(), "versions": compute.versions(),
         "eigenpairs": bench_eigenpairs(model, x_adv, y[: given.images], 20, 250),
     }  # fmt: skip

@@ -8,7 +8,6 @@ batch-normalisation buffers are afterwards as they were before, whatever happens
 import warnings
 from contextlib import contextmanager
 from functools import partial
-from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +16,11 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch.func import functional_call
 
+from .checks import NORMS, STARTS, check_choice, check_count, check_eps, check_inputs, check_labels, check_logits
 from .compute import fast_dtype
-from .differentiate import as_module, check_logits, differentiating, gradient, own
-from .fast import as_function, channels_last  # noqa: F401 (imported from here by others)
+from .differentiate import as_module, differentiating, gradient, own
+from .fast import as_function
 from .models import any_layout
-
-NORMS = ("linf", "l2")
 
 
 def project(delta, *, eps, norm="linf"):
@@ -37,7 +35,7 @@ def project(delta, *, eps, norm="linf"):
     Raises:
         ValueError: unknown norm, eps negative or NaN.
     """
-    check_norm(norm)
+    check_choice("norm", norm, NORMS)
     eps = check_eps(eps, norm="l2")  # perturbations have no range
     if norm == "linf":
         return delta.clamp(-eps, eps)
@@ -85,11 +83,10 @@ def pgd(
     """
     x, y, eps = check_inputs(x, y, eps, norm)
     step_size = check_eps(step_size, name="step_size", norm=norm)
-    check_count("num_steps", num_steps, 0)
-    check_count("num_restarts", num_restarts, 1)
-    check_start(random_start)
-    if loss not in LOSSES:
-        raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}")
+    check_count(0, num_steps=num_steps)
+    check_count(1, num_restarts=num_restarts)
+    check_choice("random_start", random_start, STARTS)
+    check_choice("loss", loss, LOSSES)
     with frozen(model, x, precision) as logits_of, frozen(model, x, "full") as exact_logits_of:
         if eps == 0:
             return x.clone()
@@ -103,7 +100,7 @@ def pgd(
         def ascend(x_adv, y, limits):
             out, i = x_adv.clone(), torch.arange(len(y), device=y.device)  # i: the images that are being moved
             for _ in range(num_steps):
-                g, wrong = _gradient(logits_of, x_adv, y, LOSSES[loss])
+                g, wrong = input_gradient(logits_of, x_adv, y, LOSSES[loss])
                 if stop_early and wrong.any():
                     wrong[wrong.clone()] = judge(x_adv[wrong], y[wrong])[1]
                     out[i[wrong]] = x_adv[wrong]
@@ -150,7 +147,7 @@ def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
         ValueError: as for `pgd`; num_queries below 1.
     """
     x, y, eps = check_inputs(x, y, eps, norm)
-    check_count("num_queries", num_queries, 1)
+    check_count(1, num_queries=num_queries)
     x_adv, size, limits = x.clone(), x[0].numel(), _limits(x, eps, norm)
     order = torch.rand(len(x), size, generator=generator, device=x.device).argsort(1)
     turn = torch.zeros_like(y)  # each image's own place in its order, two turns (up, down) for each value
@@ -197,8 +194,7 @@ def autoattack(
         ValueError: as for `pgd`; an unknown attack, or too few classes for it ("apgd-dlr" needs 3, "apgd-t" 4).
     """
     x, y, eps = check_inputs(x, y, eps, norm)
-    for name, value in (("num_steps", num_steps), ("num_restarts", num_restarts), ("num_queries", num_queries)):
-        check_count(name, value, 1)
+    check_count(1, num_steps=num_steps, num_restarts=num_restarts, num_queries=num_queries)
     unknown = [a for a in attacks if a not in LEAST_CLASSES]
     if unknown or not attacks:
         raise ValueError(f"unknown attack {unknown}: choose some of {', '.join(LEAST_CLASSES)}")
@@ -266,7 +262,7 @@ class _Guarded(torch.autograd.Function):
         return None, None, g.float().contiguous()
 
 
-def _gradient(logits_of, x_adv, y, loss):
+def input_gradient(logits_of, x_adv, y, loss):
     """The gradient of the loss at x_adv, and which images are misclassified there."""
     leaf = x_adv.detach().requires_grad_()
     logits = logits_of(leaf)
@@ -342,8 +338,7 @@ def frozen(model, x, precision="auto"):
     function, for an output that is not logits.
     """
     model = as_module(model)
-    if precision not in ("auto", "full"):
-        raise ValueError(f"unknown precision {precision!r}: choose auto or full")
+    check_choice("precision", precision, ("auto", "full"))
     tensors = {k: own(t) for k, t in (*model.named_parameters(), *model.named_buffers())}
     kind = "{0.dtype} on {0.device}".format
     others = {kind(t) for t in tensors.values() if t.is_floating_point()} - {kind(x)}
@@ -383,65 +378,3 @@ def _wide(t, x):
 
 def _l2(t):
     return torch.linalg.vector_norm(t, dim=tuple(range(1, t.dim())), keepdim=True)
-
-
-def check_eps(eps, *, name="eps", norm="linf"):
-    """eps as a float. Raises ValueError unless it is a number >= 0 and, for "linf", at most 1."""
-    if not isinstance(eps, Real) or isinstance(eps, bool):
-        raise ValueError(f"{name} must be a number, got {type(eps).__name__}")
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"{name} must be finite and not negative, got {eps}")
-    if norm == "linf" and eps > 1:
-        raise ValueError(f"{name} is a fraction of the pixel range, so at most 1: write 8/255, not 8 (got {eps})")
-    return float(eps)
-
-
-def check_norm(norm):
-    """Raise ValueError for an unknown norm."""
-    if norm not in NORMS:
-        raise ValueError(f"unknown norm {norm!r}: choose linf or l2")
-
-
-def check_count(name, value, least):
-    """Raise ValueError unless value is a whole number of at least `least`."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-
-
-def check_start(start):
-    """Raise ValueError for an unknown random start."""
-    if start not in (False, True, "step", "ball"):
-        raise ValueError(f"unknown random_start {start!r}: choose True or 'step', 'ball', or False")
-
-
-def check_inputs(x, y, eps=0, norm="linf"):
-    """x and y as constants of ours: detached, contiguous, usable whatever mode they were made in; and eps, a float.
-
-    Raises ValueError unless x is a batch of images in [0, 1], y its labels (int64) and eps a radius of the norm.
-    """
-    check_norm(norm)
-    eps = check_eps(eps, norm=norm)
-    if not isinstance(x, torch.Tensor) or x.dim() != 4 or len(x) == 0:
-        raise ValueError(f"x must be a tensor (B, C, H, W) with B >= 1, got {getattr(x, 'shape', type(x).__name__)}")
-    if x.dtype not in (torch.float32, torch.float64):  # coarser types round x + eps by more than a small eps
-        advice = "convert it, and the model" if x.is_floating_point() else "divide by 255 first"
-        raise ValueError(f"x must be float32 or float64 with pixels in [0, 1], got {x.dtype}: {advice}")
-    low, high = x.aminmax()
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"x must lie in [0, 1], got values from {low:.4g} to {high:.4g}")
-    if not isinstance(y, torch.Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1]:
-        raise ValueError(
-            f"y must be int64 labels of shape ({len(x)},), got {getattr(y, 'dtype', type(y).__name__)} "
-            f"{tuple(getattr(y, 'shape', ()))}"
-        )
-    return own(x).contiguous(), own(y).contiguous(), eps
-
-
-def check_labels(logits, y):
-    """Raise ValueError unless the logits (`check_logits`) are finite and belong to these labels."""
-    check_logits(logits, len(y))
-    low, high = y.aminmax()
-    if low < 0 or high >= logits.shape[1]:
-        raise ValueError(f"labels run from {low} to {high}, but the model has {logits.shape[1]} classes")
-    if not torch.isfinite(logits).all():
-        raise ValueError("the model returned NaN or infinite logits")

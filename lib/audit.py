@@ -13,13 +13,13 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from . import runs
-from .attacks import LEAST_CLASSES, autoattack, check_count, check_inputs, check_labels, fgsm, frozen, pgd, simba
-from .differentiate import differentiating, gradient
-from .evaluation import wrong
+from .attacks import LEAST_CLASSES, LOSSES, autoattack, fgsm, frozen, input_gradient, pgd, simba
+from .checks import check_choice, check_count, check_inputs
+from .differentiate import differentiating
+from .evaluation import in_batches, wrong
 
 
 def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
@@ -37,8 +37,7 @@ def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
     Raises:
         ValueError: num_restarts or batch_size below 1, no images, and whatever the attack raises.
     """
-    for name, value in (("num_restarts", num_restarts), ("batch_size", batch_size)):
-        check_count(name, value, 1)
+    check_count(1, num_restarts=num_restarts, batch_size=batch_size)
     x, y, _ = check_inputs(x, y)
     falls = torch.where(wrong(model, x, y, batch_size=batch_size), 0, num_restarts + 1)
     done = 0
@@ -52,11 +51,6 @@ def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
             falls[part[0]] = first
         done += copies
     return falls.tolist()
-
-
-def broken(model, x, y, attack, *, batch_size=500):
-    """The mask of one attack as a list: True where the image or its attacked version is misclassified."""
-    return wrong(model, x, y, attack, batch_size=batch_size).tolist()
 
 
 @dataclass(frozen=True)
@@ -95,32 +89,26 @@ def attack_by_name(name, *, seed=0, device="cpu", **settings):
     name: "pgd", "fgsm", "simba", "noise" (a uniform point of the ball), or one of `autoattack`'s, such as "apgd-ce".
     settings: those of the attack. Raises ValueError for an unknown name.
     """
-    generator = torch.Generator(device).manual_seed(seed)
-    if name == "noise":
-        still = {"step_size": settings["eps"], "num_steps": 0, "random_start": "ball"}
-        return partial(pgd, **settings | still, generator=generator)
+    check_choice("attack", name, ("pgd", "fgsm", "simba", "noise", *LEAST_CLASSES))
     if name in LEAST_CLASSES:
         return partial(autoattack, attacks=(name,), seed=seed, **settings)
     if name == "fgsm":
         return partial(fgsm, **settings)
-    if name not in ("pgd", "simba"):
-        raise ValueError(f"unknown attack {name!r}: choose pgd, fgsm, simba, noise, {', '.join(LEAST_CLASSES)}")
-    return partial({"pgd": pgd, "simba": simba}[name], **settings, generator=generator)
+    if name == "noise":
+        settings |= {"step_size": settings["eps"], "num_steps": 0, "random_start": "ball"}
+    generator = torch.Generator(device).manual_seed(seed)
+    return partial(simba if name == "simba" else pgd, **settings, generator=generator)
 
 
 @differentiating()
 def flat(model, x, y, *, batch_size=500):
     """The mask of images whose loss has a gradient of exactly zero, so that no attack can follow it."""
-    x, y, _ = check_inputs(x, y)
-    parts = []
-    for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True):
+    mask = []
+    for a, b in in_batches(x, y, batch_size):
         with frozen(model, a, "full") as logits_of:
-            a = a.clone().requires_grad_()
-            logits = logits_of(a)
-            check_labels(logits, b)
-            (g,) = gradient(F.cross_entropy(logits, b, reduction="sum"), [a])
-        parts += (g.flatten(1) == 0).all(1).tolist()
-    return parts
+            g, _ = input_gradient(logits_of, a, b, LOSSES["ce"])
+        mask += (g.flatten(1) == 0).all(1).tolist()
+    return mask
 
 
 def worst_case(masks):
@@ -128,20 +116,9 @@ def worst_case(masks):
 
     Raises ValueError for no masks at all, or masks of unequal length.
     """
-    return np.logical_or.reduce(list(_checked(masks).values()))
-
-
-def _checked(masks):
     if not len(masks):
         raise ValueError("no attacks: a worst case needs at least one mask")
-    masks = {name: np.asarray(mask) for name, mask in masks.items()}
-    lengths = {name: len(mask) for name, mask in masks.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"masks of unequal length: {', '.join(f'{k} {v}' for k, v in lengths.items())}")
-    for name, mask in masks.items():
-        if mask.dtype != bool or mask.ndim != 1 or not len(mask):
-            raise ValueError(f"the mask of {name} must be booleans, one per image")
-    return masks
+    return np.logical_or.reduce([masks[name] for name in masks])
 
 
 def signs(reported, rivals, by_eps, flat):
@@ -164,9 +141,8 @@ def signs(reported, rivals, by_eps, flat):
     if not len(rivals) or len(by_eps) < 2:
         raise ValueError(f"needs at least one rival and two eps, got {len(rivals)} and {len(by_eps)}")
     grid = sorted(by_eps)
-    flat, reported, *curve = _checked({"flat": flat, "reported": reported} | {e: by_eps[e] for e in grid}).values()
-    rivals = {name: _checked({name: mask, "reported": reported[: len(mask)]})[name] for name, mask in rivals.items()}
-    found = {f"only {name} breaks it": mask & ~reported[: len(mask)] for name, mask in rivals.items()}
+    flat, reported, *curve = np.array([flat, reported, *(by_eps[e] for e in grid)], bool)
+    found = {f"only {name} breaks it": np.array(mask) & ~reported[: len(mask)] for name, mask in rivals.items()}
     found["it stands again at a larger eps"] = max((a & ~b for a, b in pairwise(curve)), key=np.sum)
     return found | {f"it stands at eps {grid[-1]:g}": ~curve[-1], "its loss is flat": flat}
 

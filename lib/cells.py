@@ -8,7 +8,6 @@ the one with the least robust error on the images set aside. It stands in
 figures/<profile>/cells/<recipe>-eps<eps>/<arm>-lr<rate>-seed<seed>.json.
 """
 
-import hashlib
 import json
 import re
 from dataclasses import asdict
@@ -23,7 +22,7 @@ import torch
 from . import compute, inference, recipes, runs, training
 from .attacks import autoattack, pgd
 from .evaluation import wrong
-from .files import read_json, write_json
+from .files import checksum, read_json, write_json
 from .models import Ensemble
 
 NAMES = {"lenet": "LeNet", "vgg16": "VGG16", "resnet18": "ResNet18"}
@@ -180,7 +179,7 @@ def _lines(profile, cell):
     """The lines of a cell: what its row has in common is hashed, so that nothing unlike is averaged."""
     config = cell["config"]
     common = {key: value for key, value in config.items() if key not in ARM}
-    row = hashlib.sha256(json.dumps([common, cell["fingerprint"], cell["plan"]], sort_keys=True).encode()).hexdigest()
+    row = checksum([common, cell["fingerprint"], cell["plan"]])
     made = cell["made"]["training"]
     about = {"profile": profile, "recipe": cell["recipe"], "row": f"{profile}-{row[:6]}", "arm": cell["arm"],
              "lr": config["lr"], "seed": config["seed"], "eps": config["eps"], "source": cell["data"],

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, vjp
 
-from .attacks import check_eps, check_inputs, check_labels
+from .checks import check_eps, check_inputs, check_labels
 from .curvature import copied
 from .models import ACTIVATIONS, BasicBlock
 

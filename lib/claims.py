@@ -2,8 +2,6 @@
 
 from .inference import Finding
 
-VERDICTS = ("reproduced", "partly", "not reproduced", "undecided")
-
 
 def verdict(holds):
     """The verdict for a computed outcome: True, False, "partly" or None (undecided).

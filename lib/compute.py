@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from .checks import check_choice
+
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "matplotlib", "seaborn", "pandas")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -37,9 +39,8 @@ def fast_dtype(where):
         ValueError: another value of PRECISION.
     """
     asked = os.environ.get("PRECISION") or "auto"
+    check_choice("PRECISION", asked, ("auto", *PRECISIONS))
     if asked != "auto":
-        if asked not in PRECISIONS:
-            raise ValueError(f"PRECISION is {asked!r}: choose auto, {' or '.join(PRECISIONS)}")
         return PRECISIONS[asked]
     if where.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(where) >= (8, 0) else None

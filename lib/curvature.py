@@ -20,7 +20,7 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from .attacks import check_labels
+from .checks import check_labels, check_targets
 from .differentiate import as_module, differentiating, gradient, own
 from .fast import channels_last
 from .models import any_layout
@@ -297,10 +297,7 @@ def check(model, x, y):
     Raises ValueError for no data, labels that do not match, and a model whose loss is no function of the parameters
     alone: in training mode, or with batch normalisation by the statistics of the batch.
     """
-    if len(x) == 0:
-        raise ValueError("no data: the mean loss of 0 inputs is undefined")
-    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-        raise ValueError(f"y must be int64 labels of shape ({len(x)},), got {y.dtype} {tuple(y.shape)}")
+    check_targets(x, y)
     for name, m in as_module(model).named_modules():
         if m.training:
             raise ValueError(f"the model is in training mode (module {name or type(m).__name__!r}): call model.eval()")

@@ -377,9 +377,8 @@ def _open(file):
 
 def _shown_size(file):
     """Width and height of the upright picture, by its header."""
-    with _open(
-        file
-    ) as image:  # the getexif of PNG would decode it all, and the size of TIFF is that of the upright one
+    # The getexif of PNG would decode it all, and the size of TIFF is that of the upright picture.
+    with _open(file) as image:
         turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5 and image.format != "TIFF"
         return image.size[::-1] if turned else image.size
 

@@ -63,10 +63,3 @@ def as_module(model):
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
     return getattr(model, "_orig_mod", model)
-
-
-def check_logits(logits, count):
-    """Raise ValueError unless a model's output is a tensor (count, classes): neither tuple, dict nor other object."""
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != count:
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"{type(logits).__name__}: unpack it first"
-        raise ValueError(f"the model must return logits ({count}, classes), got {got}")

@@ -8,7 +8,8 @@ fail.
 import torch
 import torch.nn.functional as F
 
-from .attacks import check_count, check_inputs, check_labels, frozen, pgd
+from .attacks import frozen, pgd
+from .checks import check_count, check_inputs, check_labels, check_targets
 from .differentiate import as_module, differentiating, own
 from .models import ACTIVATIONS
 
@@ -19,7 +20,7 @@ def predict(model, x, *, batch_size=500):
 
     Raises ValueError for no inputs at all, and for a model that returns no logits.
     """
-    check_count("batch_size", batch_size, 1)
+    check_count(1, batch_size=batch_size)
     if len(x) == 0:
         raise ValueError("no inputs to evaluate")
     with torch.no_grad(), frozen(model, x, "full") as logits_of:
@@ -38,7 +39,7 @@ def wrong(model, x, y, attack=None, *, batch_size=500):
         ValueError: labels that do not match, logits that are not finite, and what the attack raises.
     """
     masks = []
-    for a, b in _batches(x, y, batch_size):
+    for a, b in in_batches(x, y, batch_size):
         mask = _wrong(predict(model, a), b)
         i = (~mask).nonzero().squeeze(1)
         if attack is not None and len(i):
@@ -52,12 +53,10 @@ def _wrong(logits, y):
     return logits.argmax(1) != y
 
 
-def _batches(x, y, batch_size):
-    check_count("batch_size", batch_size, 1)
-    if len(x) == 0 or tuple(y.shape) != (len(x),):
-        raise ValueError(
-            f"y must have shape (N,), one label for each of N >= 1 images, got {tuple(y.shape)} for {len(x)}"
-        )
+def in_batches(x, y, batch_size):
+    """Batches (a, b) of images and labels, checked; x may be `data.Images`. Raises ValueError as `wrong`."""
+    check_count(1, batch_size=batch_size)
+    check_targets(x, y)
     return (check_inputs(a, b)[:2] for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True))
 
 
@@ -79,7 +78,7 @@ def share(mask):
 @differentiating()
 def attacked(model, x, y, attack, *, batch_size=500):
     """The attacked inputs (N, C, H, W), made batch by batch."""
-    return torch.cat([attack(model, a, b) for a, b in _batches(x, y, batch_size)])
+    return torch.cat([attack(model, a, b) for a, b in in_batches(x, y, batch_size)])
 
 
 def evaluate(model, x, y, *, eps, step_size, num_steps, norm="linf", seed=0, batch_size=500):
@@ -91,7 +90,7 @@ def evaluate(model, x, y, *, eps, step_size, num_steps, norm="linf", seed=0, bat
     generator = torch.Generator(x.device).manual_seed(seed)
     settings = {"eps": eps, "step_size": step_size, "num_steps": num_steps, "norm": norm, "generator": generator}
     clean, robust, losses = [], [], []
-    for a, b in _batches(x, y, batch_size):
+    for a, b in in_batches(x, y, batch_size):
         logits = predict(model, pgd(model, a, b, **settings))
         clean.append(_wrong(predict(model, a), b))
         robust.append(clean[-1] | _wrong(logits, b))

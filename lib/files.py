@@ -51,7 +51,7 @@ def write_json(path, value):
     value = json.loads(json.dumps(value, allow_nan=False))  # keys become texts, as they will be when it is read
     if isinstance(value, dict):
         value.pop("checksum", None)  # of the file that it was read from by other means
-        value["checksum"] = _checksum(value)
+        value["checksum"] = checksum(value)
     write_bytes(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
 
 
@@ -59,12 +59,13 @@ def read_json(path):
     """The value in a JSON file. Raises ValueError naming the file if it is truncated or corrupted."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(value, dict) and "checksum" in value and value.pop("checksum") != _checksum(value):
+        if isinstance(value, dict) and "checksum" in value and value.pop("checksum") != checksum(value):
             raise ValueError("its checksum is wrong")
         return value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or corrupted: delete it and run again ({error})") from error
 
 
-def _checksum(value):
+def checksum(value):
+    """Hash of a JSON value, 16 hexadecimal digits: equal values have equal ones."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -48,28 +48,25 @@ class Rule:
         return f"**Rule.** {self.text}"
 
 
-def together(findings, names=None):
+def together(findings):
     """One finding of several: it holds if all do, and not if none does; "partly" where some hold and some do not; else
     it is undecided, for the causes of those that are.
 
     Args:
-        findings: a list of Finding, or a dict of them by name.
-        names: of a list; by default none.
+        findings: a dict of Finding by name, at least one.
     """
-    named = findings if isinstance(findings, dict) else dict(zip(names or range(len(findings)), findings, strict=True))
-    if not named:
+    if not findings:
         raise ValueError("no findings to take together")
-    said, holds = isinstance(findings, dict) or names, [f.holds for f in named.values()]
-    measured = {name: f.measured for name, f in named.items()}
-    why = {name: f.why for name, f in named.items() if f.holds is None}
-    measured, why = ("; ".join(f"{k}: {v}" if said else v for k, v in texts.items()) for texts in (measured, why))
-    if len(set(holds)) == 1 and holds[0] is not None:
-        verdict = holds[0]
+    holds = {f.holds for f in findings.values()}
+    measured = "; ".join(f"{name}: {f.measured}" for name, f in findings.items())
+    why = "; ".join(f"{name}: {f.why}" for name, f in findings.items() if f.holds is None)
+    if len(holds) == 1:
+        (verdict,) = holds
     else:
-        verdict = "partly" if {True, "partly"} & set(holds) and {False, "partly"} & set(holds) else None
-    outcomes = dict.fromkeys(f.outcome for f in named.values())
-    decided = verdict is not None
-    return Finding(", ".join(outcomes) if decided else "undecided", verdict, measured, "" if decided else why)
+        verdict = "partly" if {True, "partly"} & holds and {False, "partly"} & holds else None
+    if verdict is None:
+        return Finding("undecided", None, measured, why)
+    return Finding(", ".join(dict.fromkeys(f.outcome for f in findings.values())), verdict, measured)
 
 
 def trend(what, *, expect, margin=0.0, level=LEVEL):
@@ -160,7 +157,9 @@ def difference(what, *, margin, expect="smaller", level=LEVEL):
             f"±{margin:g}; else undecided.")  # fmt: skip
 
     def test(a, b):
-        d, (mean, half) = _differences(a, b), interval(a, b, level=level)
+        d = _differences(a, b)
+        mean, *errors = _errors(d)
+        half = _half(len(d), *errors, level)
         measured = f"{mean:+.4g} [{mean - half:+.4g}, {mean + half:+.4g}]" if math.isfinite(half) else f"{mean:+.4g}"
         if abs(mean) + half < margin:
             outcome = "no difference"
@@ -169,7 +168,7 @@ def difference(what, *, margin, expect="smaller", level=LEVEL):
         if d.shape[1] > 1:
             measured += f" ({_mcnemar(d)})"
         if outcome == "undecided":
-            return Finding(outcome, None, measured, _why_no_difference(d, mean, margin, level))
+            return Finding(outcome, None, measured, _why_no_difference(d, mean, half, errors, margin, level))
         said = f"no difference beyond {margin:g}" if outcome == "no difference" else outcome
         return Finding(said, outcome == expect, measured)
 
@@ -179,8 +178,8 @@ def difference(what, *, margin, expect="smaller", level=LEVEL):
 def interval(a, b, *, level=LEVEL):
     """Mean of a - b and half the width of its interval, as in `difference` (infinite for one seed)."""
     d = _differences(a, b)
-    mean, seed_error, image_error = _errors(d)
-    return mean, _half(len(d), seed_error, image_error, level)
+    mean, *errors = _errors(d)
+    return mean, _half(len(d), *errors, level)
 
 
 def _differences(a, b):
@@ -220,12 +219,10 @@ def _mcnemar(d):
     return f"these networks: {more} against {less} of {d.size:,} differ that way, p = {_p(p)}"
 
 
-def _why_no_difference(d, mean, margin, level):
-    s, n = d.shape
+def _why_no_difference(d, mean, half, errors, margin, level):
+    (s, n), (seed_error, image_error) = d.shape, errors
     if s == 1:
         return "one seed: the spread between seeds is unknown; three at least"
-    _, seed_error, image_error = _errors(d)
-    half = _half(s, seed_error, image_error, level)
     goal = max(abs(mean), margin - abs(mean))  # the shorter way out: away from 0, or inside the margin
     more_images = max(1.0, 2 * (stats.norm.isf(level / 2) * image_error / goal) ** 2)
     enough = next((k for k in range(s + 1, 1001) if _half(k, seed_error * math.sqrt(s / k),

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from scipy.special import comb
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from .checks import check_choice, check_count
 from .curvature import check, copied, loss_gradient, top_eigenpairs
 from .differentiate import differentiating, own
 from .evaluation import attacked, predict
@@ -94,8 +95,7 @@ def surface(model, directions, steps, x, y, *, attack=None, adversary="none", ba
             training mode, no data, a loss that is not finite.
     """
     x, y = check(model, x, y)
-    if adversary not in ADVERSARIES:
-        raise ValueError(f"unknown adversary {adversary!r}: choose one of {', '.join(ADVERSARIES)}")
+    check_choice("adversary", adversary, ADVERSARIES)
     if (attack is None) != (adversary == "none"):
         raise ValueError(f"adversary {adversary!r} {'needs an' if attack is None else 'takes no'} attack")
     theta = flat(model)
@@ -210,8 +210,7 @@ class Curve:
     """
 
     def __init__(self, start, end, bends=(), kind="bezier"):
-        if kind not in KINDS:
-            raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
+        check_choice("kind", kind, KINDS)
         shapes = [[(k, v.shape) for k, v in m.state_dict().items()] for m in (start, end)]
         if shapes[0] != shapes[1]:
             raise ValueError("start and end must be of one architecture: names or shapes of their tensors differ")
@@ -222,9 +221,7 @@ class Curve:
         """The weights (m + 2,) with theta(t) = weights @ points: exactly 0 and 1 at the ends."""
         if not 0 <= t <= 1:
             raise ValueError(f"t must lie in [0, 1], got {t}")
-        return torch.as_tensor(
-            KINDS[self.kind](t, len(self.points) - 1), dtype=self.points.dtype, device=self.points.device
-        )
+        return self.points.new_tensor(KINDS[self.kind](t, len(self.points) - 1))
 
     def model(self, t, x_statistics=None):
         """The model at t, in evaluation mode.
@@ -293,8 +290,7 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
     """
     check(start, x, y)
     x, y = check(end, x, y)
-    if num_bends < 1:
-        raise ValueError(f"num_bends must be at least 1, got {num_bends}: without bends there is nothing to train")
+    check_count(1, num_bends=num_bends)
     a, b = flat(start), flat(end)
     curve = Curve(start, end, [a + i / (num_bends + 1) * (b - a) for i in range(1, num_bends + 1)], kind)
     bends = torch.nn.Parameter(curve.points[1:-1].clone())

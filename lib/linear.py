@@ -13,6 +13,8 @@ import cvxpy as cp
 import numpy as np
 from scipy.special import entr, logsumexp, softmax
 
+from .checks import check_choice, check_eps
+
 DUAL = {"linf": 1, "l2": 2}
 ARC = 1024  # pieces of the arc in which the worst Euclidean perturbation of three classes is sought
 
@@ -25,7 +27,8 @@ def margins(W, x, y, *, eps, norm, b=None):
         x: points (N, m). y: labels (N,) in 0..K-1.
         eps: radius, >= 0. norm: "linf" or "l2". b: biases (..., K).
     Returns:
-        (..., N). Positive: no perturbation changes the prediction.
+        (..., N). Positive: no perturbation changes the prediction; so the share of the others is the robust error, a
+        tie counted as an error.
     Raises:
         ValueError: shapes that do not match, values that are not finite, labels outside 0..K-1, unknown norm.
     """
@@ -36,15 +39,6 @@ def margins(W, x, y, *, eps, norm, b=None):
     own = np.take_along_axis(logits, np.broadcast_to(y[:, None], (*logits.shape[:-1], 1)), -1)
     gaps = own - logits - eps * sizes[..., y, :]
     return np.where(np.arange(K) == y[:, None], np.inf, gaps).min(-1)
-
-
-def robust_error(W, x, y, *, eps, norm, b=None):
-    """Share of the points that some x' with ||x' - x|| <= eps makes an error, exactly, for any number of classes.
-
-    A point is an error when another class reaches the score of its own, so a tie is one. eps=0 gives the error.
-    Arguments and errors as for `margins`; the result has W's leading dimensions.
-    """
-    return (margins(W, x, y, eps=eps, norm=norm, b=b) <= 0).mean(-1)
 
 
 def in_v(W, x, y, *, eps, norm, b=None):
@@ -336,14 +330,10 @@ def _moments(x, y, K):
     return counts / len(y), (np.eye(K)[y].T @ x) / np.maximum(counts, 1)[:, None]
 
 
-def _check(norm, eps):
-    if norm not in DUAL:
-        raise ValueError(f"unknown norm {norm!r}: choose linf or l2")
-    if not 0 <= eps < np.inf:
-        raise ValueError(f"eps must be finite and not negative, got {eps}")
-
-
-def _points(x, y):
+def _points(x, y, norm, eps):
+    """Checked points and labels; norm and eps are checked as well."""
+    check_choice("norm", norm, DUAL)
+    check_eps(eps, norm="l2")  # points have no range
     x, y = np.asarray(x, dtype=float), np.asarray(y)
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"x must be points (N, m), got shape {x.shape}: flatten images first")
@@ -356,8 +346,7 @@ def _points(x, y):
 
 def _data(x, y, norm, eps=0.0):
     """Checked points, labels and the number of classes."""
-    x, y = _points(x, y)
-    _check(norm, eps)
+    x, y = _points(x, y, norm, eps)
     K = int(y.max()) + 1
     missing = np.setdiff1d(np.arange(K), y)
     if len(missing):
@@ -369,8 +358,7 @@ def _data(x, y, norm, eps=0.0):
 
 def _classifier(W, x, y, eps, norm, b):
     """Checked arguments of a function of classifiers; b is zeros if it is None."""
-    x, y = _points(x, y)
-    _check(norm, eps)
+    x, y = _points(x, y, norm, eps)
     W = np.asarray(W, dtype=float)
     if W.ndim < 2 or W.shape[-2] < 2 or W.shape[-1] != x.shape[1]:
         raise ValueError(f"W must be weights (..., K, {x.shape[1]}) with K >= 2, got shape {W.shape}")

@@ -14,18 +14,18 @@ import pickle
 import torch
 from torch import nn
 
+from .checks import check_choice, check_count
+
 ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus, "elu": nn.ELU}
 
 
 def _activation(name):
-    if name not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(ACTIVATIONS)}")
+    check_choice("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]()
 
 
 def _channels(width, factor):
-    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-        raise ValueError(f"width must be a positive integer, got {width!r}")
+    check_count(1, width=width)
     return factor * width
 
 
@@ -167,16 +167,10 @@ def build(name, *, seed, **settings):
 
     Raises ValueError for an unknown name.
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    check_choice("model", name, MODELS)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         return MODELS[name](**settings)
-
-
-def num_parameters(model):
-    """Number of scalar parameters."""
-    return sum(p.numel() for p in model.parameters())
 
 
 RELEASED = {"lenet": 16, "vgg16": 8, "resnet18": 8}  # width factors of the paper's released networks

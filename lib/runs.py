@@ -5,8 +5,6 @@ it was made is recorded in it (`made`), and appears in the records of the figure
 machine is found on another. `journal` says what was found and what was made since it was last cleared.
 """
 
-import hashlib
-import json
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +13,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from . import compute
-from .files import folder_from_environment, read_json, write_json
+from .files import checksum, folder_from_environment, read_json, write_json
 from .training import VERSION, train
 
 journal = []  # dicts: run (its name), what, state ("found", "trained", "remembered" or "measured"), made
@@ -26,22 +24,24 @@ def runs_dir():
     return folder_from_environment("RUNS_DIR", Path(__file__).parents[1] / "runs")
 
 
-def run(config, data, *, wait=True):
+def run(config, data, *, wait=True, quiet=False):
     """The finished run of this config on this data: found, resumed or trained.
 
-    A second process that wants the same run waits for the first, or gets None at once if not `wait`. Arguments and
-    errors as for `training.train`.
+    A second process that wants the same run waits for the first, or gets None at once if not `wait`. Other arguments
+    and errors as for `training.train`.
     """
     folder = runs_dir() / f"{config.model}-{config.schedule}-{key(config, data)}"
     try:
         with _once(folder / "run.json", folder / ".lock", wait) as there:
-            found = train(config, data, folder=folder)
+            found = train(config, data, folder=folder, quiet=quiet)
     except Timeout:
         return None
-    journal.append(
-        {"run": folder.name, "what": config.describe(), "state": "found" if there else "trained", "made": found.made}
-    )
+    _note(folder.name, config.describe(), "found" if there else "trained", found.made)
     return found
+
+
+def _note(name, what, state, made):
+    journal.append({"run": name, "what": what, "state": state, "made": made})
 
 
 def grid(configs, data):
@@ -50,11 +50,12 @@ def grid(configs, data):
     Two processes with one grid share the work: a run that the other is training is left for the end.
     """
     configs, done = list(configs), {}
-    with tqdm(total=len(configs), desc="runs", disable=len(configs) < 2, mininterval=1) as bar:
+    several = len(configs) > 1  # one line of progress at a time: that of the grid, or that of its only run
+    with tqdm(total=len(configs), desc="runs", disable=not several, mininterval=1) as bar:
         for wait in (False, True):
             for config in configs:
                 bar.set_postfix_str(config.describe(), refresh=False)
-                if config not in done and (found := run(config, data, wait=wait)):
+                if config not in done and (found := run(config, data, wait=wait, quiet=several)):
                     done[config] = found
                     bar.update()
     return [done[config] for config in configs]
@@ -73,21 +74,14 @@ def remember(kind, facts, compute_value, *, version=1):
     Raises:
         ValueError: a corrupted file, or NaN in the value.
     """
-    path = runs_dir() / kind / f"{_hash(facts, version)}.json"
+    path = runs_dir() / kind / f"{checksum([facts, version])}.json"
     with _once(path, path.with_suffix(".lock")) as there:
         if not there:
             start = compute.clock()
             value = compute_value()
             write_json(path, {"facts": facts, "value": value, "made": compute.made(compute.clock() - start)})
     record = read_json(path)
-    journal.append(
-        {
-            "run": f"{kind}/{path.stem}",
-            "what": kind,
-            "state": "remembered" if there else "measured",
-            "made": record["made"],
-        }
-    )
+    _note(f"{kind}/{path.stem}", kind, "remembered" if there else "measured", record["made"])
     return record["value"]
 
 
@@ -109,8 +103,4 @@ def key(config, data):
     """Hash of what was asked for, 16 hexadecimal digits. Settings at their default are left out: a new one renames no
     run."""
     asked = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
-    return _hash({"config": asked, "data": data.fingerprint}, VERSION)
-
-
-def _hash(facts, version):
-    return hashlib.sha256(json.dumps([facts, version], sort_keys=True).encode()).hexdigest()[:16]
+    return checksum([{"config": asked, "data": data.fingerprint}, VERSION])

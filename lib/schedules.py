@@ -9,7 +9,7 @@ import math
 from bisect import bisect_right
 from itertools import pairwise
 
-from .attacks import check_eps
+from .checks import check_choice, check_eps
 
 
 def constant(value, *, norm="linf"):
@@ -110,8 +110,7 @@ SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine, "cosine_m
 def by_name(name, eps, *, start=0.0, stop=None, epochs, norm="linf"):
     """The schedule `name` of SCHEDULES for training against eps: constant at eps, or rising from start towards stop
     (eps when None) over `epochs`, clipped at eps. Raises ValueError for an unknown name."""
-    if name not in SCHEDULES:
-        raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
+    check_choice("schedule", name, SCHEDULES)
     if name == "constant":
         return constant(eps, norm=norm)
     return SCHEDULES[name](start, eps if stop is None else stop, epochs, clip=eps, norm=norm)

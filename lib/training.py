@@ -23,11 +23,13 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from . import models, schedules
-from .attacks import channels_last, check_eps, check_norm, check_start, pgd
+from .attacks import pgd
 from .certify import worst_margins
+from .checks import NORMS, STARTS, check_choice, check_count, check_eps
 from .compute import clock, device, fast_dtype, made
 from .differentiate import differentiating
 from .evaluation import evaluate, predict
+from .fast import channels_last
 from .files import read_json, write_bytes, write_json
 
 # What a run of a config means. Raised by hand when training changes its meaning, so that runs made before are left
@@ -87,24 +89,19 @@ class TrainConfig:
     def __post_init__(self):
         for field in fields(self):
             object.__setattr__(self, field.name, _plain(field.name, getattr(self, field.name)))
-        check_norm(self.norm)
+        for name, choices in (("norm", NORMS), ("objective", ("attack", "interval")), ("optimizer", OPTIMIZERS)):
+            check_choice(name, getattr(self, name), choices)
+        check_choice("random_start", self.start, STARTS)
         check_eps(self.eps, norm=self.norm)
         check_eps(self.step_size, name="step_size", norm=self.norm)
-        check_start(self.start)
-        if self.objective not in ("attack", "interval"):
-            raise ValueError(f"unknown objective {self.objective!r}: choose attack or interval")
         if self.objective == "interval" and self.model != "lenet":
             raise ValueError(f"interval training is for lenet: batch normalisation mixes the inputs of {self.model}")
         if self.objective == "interval" and (self.norm != "linf" or self.eps == 0):
             raise ValueError(f"interval training is for a linf ball of eps > 0, got {self.norm} and eps {self.eps}")
         for name in ("epochs", "batch_size", "eval_every", "eval_images", "num_steps", "width", "keep_every", "seed"):
-            least = 0 if name in ("keep_every", "seed") else 1
-            if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {getattr(self, name)!r}")
+            check_count(0 if name in ("keep_every", "seed") else 1, **{name: getattr(self, name)})
         if type(self.lr) not in (int, float) or not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be a positive number, got {self.lr!r}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
         if any(not 0 < drop < 1 for drop in self.lr_drops):
             raise ValueError(f"lr_drops must lie between 0 and 1, the ends of a period, got {self.lr_drops}")
         if not all(isinstance(r, int) for r in self.restarts):
@@ -198,7 +195,7 @@ class Run:
 
 
 @differentiating()
-def train(config, data, *, folder):
+def train(config, data, *, folder, quiet=False):
     """Train by the config, or go on with a run that was cut off, or read a finished one.
 
     Args:
@@ -206,6 +203,7 @@ def train(config, data, *, folder):
         data: data.Data.
         folder: the run's own folder; made if missing. Holds checkpoint.safetensors while it runs (replaced after each
             epoch, in one step), model-<epoch>.safetensors for epoch 0, each period's end and the last, and run.json.
+        quiet: no line of progress.
     Returns:
         Run. Same config, data, machine and thread count: same weights, bit for bit.
     Raises:
@@ -223,7 +221,7 @@ def train(config, data, *, folder):
         state.keep(folder)
     rest = range(state.epoch, config.epochs)
     bar = {"desc": config.describe(), "initial": state.epoch, "total": config.epochs, "leave": False, "mininterval": 1}
-    for _ in tqdm(rest, **bar, disable=bool(tqdm._instances)):  # one line at a time: a grid has its own
+    for _ in tqdm(rest, **bar, disable=quiet):
         try:
             state.train_epoch()
         except ValueError as error:
@@ -252,6 +250,8 @@ def read(folder, config):
 class _State:
     """Everything that changes during a run."""
 
+    KEPT = ("epoch", "history", "steps", "seconds")  # in a checkpoint, beside model and optimizer
+
     def __init__(self, config, data):
         self.config, self.data, self.device = config, data, device()
         shape = data.x_train.shape
@@ -261,10 +261,7 @@ class _State:
         model = models.build(config.model, seed=config.seed, **self.model_settings)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.x, self.y = data.x_train.to(self.device), data.y_train.to(self.device)
-        self.test = (
-            data.x_test[: config.eval_images].to(self.device),
-            data.y_test[: config.eval_images].to(self.device),
-        )
+        self.test = [t[: config.eval_images].to(self.device) for t in (data.x_test, data.y_test)]
         self.budget = config.budget()
         self.epoch, self.history, self.steps, self.seconds = 0, [], [], 0.0
         self.optimizer = OPTIMIZERS[config.optimizer](self.model.parameters(), config)
@@ -343,14 +340,7 @@ class _State:
         for i, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items() if v is not None}
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        about = {
-            "config": asdict(self.config),
-            "epoch": self.epoch,
-            "history": self.history,
-            "steps": self.steps,
-            "seconds": self.seconds,
-        }
-        _save(path, tensors, about)
+        _save(path, tensors, {"config": asdict(self.config)} | {name: getattr(self, name) for name in self.KEPT})
 
     def restore(self, path):
         try:
@@ -359,8 +349,8 @@ class _State:
             return  # it can be made again: from the start
         if about["config"] != json.loads(json.dumps(asdict(self.config))):
             raise ValueError(f"{path.parent} holds a run of another config: choose another folder")
-        self.epoch, self.history, self.steps = about["epoch"], about["history"], about["steps"]
-        self.seconds = about["seconds"]
+        for name in self.KEPT:
+            setattr(self, name, about[name])
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         state = {}
         for name, tensor in tensors.items():

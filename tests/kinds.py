@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lib.curvature import copied
+
 LAYOUTS = {  # the same numbers, laid out otherwise; x is (N, C, H, W)
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "transposed": lambda x: x.mT.contiguous().mT,
@@ -153,3 +155,17 @@ def module(kind, seed=0):
     model = MODULES[kind]()
     with torch.inference_mode(kind == "made in inference mode"):
         return model.double().eval()
+
+
+def check_rounding(logits, model, x):
+    """Assert that logits are the model's at x up to the rounding of their type, whatever order it sums in.
+
+    The reference is the model in evaluation mode and float64. A sum of n terms is rounded n times, each time by half a
+    unit in the last place at most of what was summed so far. So as many units of the largest logit are allowed as terms
+    are summed on the way to one: the fan-in of every layer, and the batch, where normalisation takes a mean over it.
+    """
+    with torch.no_grad():
+        exact = copied(model).eval().double()(x.double())
+    terms = sum(p[0].numel() for p in model.parameters() if p.dim() > 1) + x[:, 0].numel()
+    allowed = terms * torch.finfo(logits.dtype).eps * exact.abs().max().item()
+    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=allowed)

@@ -17,6 +17,7 @@ from torch import nn
 from lib import attacks, compute, models
 from lib.attacks import autoattack, fgsm, pgd, project, simba
 from lib.evaluation import predict, robust_error
+from lib.fast import channels_last
 
 CLOSE = {"atol": 1e-6, "rtol": 0}
 
@@ -387,7 +388,7 @@ class TestPrecision:
             monkeypatch.setenv("PRECISION", asked)
             assert compute.fast_dtype(torch.device("cpu")) == dtype
         monkeypatch.setenv("PRECISION", "half")
-        with pytest.raises(ValueError, match="PRECISION is 'half': choose auto, float32 or bfloat16"):
+        with pytest.raises(ValueError, match="unknown PRECISION 'half': choose one of auto, float32, bfloat16"):
             compute.fast_dtype(torch.device("cpu"))
 
     @pytest.mark.parametrize("channels", [1, 3])
@@ -399,7 +400,7 @@ class TestPrecision:
         x = torch.rand(6, channels, 8, 8)
         pgd(model, x, torch.arange(6) % 3, eps=0.1, step_size=0.1, num_steps=2, random_start=False)
         assert len(seen) == 2 and all(t.is_contiguous(memory_format=torch.channels_last) for t in seen)
-        assert torch.equal(attacks.channels_last(x), x)
+        assert torch.equal(channels_last(x), x)
 
     @pytest.mark.parametrize("name, shape", [("vgg16", (4, 3, 32, 32)), ("resnet18", (4, 3, 32, 32))])
     def test_every_architecture_can_be_attacked(self, name, shape):
@@ -430,9 +431,9 @@ class TestBadInput:
         ({"num_steps": True}, "num_steps must be an integer >= 0, got True"),
         ({"num_restarts": 0}, "num_restarts must be an integer >= 1, got 0"),
         ({"num_restarts": 1.5}, "num_restarts must be an integer >= 1, got 1.5"),
-        ({"norm": "l1"}, "unknown norm 'l1': choose linf or l2"),
+        ({"norm": "l1"}, "unknown norm 'l1': choose one of linf, l2"),
         ({"loss": "dlr"}, "unknown loss 'dlr': choose one of ce, margin"),
-        ({"precision": "half"}, "unknown precision 'half': choose auto or full"),
+        ({"precision": "half"}, "unknown precision 'half': choose one of auto, full"),
         ({"precision": "half", "eps": 0.0}, "unknown precision 'half'"),
         ({"model": torch.relu}, "model must be an nn.Module, got builtin_function_or_method"),
         ({"x": x + 1}, r"x must lie in \[0, 1\], got values from"),

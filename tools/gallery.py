@@ -15,9 +15,9 @@ from pathlib import Path
 from layout import Layout
 from PIL import Image
 
-from lib.claims import VERDICTS
 from lib.files import read_json, write_bytes
 
+VERDICTS = ("reproduced", "partly", "not reproduced", "undecided")
 PROFILES = ("quick", "overnight", "gpu", "paper")  # their order; others follow by name
 RECORD_KEYS = {"stem", "notebook", "profile", "caption", "source", "seeds", "sha256"}
 LEDGERS = {  # ledger: its heading, and its columns: key of a row -> head

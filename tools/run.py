@@ -25,7 +25,6 @@ from execute import ANSI, STOPPED
 from jobs import TINY, Job, duration, make_jobs, read_times
 from layout import Layout
 
-from lib.claims import VERDICTS
 from lib.files import read_json, write_json
 
 TIMEOUTS = {profiles.QUICK: 3600, TINY: 600}  # seconds per cell
@@ -100,7 +99,7 @@ def report(jobs: list[Job]) -> None:
     for job in sorted(jobs, key=lambda job: job.name):
         path = Path(job.env["FIGURES_DIR"]) / f"{job.name}.claims.json"
         counts = Counter(row["verdict"] for row in gallery.read_claims(path)["claims"]) if path.exists() else {}
-        verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts.get(verdict))
+        verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in gallery.VERDICTS if counts.get(verdict))
         made = read_json(journal) if (journal := Path(job.env["JOURNAL"])).exists() else {}
         networks = ", ".join(f"{made[state]} {state}" for state in ("trained", "found") if made.get(state))
         row = f"{networks or '-':24}  {verdicts or '-'}" if job.ok else "FAILED"

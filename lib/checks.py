@@ -1,0 +1,79 @@
+"""What every function asks of its arguments: each question stands here once, and a refusal names what was given."""
+
+from numbers import Integral, Real
+
+import torch
+
+from .differentiate import own
+
+NORMS = ("linf", "l2")
+STARTS = (True, False, "step", "ball")
+
+
+def check_choice(what, value, choices):
+    """Raise ValueError unless value is one of the choices."""
+    if value not in list(choices):
+        raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(map(str, choices))}")
+
+
+def check_count(least, **values):
+    """Raise ValueError unless all values are whole numbers of at least `least`."""
+    for name, value in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def check_eps(eps, *, name="eps", norm="linf"):
+    """eps as a float. Raises ValueError unless it is a number >= 0 and, for "linf", at most 1."""
+    if not isinstance(eps, Real) or isinstance(eps, bool):
+        raise ValueError(f"{name} must be a number, got {type(eps).__name__}")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"{name} must be finite and not negative, got {eps}")
+    if norm == "linf" and eps > 1:
+        raise ValueError(f"{name} is a fraction of the pixel range, so at most 1: write 8/255, not 8 (got {eps})")
+    return float(eps)
+
+
+def check_targets(x, y):
+    """Raise ValueError unless y is a tensor (N,) of int64, one label for each of N >= 1 inputs."""
+    if len(x) == 0:
+        raise ValueError("no data: there is not a single input")
+    if not isinstance(y, torch.Tensor) or y.dtype != torch.int64 or tuple(y.shape) != (len(x),):
+        got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, torch.Tensor) else type(y).__name__
+        raise ValueError(f"y must be int64 labels of shape ({len(x)},), got {got}")
+
+
+def check_inputs(x, y, eps=0, norm="linf"):
+    """x and y as constants of ours: detached, contiguous, usable whatever mode they were made in; and eps, a float.
+
+    Raises ValueError unless x is a batch of images in [0, 1], y its labels (int64) and eps a radius of the norm.
+    """
+    check_choice("norm", norm, NORMS)
+    eps = check_eps(eps, norm=norm)
+    if not isinstance(x, torch.Tensor) or x.dim() != 4 or len(x) == 0:
+        raise ValueError(f"x must be a tensor (B, C, H, W) with B >= 1, got {getattr(x, 'shape', type(x).__name__)}")
+    if x.dtype not in (torch.float32, torch.float64):  # coarser types round x + eps by more than a small eps
+        advice = "convert it, and the model" if x.is_floating_point() else "divide by 255 first"
+        raise ValueError(f"x must be float32 or float64 with pixels in [0, 1], got {x.dtype}: {advice}")
+    low, high = x.aminmax()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"x must lie in [0, 1], got values from {low:.4g} to {high:.4g}")
+    check_targets(x, y)
+    return own(x).contiguous(), own(y).contiguous(), eps
+
+
+def check_logits(logits, count):
+    """Raise ValueError unless a model's output is a tensor (count, classes): neither tuple, dict nor other object."""
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != count:
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"{type(logits).__name__}: unpack it first"
+        raise ValueError(f"the model must return logits ({count}, classes), got {got}")
+
+
+def check_labels(logits, y):
+    """Raise ValueError unless the logits (`check_logits`) are finite and belong to these labels."""
+    check_logits(logits, len(y))
+    low, high = y.aminmax()
+    if low < 0 or high >= logits.shape[1]:
+        raise ValueError(f"labels run from {low} to {high}, but the model has {logits.shape[1]} classes")
+    if not torch.isfinite(logits).all():
+        raise ValueError("the model returned NaN or infinite logits")
