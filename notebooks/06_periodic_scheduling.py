@@ -38,6 +38,7 @@ seeds = [0, 1, 2, 3]
 eps = 0.4
 arms = ["constant", "cosine"]  # those that are made here; more stand in the cells of the profile overnight
 line_seeds = 1  # under how many the linear budget, of the first figure only
+leaves = 0.2  # a difference in clean error that is an escape
 margin = 0.02  # a difference in robust error that matters
 near = 0.05  # a learning rate is near the best one if its robust error is at most so much larger
 
@@ -123,15 +124,15 @@ stepper(figs, texts, what="Three budgets, and the errors of the networks under e
 # ## At one learning rate
 #
 # As in the paper, first at one rate for all. A network is *on the plateau* if it errs on four digits in five and no
-# attack changes that; to leave it is to classify at all, and so it is judged by the clean error. Robust errors are by
-# PGD from a random point of the ball, image by image, so that two arms are compared on the same digits under the same
-# seeds.
+# attack changes that; to leave it is to classify at all, and so it is judged by the clean error. If no constant run
+# stays there, there was nothing to leave, and a smaller error is no escape. Robust errors are by PGD from a random
+# point of the ball, image by image, so that two arms are compared on the same digits under the same seeds.
 #
 # The evidence is kept in *cells*, one per run (notebook 7). Two arms are made here. Where a committed profile has cells
 # of just these settings under more seeds, these are judged, and the next line says whose they are.
 
 # %%
-escape = inference.difference("clean error at one learning rate, cosine minus constant", margin=margin)
+escape = inference.difference("clean error at one learning rate, cosine minus constant", margin=leaves)
 escape
 
 # %%
@@ -168,11 +169,12 @@ book.save(
 
 # %%
 on = {arm: len(cells.stuck(rows, arm, lr)) for arm in arms}
-cause = "" if on.get("constant") else "no constant run is on the plateau: nothing to leave"
 left, stayed = ((arm, lr, "end", "test", "clean") for arm in ("cosine", "constant"))
-finding = cells.compare(escape, rows, left, stayed, unless=cause)
+finding = cells.compare(escape, rows, left, stayed)
+if finding.holds and not on["constant"]:
+    finding = cells.compare(escape, rows, left, stayed, unless="no constant run is on the plateau: nothing to leave")
 robust = inference.difference("robust error, cosine minus constant", margin=margin)
-gain = cells.compare(robust, rows, ("cosine", lr), ("constant", lr), unless=cause)
+gain = cells.compare(robust, rows, ("cosine", lr), ("constant", lr))
 paired = f"{n}, paired, {images} test digits, {attack}"
 book.claim(
     "A rising budget leaves the plateau on which a constant budget stays, at one learning rate",
@@ -360,10 +362,9 @@ for name, part in grids.items():
 # %% [markdown]
 # ## Change this, expect that
 #
-# - `eps = 0.4` to `0.1`: the constant budget trains, too, and there is no plateau to leave.
-# - `changes = {"lenet on few digits": {"lr": 3e-3}}`: a slower rate, at which some constant runs leave the plateau.
-# - `arms`: add `"periodic constant"`: only the learning rate could begin again there, and here it is constant, so that
-#   its networks are those of the constant arm.
+# - `eps = 0.4` to `0.1`: some of the constant runs leave the plateau by themselves, and some stay.
+# - `changes = {"lenet on few digits": {"lr": 3e-3}}`: a slower rate, at which one constant run of four begins to leave
+#   the plateau.
 
 # %%
 book.close()

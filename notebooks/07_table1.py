@@ -40,6 +40,7 @@ todo = [
 ]
 keep_cells = False  # True: a cell that stands there with just these settings is taken, whatever machine made it
 minutes = None  # begin no new cell after this long; the table says what is there, and the next run goes on
+leaves = 0.2  # a difference in clean error that is an escape
 margin = 0.01  # a difference in robust error that matters
 judged_elsewhere = ["lenet on few digits"]  # by notebook 6: shown here, and not counted again
 
@@ -136,11 +137,12 @@ shown
 # ## Does a rising budget leave the plateau?
 #
 # A network is *on the plateau* if no attack turns an image that it has right, and it errs on four in five: it gives
-# nearly all images one class. To leave the plateau is to classify at all, so it is judged by the clean error.
+# nearly all images one class. To leave the plateau is to classify at all, so it is judged by the clean error. If no
+# constant run stays there, there was nothing to leave, and a smaller error is no escape.
 
 
 # %%
-escape = inference.difference("clean error, cosine minus constant, at one learning rate", margin=margin)
+escape = inference.difference("clean error, cosine minus constant, at one learning rate", margin=leaves)
 escape
 
 # %%
@@ -185,9 +187,10 @@ def counts(row):
 # %%
 for name, row in claimed.items():
     lr, on = usual[name], {arm: len(cells.stuck(of[row], arm, usual[name])) for arm in ("constant", "cosine")}
-    cause = "" if on["constant"] else "no constant run is on the plateau: nothing to leave"
-    two = ((arm, lr, "end", "test", "clean") for arm in ("cosine", "constant"))
-    finding = cells.compare(escape, of[row], *two, unless=cause)
+    two = [(arm, lr, "end", "test", "clean") for arm in ("cosine", "constant")]
+    finding = cells.compare(escape, of[row], *two)
+    if finding.holds and not on["constant"]:
+        finding = cells.compare(escape, of[row], *two, unless="no constant run is on the plateau: nothing to leave")
     book.claim(
         f"A rising budget leaves the plateau on which a constant one stays: {name}",
         section="5, Table 1", paper="under a constant budget LeNet at 0.4 does not train; under a rising one it does",
@@ -297,8 +300,9 @@ book.answer(
 # %% [markdown]
 # ## Change this, expect that
 #
-# - `"lr": 1e-2` in `todo` to `1e-3`: the constant budget trains, too, and the gap of the first verdict shrinks.
-# - `"eps": "0.4"` to `"0.1"`: no arm stays on the plateau, and the verdict says that there is nothing to leave.
+# - `"lr": 1e-2` in `todo` to `1e-3`: one constant run of four begins to leave the plateau, and the networks of the
+#   cosine classify, but PGD breaks nearly all digits.
+# - `"eps": "0.4"` to `"0.1"`: some constant runs leave the plateau by themselves, and some stay.
 # - `./run_all.sh --profile overnight 07`: makes what is missing of CIFAR-10 and MNIST; stop it when you like, what is
 #   finished stands and is shown here.
 
