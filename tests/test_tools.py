@@ -16,6 +16,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -818,3 +819,13 @@ def test_a_figure_without_its_picture_is_an_error(shelf):
     (shelf.figures / "quick" / "01_slope.png").unlink()
     with pytest.raises(gallery.RecordError, match=r"01_slope\.json: 01_slope\.png is missing"):
         gallery.page(shelf)
+
+
+def test_the_contact_sheet_holds_every_picture(tmp_path):
+    layout = Layout(tmp_path)
+    (layout.figures / "quick").mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (100 * (i + 1), 50), (200, 10 * i, 0)).save(layout.figures / "quick" / f"{i}.png")
+    sheet = Image.open(gallery.contact_sheet(layout, columns=2, side=80))
+    assert sheet.size == (160, 160)
+    assert [sheet.getpixel(at) for at in ((5, 5), (85, 5), (5, 85))] == [(200, 10 * i, 0) for i in range(3)]
