@@ -345,8 +345,9 @@ class _State:
     def restore(self, path):
         try:
             tensors, about = _load(path)
-        except ValueError:
-            return  # it can be made again: from the start
+        except ValueError as error:
+            warnings.warn(f"{error}: the run begins again", stacklevel=3)
+            return
         if about["config"] != json.loads(json.dumps(asdict(self.config))):
             raise ValueError(f"{path.parent} holds a run of another config: choose another folder")
         for name in self.KEPT:

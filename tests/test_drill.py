@@ -297,7 +297,8 @@ def test_a_checkpoint(tmp_path, undisturbed, harm):
     with tried("a byte or a cut in a checkpoint"):
         cut_off(tmp_path / "run")
         spoil(tmp_path / "run" / "checkpoint.safetensors", harm)
-        goes_on(tmp_path / "run", undisturbed)
+        with pytest.warns(UserWarning, match="the run begins again"):
+            goes_on(tmp_path / "run", undisturbed)
 
 
 @harms

@@ -113,7 +113,8 @@ class TestKilled:
         }[harm]
         assert harmed != content
         checkpoint.write_bytes(harmed)
-        train(BASE, data, folder=tmp_path / "harmed")
+        with pytest.warns(UserWarning, match=r"checkpoint\.safetensors.*: the run begins again"):
+            train(BASE, data, folder=tmp_path / "harmed")
         assert bits(tmp_path / "harmed") == bits(tmp_path / "whole")
 
     def test_going_on_starts_at_the_checkpoint(self, tmp_path, monkeypatch):
