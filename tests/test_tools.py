@@ -617,21 +617,25 @@ def test_play_goes_to_a_folder_of_its_own(toy):
 
 def test_a_dry_run_says_what_would_be_trained(toy):
     add(toy, "01_a", SHOW)
-    add(toy, "02_b", SHOW)
+    add(toy, "02_b", SHOW + "\nif False:\n    cells.read()")
     runs, figures = toy.root / "runs", toy.figures / "quick"
     made = {"made": {"device": "a machine", "date": "2026-01-02", "seconds": 3}}
-    for name in ("lenet-1/run.json", "attacks/2.json"):
-        (runs / name).parent.mkdir(parents=True)
-        (runs / name).write_text(json.dumps(made))
+    for name, record in (("lenet-1/run.json", {}), ("lenet-1/made.json", made["made"]), ("attacks/2.json", made)):
+        (runs / name).parent.mkdir(parents=True, exist_ok=True)
+        (runs / name).write_text(json.dumps(record))
     figures.mkdir(parents=True)
     used = [{"run": name, "what": "lenet", "seconds": 100.0} for name in ("lenet-1", "attacks/2", "lenet-3", "lenet-4")]
     (figures / "01_a.uses.json").write_text(json.dumps({"notebook": "01_a", "profile": "quick", "runs": used}))
+    cell = toy.figures / "overnight/cells/lenet-eps0.1/cosine.json"
+    cell.parent.mkdir(parents=True)
+    cell.write_text(json.dumps({"made": {"training": made["made"]}}))
     done = run(toy, "--dry-run", env=os.environ | {"RUNS_DIR": str(runs)})
     assert done.stdout.splitlines() == [
         "01_a  trains for about 3 min 20 s",
         "         2 found, made on a machine, 2026-01-02",
         f"         2 to be made: no such run in {runs}",
         "02_b  has not run here: all is made, time unknown",
+        "         1 committed cells of the profile overnight, made on a machine, 2026-01-02",
     ]
     assert not toy.build.exists()
 

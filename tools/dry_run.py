@@ -15,15 +15,25 @@ def uses(job: Job) -> dict:
 
 
 def state(run: dict, job: Job) -> str:
-    """Where a run is: "found" with where and when it was made, "committed", or "to be made"."""
+    """Where a run is: "found" with where and when it was made, or "to be made"."""
     runs = Path(job.env.get("RUNS_DIR") or HERE / "runs")
-    for path in (runs / run["run"] / "run.json", runs / f"{run['run']}.json"):
-        if path.exists():
-            made = read_json(path).get("made", {})
-            return f"found, made on {made.get('device', 'an unknown machine')}, {made.get('date', 'date unknown')}"
-    if (Path(job.env["FIGURES_DIR"]) / "cells" / f"{run['run']}.json").exists():
-        return "from committed cells"
+    trained, remembered = runs / run["run"] / "run.json", runs / f"{run['run']}.json"
+    if trained.exists() or remembered.exists():
+        made = read_json(remembered)["made"] if remembered.exists() else read_json(trained.with_name("made.json"))
+        return f"found, made on {made['device']}, {made['date']}"
     return "to be made: no such run in " + (job.env.get("RUNS_DIR") or "runs/")
+
+
+def committed(job: Job) -> Counter:
+    """Cells of other profiles that the notebook shows as they are, by profile and machine."""
+    own, found = Path(job.env["FIGURES_DIR"]), Counter()
+    if "cells.read(" in Path(job.spec["source"]).read_text(encoding="utf-8"):
+        for path in own.parent.glob("*/cells/*/*.json"):
+            if not path.is_relative_to(own):
+                made = read_json(path)["made"]["training"]
+                profile = path.relative_to(own.parent).parts[0]
+                found[f"committed cells of the profile {profile}, made on {made['device']}, {made['date']}"] += 1
+    return found
 
 
 def table(jobs: list[Job]) -> str:
@@ -31,7 +41,7 @@ def table(jobs: list[Job]) -> str:
     width, lines = max(len(job.name) for job in jobs), []
     for job in sorted(jobs, key=lambda job: job.name):
         record = uses(job)
-        counts, missing = Counter(), 0.0
+        counts, missing = committed(job), 0.0
         for run in record.get("runs", []):
             counts[where := state(run, job)] += 1
             missing += run.get("seconds", 0) if where.startswith("to be made") else 0
