@@ -245,6 +245,7 @@ differences.drop(columns="recipe").round(4)
 
 # %%
 rows_there = differences.groupby("row", sort=False).size()
+reach = min(100, 5 + 100 * (differences["mean"].abs() + differences["half"].fillna(0)).max())
 fig, axes = plt.subplots(len(rows_there), figsize=(7, 0.7 * len(rows_there) + 0.24 * rows_there.sum() + 0.3),
                          squeeze=False, height_ratios=rows_there + 0.6)  # fmt: skip
 for ax, (row, part) in zip(axes[:, 0], differences.groupby("row", sort=False)):
@@ -255,8 +256,8 @@ for ax, (row, part) in zip(axes[:, 0], differences.groupby("row", sort=False)):
         ax.plot(100 * line.mean, i, "o", color=colour, mfc=colour if line.outcome != "undecided" else "none")
     ax.axvspan(-100 * margin, 100 * margin, color="grey", alpha=0.2, linewidth=0)
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set(title=row, yticks=range(len(part)), ylim=(len(part) - 0.4, -0.6), xlim=(-60, 60),
-           yticklabels=[f"{line.difference}, {line.lr:g}" for line in part.itertuples()])  # fmt: skip
+    ax.set(title=row, yticks=range(len(part)), ylim=(len(part) - 0.4, -0.6), xlim=(-reach, reach),
+           yticklabels=[f"{line.difference}, rate {line.lr:g}" for line in part.itertuples()])  # fmt: skip
 axes[-1, 0].set_xlabel("difference in robust error (PGD), percentage points")
 book.save(
     fig, "07_differences", differences, source=sources, seeds=sorted(table["seed"].unique().tolist()),
