@@ -141,8 +141,8 @@ made = cells.table([cells.make(recipe, settings, arm, digits, aside, eps=eps, se
 committed, _ = cells.read()
 alike = committed[committed["row"].str[-6:] == made["row"].iloc[0][-6:]]  # of equal settings, data and attacks
 rows = max((made, *(part for _, part in alike.groupby("row"))), key=lambda part: part["seed"].nunique())
-arms = [arm for arm in dict.fromkeys([*arms, *rows["arm"]]) if (rows[rows["lr"] == lr]["arm"] == arm).any()]
-count = rows[(rows["lr"] == lr) & (rows["arm"] == arms[0])]["seed"].nunique()
+there = [arm for arm in dict.fromkeys([*arms, *rows["arm"]]) if (rows[rows["lr"] == lr]["arm"] == arm).any()]
+count = rows[(rows["lr"] == lr) & (rows["arm"] == there[0])]["seed"].nunique()
 n = f"{count} seed{'s' * (count > 1)}"
 print(f"Judged: cells of the profile {rows['profile'].iloc[0]}, {n}, made on {'; '.join(sorted(set(rows['device'])))}")
 
@@ -150,7 +150,7 @@ print(f"Judged: cells of the profile {rows['profile'].iloc[0]}, {n}, made on {';
 images, attack = settings["plan"]["pgd_images"], f"PGD-{settings['plan']['steps']}"
 final = rows[(rows["part"] == "test") & (rows["lr"] == lr)]
 final = final.assign(error=[w.mean() for w in final["wrong"]])[["arm", "network", "seed", "kind", "error"]]
-places = [(arm, network) for arm in arms for network in ("end", "ensemble")]
+places = [(arm, network) for arm in there for network in ("end", "ensemble")]
 
 fig, ax = plt.subplots(figsize=(7, 0.28 * len(places) + 0.9))
 for i, (arm, network) in enumerate(places):
@@ -168,7 +168,7 @@ book.save(
 )  # fmt: skip
 
 # %%
-on = {arm: len(cells.stuck(rows, arm, lr)) for arm in arms}
+on = {arm: len(cells.stuck(rows, arm, lr)) for arm in there}
 left, stayed = ((arm, lr, "end", "test", "clean") for arm in ("cosine", "constant"))
 finding = cells.compare(escape, rows, left, stayed)
 if finding.holds and not on["constant"]:
