@@ -268,14 +268,14 @@ book.answer(
 # A schedule that only shifted the best learning rate would be no remedy. So both arms are trained over a grid of rates
 # (in the profile overnight: these are its committed cells). The rate is chosen by the robust error on images *set
 # aside*; the comparison is on the test images. Where the best rate is the first or last of the grid, a better one may
-# lie beyond it, and the comparison is left undecided. The *range* of an arm under a seed is the number of rates of the
-# grid at which its network leaves the plateau and ends near the arm's best one: a network that guesses everywhere has
-# no range, although its errors are all alike.
+# lie beyond it, and the comparison is left undecided. An arm that is no better than guessing at any rate has no best
+# one: it is taken at that of the other arm. The *range* of an arm under a seed is the number of rates of the grid at
+# which its network is better than guessing and ends near the arm's best one.
 
 # %%
 best_rule = inference.difference("robust error, cosine minus constant, each at its own best rate", margin=margin)
-range_rule = inference.difference("the number of learning rates that end near the best, off the plateau, cosine minus "
-                                  "constant", margin=0.5, expect="larger")  # fmt: skip
+range_rule = inference.difference("the number of learning rates that end near the best and better than guessing, "
+                                  "cosine minus constant", margin=0.5, expect="larger")  # fmt: skip
 best_rule
 
 # %%
@@ -318,16 +318,19 @@ else:
 
 
 # %%
+better = 0.9 - margin  # a robust error below this is better than guessing among ten classes
+
+
 def at_best(part):
     """Cosine against constant, each at its best rate: what is measured, and the finding."""
     mean = {arm: {lr: np.mean(list(v.values())) for lr, v in cells.rates(part, arm).items()} for arm in both}
     best = {arm: min(errors, key=errors.get) for arm, errors in mean.items()}
-    idle = [arm for arm in both if all(len(cells.stuck(part, arm, lr)) == len(cells.masks(part, arm, lr))
-                                       for lr in mean[arm])]  # fmt: skip
-    ends = [arm for arm in both if arm not in idle and not min(mean[arm]) < best[arm] < max(mean[arm])]
+    trains = [arm for arm in both if mean[arm][best[arm]] < better]
+    ends = [arm for arm in trains if not min(mean[arm]) < best[arm] < max(mean[arm])]
     cause = f"the best rate of {' and '.join(ends)} is the first or last of the grid: widen it" if ends else ""
-    found = cells.compare(best_rule, part, *((arm, best[arm]) for arm in ("cosine", "constant")), unless=cause)
-    rates = ", ".join(f"{arm} {'trains at none' if arm in idle else f'{best[arm]:g}'}" for arm in both)
+    at = {arm: best[arm if arm in trains or not trains else trains[0]] for arm in both}
+    found = cells.compare(best_rule, part, ("cosine", at["cosine"]), ("constant", at["constant"]), unless=cause)
+    rates = ", ".join(f"{arm} {f'{best[arm]:g}' if arm in trains else 'none, it guesses'}" for arm in both)
     return f"best rates: {rates}; {found.measured}", found
 
 
@@ -336,10 +339,9 @@ def ranges(part):
     each = {arm: cells.rates(part, arm) for arm in both}
     rates = sorted(set(each["cosine"]) & set(each["constant"]))
     common = sorted(set.intersection(*(set(each[arm][lr]) for arm in both for lr in rates)))
-    off = {arm: {lr: set(common) - set(cells.stuck(part, arm, lr)) for lr in rates} for arm in both}
-    best = {arm: {s: min(each[arm][lr][s] for lr in rates) for s in common} for arm in both}
-    return rates, *(np.array([sum(s in off[arm][lr] and each[arm][lr][s] <= best[arm][s] + near for lr in rates)
-                              for s in common], float) for arm in ("cosine", "constant"))  # fmt: skip
+    limit = {(arm, s): min(better, near + min(each[arm][lr][s] for lr in rates)) for arm in both for s in common}
+    return rates, *(np.array([sum(each[arm][lr][s] < limit[arm, s] for lr in rates) for s in common], float)
+                    for arm in ("cosine", "constant"))  # fmt: skip
 
 
 # %%

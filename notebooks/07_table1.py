@@ -169,10 +169,10 @@ book.save(
 )  # fmt: skip
 
 # %%
-# The row in which a claim is judged: this profile's own where it has one, else the one with the most cells.
+# The row in which a claim is judged: the one with the most cells, and of equal ones this profile's own.
 sizes = found.groupby(["recipe", "eps", "row"]).size().reset_index(name="size")
 sizes["own"] = sizes["row"].str.startswith(f"{book.profile}-")
-sizes = sizes.sort_values(["own", "size"]).groupby(["recipe", "eps"])["row"].last()
+sizes = sizes.sort_values(["size", "own"]).groupby(["recipe", "eps"])["row"].last()
 judged = {cells.title(of[row]): row for row in sizes}
 claimed = {name: row for name, row in judged.items() if of[row]["recipe"].iloc[0] not in judged_elsewhere}
 usual = {what: recipes.get(of[row]["recipe"].iloc[0], changes)["lr"] for what, row in judged.items()}
@@ -258,7 +258,7 @@ for ax, (row, part) in zip(axes[:, 0], differences.groupby("row", sort=False)):
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set(title=row, yticks=range(len(part)), ylim=(len(part) - 0.4, -0.6), xlim=(-reach, reach),
            yticklabels=[f"{line.difference}, rate {line.lr:g}" for line in part.itertuples()])  # fmt: skip
-axes[-1, 0].set_xlabel("difference in robust error (PGD), percentage points")
+axes[-1, 0].set_xlabel("difference in robust error (PGD), percentage points", loc="right")
 book.save(
     fig, "07_differences", differences, source=sources, seeds=sorted(table["seed"].unique().tolist()),
     caption="Differences in robust error under PGD, first minus second (negative: the first is better), at equal "
