@@ -240,7 +240,7 @@ book.claim(
     paper="the ensemble is best in each row of Table 1", holds=findings["periodic ensemble - single run"], n=paired,
     source=digits.source,
 )  # fmt: skip
-tell = {what: f"{f.outcome} ({f.measured.split(' (')[0]})" for what, f in findings.items()}
+tell = {what: f"{f.outcome} ({f.measured.split(' (')[0]}{f'; {f.why}' * bool(f.why)})" for what, f in findings.items()}
 book.answer(
     "How good is the schedule without periods and ensemble?",
     f"One rise alone, against a constant budget: clean error {finding.outcome} ({finding.measured.split(' (')[0]}), "
