@@ -224,9 +224,8 @@ book.check("A folder of large images is trained on from disk", measured=f"{len(r
 # %% [markdown]
 # ## Change this, expect that
 #
-# - `eps_grid`: add `0.02`: a budget so small that no set stalls under any arm.
 # - `changes`: a `lr` of `1e-2`: a rate at which many networks never leave the plateau on photographs, whatever the arm.
-# - `datasets`: add `"cifar10"`, where it is in the data folder: a third panel.
+# - `seeds = [0]`: the same picture, but the spread between seeds is unknown then, and the verdict says so.
 
 # %%
 book.close()
