@@ -159,6 +159,7 @@ def load_all():
                 yield family, arm, int(number.name), float(Fraction(about["eps"])), network, sets[about["dataset"]]
 
 
+# %%
 def signs_of_masking(network, x, y, eps, found):
     """Of notebook 8: {sign: mask of the images that show it}, given the masks of `cells.mistakes`."""
 
