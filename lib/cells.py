@@ -26,6 +26,18 @@ from .files import checksum, read_json, write_json
 from .models import Ensemble
 
 NAMES = {"lenet": "LeNet", "vgg16": "VGG16", "resnet18": "ResNet18"}
+# What is asked of a row: two (arm, network), the first of which should err less.
+QUESTIONS = {
+    "periodic ensemble - single run": (("periodic cosine", "ensemble"), ("cosine", "end")),
+    "last period alone - single run": (("periodic cosine", "end"), ("cosine", "end")),
+    "periodic ensemble - single run's checkpoints": (("periodic cosine", "ensemble"), ("cosine", "ensemble")),
+    "single run's checkpoints - its end": (("cosine", "ensemble"), ("cosine", "end")),
+    "single run's best - its end": (("cosine", "best"), ("cosine", "end")),
+    "misread unit - cosine": (("cosine_misread", "end"), ("cosine", "end")),
+    "periodic constant ensemble - single constant": (("periodic constant", "ensemble"), ("constant", "end")),
+    "cosine - constant": (("cosine", "end"), ("constant", "end")),
+    "linear - constant": (("linear", "end"), ("constant", "end")),
+}
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 ARM = ("schedule", "schedule_stop", "restarts", "lr", "seed")  # by these settings the cells of one row may differ
 
@@ -228,6 +240,17 @@ def compare(rule, rows, first, second, unless=""):
     a, b, seeds = pair(masks(rows, *first), masks(rows, *second))
     none = inference.Finding("undecided", None, "nothing", "no cells of a common seed yet")
     return rule(a, b, unless=unless) if seeds else none
+
+
+def differences(rows, rules, lr):
+    """A line for each question of `QUESTIONS` that has a rule and cells at a learning rate: mean, half, outcome, n."""
+    for what, rule in rules.items():
+        (arm, network), (other, end) = QUESTIONS[what]
+        a, b, seeds = pair(masks(rows, arm, lr, network), masks(rows, other, lr, end))
+        if seeds:
+            mean, half = inference.interval(a, b)
+            yield {"difference": what, "lr": lr, "mean": mean, "half": half if np.isfinite(half) else None,
+                   "seeds": len(seeds), "images": a.shape[1], "outcome": rule(a, b).outcome}  # fmt: skip
 
 
 def rates(rows, arm):

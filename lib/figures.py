@@ -23,7 +23,7 @@ from PIL import Image, ImageChops
 
 from . import claims, compute, recipes, runs
 from .files import folder_from_environment, read_json, write_bytes, write_json
-from .settings import SettingError, fit
+from .settings import SettingError, differing
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, DPI = 7, 200  # inches at most, pixels per inch
@@ -181,7 +181,8 @@ class Book:
             n = len(self.rows["checks"])
             lines.append(f"Self-checks: {n - len(failed)} of {n} pass" + "".join(f"; FAILS: {text}" for text in failed))
         where = sorted({f"{m['device']}, {m['precision']}" for m in _made()} or {compute.hardware()["device"]})
-        foot = f"Profile `{self.profile}`; {seconds:.0f} s of computing when it was first run, on {'; '.join(where)}."
+        foot = (f"Profile `{self.profile}`; {seconds:.0f} s of computing, what earlier runs had left not counted, on "
+                f"{'; '.join(where)}.")  # fmt: skip
         return "\n".join(["**Answers**", "", *(f"- {line.rstrip('.')}." for line in lines), "", foot])
 
     def _about(self):
@@ -195,6 +196,22 @@ class Book:
             "commit": compute.commit(),
             "seconds": round(compute.clock() - self.started, 1),
         }
+
+
+def intervals(ax, gaps, labels, *, margin, reach):
+    """Draw differences of errors with their intervals, in percentage points, a row each; filled: decided.
+
+    gaps: DataFrame with mean, half (NaN: no interval), outcome; margin is shaded; reach: the end of the axis.
+    """
+    for i, gap in enumerate(gaps.itertuples()):
+        decided = gap.outcome != "undecided"
+        colour = "black" if decided else "grey"
+        if gap.half is not None and gap.half < float("inf"):
+            ax.plot([100 * (gap.mean - gap.half), 100 * (gap.mean + gap.half)], [i, i], color=colour)
+        ax.plot(100 * gap.mean, i, "o", color=colour, mfc=colour if decided else "none")
+    ax.axvspan(-100 * margin, 100 * margin, color="grey", alpha=0.2, linewidth=0)
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set(yticks=range(len(gaps)), yticklabels=labels, ylim=(len(gaps) - 0.4, -0.6), xlim=(-reach, reach))
 
 
 def explain(shell, name):
@@ -225,14 +242,8 @@ def _profile(name, parameters):
         return (profile, "") if os.environ.get("PROFILE") == profile else ("mine", f"profile = {profile!r}")
     path = ROOT / "notebooks" / "profiles" / "quick.json"
     defined = read_json(path) if path.exists() else {}
-    known, now = defined.get(name, {}), json.loads(json.dumps(parameters, default=repr))
-    if known and (odd := sorted(set(known) ^ set(now))):
-        raise SettingError(f"parameters cell: {odd[0]!r} is {'new' if odd[0] in now else 'gone'}; there should be "
-                           f"{', '.join(known)}")  # fmt: skip
-    different = [f"{k} = {_short(v)}" for k, v in now.items() if known and known[k] != v]
-    for key, old in known.items():
-        if key != "changes" and now[key] != old and fit(f"parameters cell: {key}", now[key], old) != now[key]:
-            raise SettingError(f"parameters cell: {key} is the text {now[key]!r}: write the number without quotes")
+    names = differing("parameters cell", parameters, defined[name]) if name in defined else []
+    different = [f"{key} = {_short(parameters[key])}" for key in names]
     if name in defined and json.loads(json.dumps(recipes.RECIPES)) != defined["recipes"]:
         different.append("other recipes")
     return ("mine", ", ".join(different)) if different else ("quick", "")

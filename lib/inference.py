@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.01
+ALIKE = math.ceil(1 - math.log2(LEVEL))  # seeds that must agree before chance (a coin each, two-sided) is excluded
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ def difference(what, *, margin, expect="smaller", level=LEVEL):
 
     The seeds' spread and the images' spread enter as two independent errors (a crossed design: every seed's network
     sees the same images), joined as in Zou & Donner's method of variance estimates recovery. A percentile bootstrap
-    over three or four seeds does not keep its level; this does (tests/test_inference.py simulates it).
+    over three or four seeds does not keep its level; this does (tests/test_inference.py simulates it). Values (whole
+    numbers, say) that are alike in all seeds have no spread to go by: they decide only if there are ALIKE of them.
 
     Args:
         what: of what: "robust error, cosine minus constant".
@@ -199,7 +201,8 @@ def _errors(d):
     if s == 1:
         return mean, math.inf, 0.0
     if n == 1:
-        return mean, seeds.std(ddof=1) / math.sqrt(s), 0.0
+        chance = not seeds.std() and s < ALIKE  # no spread seen is not no spread
+        return mean, math.inf if chance else seeds.std(ddof=1) / math.sqrt(s), 0.0
     both = ((d - seeds[:, None] - images + mean) ** 2).sum() / ((s - 1) * (n - 1))  # mean squares of a crossed design
     from_seeds = max(n * seeds.var(ddof=1), both) / (s * n)
     from_images = max(s * images.var(ddof=1) - both, 0) / (s * n)
@@ -223,6 +226,8 @@ def _why_no_difference(d, mean, half, errors, margin, level):
     (s, n), (seed_error, image_error) = d.shape, errors
     if s == 1:
         return "one seed: the spread between seeds is unknown; three at least"
+    if math.isinf(half):
+        return f"too few seeds: {s}, all alike, so that their spread is unknown; {ALIKE} alike would decide"
     goal = max(abs(mean), margin - abs(mean))  # the shorter way out: away from 0, or inside the margin
     more_images = max(1.0, 2 * (stats.norm.isf(level / 2) * image_error / goal) ** 2)
     enough = next((k for k in range(s + 1, 1001) if _half(k, seed_error * math.sqrt(s / k),

@@ -11,7 +11,7 @@ by its parameter `changes`, a profile by its section `recipes`.
 from dataclasses import fields, replace
 
 from . import data
-from .settings import SettingError, fit
+from .settings import SettingError, exactly
 from .training import TrainConfig
 
 PAPER_STOPS = {"linear": 2.0, "cosine": 2.0, "cosine_misread": 2.0}
@@ -70,8 +70,7 @@ def check(name, changes=None):
         for setting, value in settings.items():
             if setting not in KNOWN:
                 raise SettingError(f"{recipe!r} has no setting {setting!r}: there are {', '.join(sorted(KNOWN))}")
-            if fit(f"{setting} of {recipe!r}", value, RECIPES[recipe].get(setting)) != value:
-                raise SettingError(f"{setting} of {recipe!r} is the text {value!r}: write the number without quotes")
+            exactly(f"{setting} of {recipe!r}", value, RECIPES[recipe].get(setting))
 
 
 def load(settings):

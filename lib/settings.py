@@ -1,5 +1,6 @@
 """Values that people write into parameters cells and profiles: taken as they are meant, or refused in one sentence."""
 
+import json
 import math
 
 PLAIN = "write numbers plainly, such as 10000, 1.0e-4 or 8/255"
@@ -45,6 +46,33 @@ def fit(where, value, like):
             raise SettingError(f"{where} is empty")
         return [one if one is None else fit(f"{where}, item {n}", one, _item(like)) for n, one in enumerate(value, 1)]
     return value
+
+
+def exactly(where, value, like):
+    """Raise SettingError, as `fit`, also for what only a profile may write: numbers as text."""
+    if _plain(fit(where, value, like)) != _plain(value):
+        raise SettingError(f"{where} is {value!r}: write numbers without quotes")
+
+
+def differing(where, values, known):
+    """Names of a notebook's parameters that are not as they are known, in their order.
+
+    Raises:
+        SettingError: as `exactly`; a name that is new or gone. (`changes` are checked where recipes are.)
+    """
+    for name in sorted(set(values) ^ set(known)):
+        raise SettingError(f"{where}: {name!r} is {'new' if name in values else 'gone'}; if that is meant: "
+                           "./run_all.sh --python tools/profiles.py --define")  # fmt: skip
+    names = [name for name in known if _plain(values[name]) != _plain(known[name])]
+    for name in names:
+        if name != "changes":
+            exactly(f"{where}: {name}", values[name], known[name])
+    return names
+
+
+def _plain(value):
+    """A value as JSON gives it back, where tuples are lists."""
+    return json.loads(json.dumps(value, default=repr))
 
 
 def _item(values):

@@ -50,7 +50,7 @@ import numpy as np
 import pandas as pd
 
 from lib import cells, inference, recipes, runs
-from lib.figures import SCHEDULE_COLOURS, Book, stepper
+from lib.figures import SCHEDULE_COLOURS, Book, intervals, stepper
 
 book = Book("06_periodic_scheduling", globals())
 settings = book.recipe(recipe)
@@ -195,39 +195,21 @@ book.claim(
 # MNIST they had not, since its budgets are fractions.
 
 # %%
-questions = {
-    "periodic ensemble - single run": (("periodic cosine", lr, "ensemble"), ("cosine", lr)),
-    "last period alone - single run": (("periodic cosine", lr), ("cosine", lr)),
-    "periodic ensemble - single run's checkpoints": (("periodic cosine", lr, "ensemble"), ("cosine", lr, "ensemble")),
-    "single run's checkpoints - its end": (("cosine", lr, "ensemble"), ("cosine", lr)),
-    "single run's best - its end": (("cosine", lr, "best"), ("cosine", lr)),
-    "misread unit - cosine": (("cosine_misread", lr), ("cosine", lr)),
-}
+asked = [what for what in cells.QUESTIONS if "constant" not in what]
 rules = {what: inference.difference(f"robust error, {what}", margin=margin,
                                     expect="no difference" if "misread" in what else "smaller")
-         for what in questions}  # fmt: skip
+         for what in asked}  # fmt: skip
 rules["periodic ensemble - single run"]
 
 # %%
-findings = {what: cells.compare(rules[what], rows, *two) for what, two in questions.items()}
-gaps = []
-for what, (first, second) in questions.items():
-    a, b, common = cells.pair(cells.masks(rows, *first), cells.masks(rows, *second))
-    if common:
-        mean, half = inference.interval(a, b)
-        gaps.append({"difference": what, "mean": mean, "half": half if np.isfinite(half) else None,
-                     "outcome": findings[what].outcome})  # fmt: skip
-gaps = pd.DataFrame(gaps)
+findings = {}
+for what in asked:
+    (arm, network), (other, end) = cells.QUESTIONS[what]
+    findings[what] = cells.compare(rules[what], rows, (arm, lr, network), (other, lr, end))
+gaps = pd.DataFrame(cells.differences(rows, rules, lr))
 fig, ax = plt.subplots(figsize=(7, 0.3 * len(gaps) + 0.8))
-for i, gap in enumerate(gaps.itertuples()):
-    colour = "grey" if gap.outcome == "undecided" else "black"
-    if gap.half is not None and np.isfinite(gap.half):
-        ax.plot(100 * np.array([gap.mean - gap.half, gap.mean + gap.half]), [i, i], color=colour)
-    ax.plot(100 * gap.mean, i, "o", color=colour, mfc="none" if gap.outcome == "undecided" else colour)
-ax.axvspan(-100 * margin, 100 * margin, color="grey", alpha=0.2, linewidth=0)
-ax.axvline(0, color="black", linewidth=0.8)
-ax.set(yticks=range(len(gaps)), yticklabels=gaps["difference"], ylim=(len(gaps) - 0.5, -0.5), xlim=(-60, 60),
-       xlabel="difference in robust error, percentage points")  # fmt: skip
+intervals(ax, gaps, gaps["difference"], margin=margin, reach=60)
+ax.set_xlabel("difference in robust error, percentage points")
 book.save(
     fig, "06_controls", gaps, source=digits.source, seeds=sorted(set(rows["seed"])),
     caption=f"Differences in robust error ({attack}), first minus second: negative, the first is better. 99 % "

@@ -166,8 +166,8 @@ def signs_of_masking(network, x, y, eps, found):
     def under(attack):
         return wrong(network, x, y, attack).cpu().numpy()
 
-    steps = {"step_size": eps / 4, "num_steps": 10, "random_start": False, "stop_early": True}
-    curve = {e: under(partial(pgd, eps=e, **steps | {"step_size": e / 4})) for e in (eps / 2, 2 * eps, 1.0)}
+    steps = {"num_steps": 10, "random_start": False, "stop_early": True}
+    curve = {e: under(partial(pgd, eps=e, step_size=e / 4, **steps)) for e in (eps / 2, 2 * eps, 1.0)}
     by = {kind.split("-")[0]: mask for kind, mask in found.items()}
     weak = {"Square": by["Square"], "one step": under(partial(fgsm, eps=eps))}
     return audit.signs(by["PGD"], weak, {**curve, eps: by["PGD"]}, np.array(audit.flat(network, x, y)))

@@ -185,7 +185,7 @@ class TestParameters:
     @pytest.mark.parametrize("change, said", [
         ({"seeds": []}, "parameters cell: seeds is empty"),
         ({"eps": [0.3]}, "parameters cell: eps is [0.3], but should be a number"),
-        ({"eps": "0.3"}, "parameters cell: eps is the text '0.3': write the number without quotes"),
+        ({"eps": "0.3"}, "parameters cell: eps is '0.3': write numbers without quotes"),
     ])  # fmt: skip
     def test_what_cannot_be_used_is_one_sentence_in_the_cell(self, tmp_path, monkeypatch, change, said):
         monkeypatch.setattr(figures, "ROOT", tmp_path)

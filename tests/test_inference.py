@@ -104,6 +104,11 @@ class TestDifference:
         assert found.holds is None
         assert "one seed" in found.why
 
+    def test_values_alike_in_few_seeds_may_be_chance(self):
+        few = difference("x", margin=0.5)(np.zeros(7), np.ones(7))
+        assert few.holds is None and "8 alike would decide" in few.why
+        assert difference("x", margin=0.5)(np.zeros(8), np.ones(8)).holds is True
+
     def test_no_image_that_differs_is_no_proof_of_equality_on_few(self):
         same = np.zeros((3, 20), bool)
         assert difference("x", margin=0.01, expect="no difference")(same, same).holds is None

@@ -35,7 +35,7 @@ def test_computed_and_written_numbers_name_one_run():
     ("lenet", None, "no recipe 'lenet': there are lenet on mnist5k"),
     ("lenet on mnist5k", {"vgg": {}}, "no recipe 'vgg'"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"epoch": 3}}, "has no setting 'epoch': there are"),
-    ("lenet on mnist5k", {"lenet on mnist5k": {"lr": "1e-4"}}, "lr of 'lenet on mnist5k' is the text '1e-4'"),
+    ("lenet on mnist5k", {"lenet on mnist5k": {"lr": "1e-4"}}, "lr of 'lenet on mnist5k' is '1e-4': write numbers"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"images": 100}}, "images of 'lenet on mnist5k' is 100"),
 ])  # fmt: skip
 def test_refused(name, changes, message):
@@ -59,3 +59,7 @@ def test_images_set_aside_are_training_images_that_are_not_trained_on(digits):
 
 def test_what_stands_beside_a_config_is_no_field_of_it():
     assert not recipes.BESIDE & set(TrainConfig.__dataclass_fields__)
+
+
+def test_a_tuple_is_a_list():
+    assert recipes.get("vgg16 on cifar10", {"vgg16 on cifar10": {"periods": (8, 16)}})["periods"] == (8, 16)

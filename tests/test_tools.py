@@ -414,7 +414,7 @@ def test_a_source_that_is_not_plain_python_is_refused(toy, capsys, cell):
 
 PLAY = {
     "steps = 3": ("steps = 4", None),
-    "rate = 0.1": ("rate = '0.1'", "01_a.py, parameters cell: rate is the text '0.1': write the number without quotes"),
+    "rate = 0.1": ("rate = '0.1'", "01_a.py, parameters cell: rate is '0.1': write numbers without quotes"),
     "seeds = [0, 1]": ("seeds = []", "parameters cell: seeds is empty"),
     "augment = False": ("augment = 'no'", "augment is 'no', but should be a bool"),
     'recipe = "lenet on mnist5k"': ('recipe = "lenet"', "parameters cell: no recipe 'lenet'"),

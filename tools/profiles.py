@@ -22,7 +22,7 @@ from jupytext.config import load_jupytext_config
 from layout import Layout
 
 from lib.files import read_json, write_json
-from lib.settings import PLAIN, fit, kind
+from lib.settings import PLAIN, differing, fit, kind
 from lib.settings import SettingError as ProfileError
 
 QUICK, MINE = "quick", "mine"
@@ -124,18 +124,10 @@ def played(layout: Layout, names: list[str]) -> dict[str, str]:
     other = _other_recipes(layout, known.get("recipes")) if known else False
     for name in filter(known.get, names):
         where = f"{name}.py, parameters cell"
-        values, old = json.loads(json.dumps(parameters(layout.notebooks / f"{name}.py"))), known[name]
-        for key in sorted(set(values) ^ set(old)):
-            trouble = f"{key!r} is {'new' if key in values else 'gone'}"
-            raise ProfileError(
-                f"{where}: {trouble}; if that is meant: ./run_all.sh --python tools/profiles.py --define"
-            )
-        differ = [key for key in old if values[key] != old[key]]
-        for key in differ:
-            if key == "changes":
-                _recipes(f"{where}: changes", values[key])
-            elif fit(f"{where}: {key}", values[key], old[key]) != values[key]:
-                raise ProfileError(f"{where}: {key} is the text {values[key]!r}: write the number without quotes")
+        values, old = parameters(layout.notebooks / f"{name}.py"), known[name]
+        differ = differing(where, values, old)
+        if "changes" in differ:
+            _recipes(f"{where}: changes", values["changes"])
         if differ and "changes" in values:
             check_names(where, values)
         if differ or other:
