@@ -111,6 +111,12 @@ def trend(what, *, expect, margin=0.0, level=LEVEL):
     return Rule(text, test)
 
 
+def by_seed(values):
+    """{(condition, seed): value} as an array (seeds, conditions), both in their order, as `trend` takes it."""
+    conditions, seeds = (sorted({key[i] for key in values}) for i in (0, 1))
+    return np.array([[values[condition, seed] for condition in conditions] for seed in seeds], float)
+
+
 def _page(v):
     """One-sided p values for a rise and for a fall, and the standardised statistic, of values (seeds, conditions)."""
     seeds, k = v.shape

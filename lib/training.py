@@ -176,6 +176,11 @@ class Run:
     def __repr__(self):
         return f"Run({self.config.describe()}, {len(self.history)} evaluations, {len(self.steps)} steps)"
 
+    @property
+    def last_loss(self):
+        """The mean loss of the mini-batches of the last epoch."""
+        return self.steps.loss[-(len(self.steps) // self.config.epochs) :].mean()
+
     def model(self, epoch=None):
         """The model after the given number of epochs (the end when None; else one that was kept), on the CPU.
 

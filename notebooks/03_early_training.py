@@ -82,11 +82,6 @@ trained = dict(zip(keys, runs.grid(configs.values(), digits)))
 n = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
 
 
-def table(values):
-    """{(eps, seed): value} as an array: a row per seed, a column per eps, as `inference.trend` takes it."""
-    return pd.Series(values).unstack(0).to_numpy()
-
-
 def listing(values, decimals=3):
     """The medians over the seeds at each eps, in words."""
     medians = np.median(values, axis=0)
@@ -246,8 +241,8 @@ def plateau(errors):
     return float(below.argmax()) if below.any() else math.inf
 
 
-first = table({k: run.steps.gradient_norm[:first_steps].median() for k, run in trained.items()})
-lengths = table({k: plateau(run.steps.robust_error) for k, run in trained.items()})
+first = inference.by_seed({k: run.steps.gradient_norm[:first_steps].median() for k, run in trained.items()})
+lengths = inference.by_seed({k: plateau(run.steps.robust_error) for k, run in trained.items()})
 book.claim(
     "Over the first mini-batches the gradient is smaller for larger eps",
     section="4.1",
@@ -315,7 +310,7 @@ book.save(
 )  # fmt: skip
 
 # %%
-most = table({k: v.max() for k, v in shares.items()})
+most = inference.by_seed({k: v.max() for k, v in shares.items()})
 constant = {eps: sum(shares[eps, s].max() == 1 for s in seeds) for eps in eps_grid}
 book.claim(
     "At the largest eps training ends in a constant classifier, at a loss of log 10",
@@ -363,7 +358,7 @@ book.save(
 )  # fmt: skip
 
 # %%
-deadest = table(hidden.groupby(["eps", "seed"]).dead.max().to_dict())
+deadest = inference.by_seed(hidden.groupby(["eps", "seed"]).dead.max().to_dict())
 degenerate = hidden[hidden.constant == 1].groupby("eps").seed.nunique().reindex(eps_grid, fill_value=0)
 book.claim(
     "The larger eps, the more dead units the deadest layer has",
@@ -393,15 +388,13 @@ rule_batch = inference.trend("mini-batch gradient norm at the end, along the eps
 rule_batch
 
 # %%
-per_epoch = math.ceil(len(digits.y_train) / settings["batch_size"])
-last_loss = {k: run.steps.loss[-per_epoch:].mean() for k, run in trained.items()}
-through = [eps for eps in eps_grid if all(last_loss[eps, s] < through_below for s in seeds)]
+through = [eps for eps in eps_grid if all(trained[eps, s].last_loss < through_below for s in seeds)]
 rows = []
 for eps, seed in product(through, seeds):
     run = trained[eps, seed]
     facts = {k: v for k, v in about.items() if k != "eps"} | {"run": run.folder.name}
     norms = runs.remember("ends", facts, partial(gradients, run.model().to(where), eps))
-    rows.append({"eps": eps, "seed": seed, "last_loss": last_loss[eps, seed]} | norms)
+    rows.append({"eps": eps, "seed": seed, "last_loss": trained[eps, seed].last_loss} | norms)
 print("Every network is through at eps", ", ".join(f"{e:g}" for e in through) or "none")
 
 # %%

@@ -86,15 +86,9 @@ configs = [recipes.configure(settings, schedule="constant", eps=eps, seed=seed) 
 trained = dict(zip(keys, runs.grid(configs, images)))
 networks = {k: run.model().to(where) for k, run in trained.items()}
 n = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {hessian_images} images"
-per_epoch = -(-len(images.y_train) // settings["batch_size"])
-stuck = [k for k, run in trained.items() if not run.steps.loss[-per_epoch:].mean() < through_below]
+stuck = [k for k, run in trained.items() if not run.last_loss < through_below]
 unless = f"{len(stuck)} of {len(keys)} networks are not through" if stuck else ""
 print(unless or "All networks are through.")
-
-
-def table(values):
-    """{(eps, seed): value} as an array: a row per seed, a column per eps, as `inference.trend` takes it."""
-    return pd.Series(values).unstack(0).to_numpy()
 
 
 def attack_of(eps, num_steps):
@@ -191,12 +185,12 @@ for part, name in names.items():
         f"The curve of the top eigenvalues lies higher for larger eps: their sum, {name} images",
         section="4.2",
         paper="the larger eps, the larger the top 20 eigenvalues of the Hessian",
-        holds=rule_sum(table({k: sum(v) for k, v in tops.items()}), unless=unless),
+        holds=rule_sum(inference.by_seed({k: sum(v) for k, v in tops.items()}), unless=unless),
         n=n,
         source=images.source,
         believe=part == "train",
     )
-    single = [rule_sum(table({k: v[i] for k, v in tops.items()})).holds for i in range(top_k)]
+    single = [rule_sum(inference.by_seed({k: v[i] for k, v in tops.items()})).holds for i in range(top_k)]
     print(f"{name} images: {sum(h is True for h in single)} of {top_k} single eigenvalues rise by the same rule,",
           f"{sum(h is False for h in single)} fall")  # fmt: skip
 
@@ -238,7 +232,7 @@ book.claim(
     "The same holds for steps relative to the weights (our addition)",
     section="4.2",
     paper="the larger eps, the larger the top 20 eigenvalues of the Hessian",
-    holds=rule_relative(table({(e, s): v for e, s, v in ends[["eps", "seed", "relative"]].to_numpy()}), unless=unless),
+    holds=rule_relative(ends.pivot(index="seed", columns="eps", values="relative").to_numpy(), unless=unless),
     n=n,
     source=images.source,
 )

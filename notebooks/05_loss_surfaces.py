@@ -82,8 +82,7 @@ many = f"{len(origins)} initial point{'s' * (len(origins) > 1)}, {surface_images
 starts = {origin: models.build(settings["model"], seed=origin, width=settings["width"], **shape).to(where).eval()
           for origin in origins}  # fmt: skip
 n = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {surface_images} training images"
-per_epoch = -(-len(images.y_train) // settings["batch_size"])
-stuck = [k for k, run in trained.items() if not run.steps.loss[-per_epoch:].mean() < through_below]
+stuck = [k for k, run in trained.items() if not run.last_loss < through_below]
 unless = f"{len(stuck)} of {len(keys)} networks are not through" if stuck else ""
 print(unless or "All networks are through.")
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lib.inference import LEVEL, Finding, _errors, at_most, difference, exact, together, trend
+from lib.inference import LEVEL, Finding, _errors, at_most, by_seed, difference, exact, together, trend
 
 DRAWS = 2000
 # of DRAWS with the stated rate of false verdicts, more are seen once in ten thousand
@@ -177,3 +177,10 @@ def test_together():
 def test_a_cause_makes_it_undecided():
     found = exact("x", tolerance=1)(0.0, unless="still on the plateau")
     assert (found.holds, found.why) == (None, "still on the plateau")
+
+
+def test_values_by_seed():
+    values = {(eps, seed): 10 * eps + seed for eps in (0.1, 0.0) for seed in (2, 1, 0)}
+    np.testing.assert_array_equal(by_seed(values), [[0, 1], [1, 2], [2, 3]])
+    with pytest.raises(KeyError):
+        by_seed({(0, 0): 1.0, (1, 1): 2.0})  # a hole

@@ -336,8 +336,9 @@ def test_what_the_caller_has_switched_off_changes_nothing(tmp_path, grad):
 
 
 def test_a_last_mini_batch_of_one_joins_the_one_before(tmp_path):
-    run = train(replace(BASE, epochs=1, batch_size=16), stripes(33), folder=tmp_path)
-    assert len(run.steps) == 2
+    run = train(replace(BASE, epochs=2, batch_size=16), stripes(33), folder=tmp_path)
+    assert len(run.steps) == 4
+    assert run.last_loss == run.steps.loss[2:].mean()
 
 
 def test_images_that_the_network_cannot_take_are_named_before_anything_runs(tmp_path):
