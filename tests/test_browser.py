@@ -139,7 +139,15 @@ class Lab:
         return self.current("panel.content.model.toJSON().cells")
 
     def run_all(self):
-        """Run all cells; returns the text that they show and the names of errors."""
+        """Run all cells; returns the text that they show and the names of errors.
+
+        After an error a kernel gives up what still waits in its queue, for as long as it takes; what is run meanwhile
+        is given up in silence, too. So ask for nothing at all first, until that is done."""
+        kernel = "panel.sessionContext.session.kernel"
+        self.current(f"""(async () => {{
+            const empty = () => {kernel}.requestExecute({{code: '', silent: true}}).done;
+            while ((await empty()).content.status !== 'ok');
+            return null; }})()""")
         self.do("notebook:run-all-cells")
         outputs = [output for cell in self.cells() for output in cell.get("outputs", [])]
         return json.dumps(outputs), [output["ename"] for output in outputs if output["output_type"] == "error"]
