@@ -1,4 +1,4 @@
-"""The tables in README.md: each script rewrites the part between its own two markers."""
+"""The tables in README.md and docs/scaling.md: each script rewrites the part between its own two markers."""
 
 from pathlib import Path
 
@@ -7,9 +7,8 @@ from lib.files import write_bytes
 HERE = Path(__file__).resolve().parent
 
 
-def write_part(name, text):
+def write_part(name, text, readme=HERE / "README.md"):
     """Put text (Markdown) in the place of what stands between the markers of bench_<name>.py."""
-    readme = HERE / "README.md"
     begin, end = f"<!-- {name}: written by bench_{name}.py -->\n", f"\n<!-- end of {name} -->"
     before, rest = readme.read_text(encoding="utf-8").split(begin)
     after = rest.split(end)[1]

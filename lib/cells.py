@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import compute, inference, recipes, runs, training
+from . import cluster, compute, inference, recipes, runs, training
 from .attacks import autoattack, pgd
 from .evaluation import wrong
 from .files import checksum, read_json, write_json
@@ -81,6 +81,25 @@ def make(recipe, settings, arm, data, aside, **changes):
     measured = runs.remember("cells", facts, lambda: _measure(run, data, aside, periods, **plan), version=2)
     made = {"training": run.made, "attacks": measured["made"]}
     return _asked(recipe, arm, run.config, data, settings) | {"masks": measured["masks"], "made": made}
+
+
+def ahead(jobs, data):
+    """Have the workers of a cluster, where there is one (`cluster`), make these cells, for `make` to find.
+
+    Args:
+        jobs: (recipe, settings, arm, changes) of each, as for `make`.
+        data: {recipe: (data, aside)}.
+    """
+    if cluster.address():
+        folder = str(runs.runs_dir().absolute())
+        runs.runs_dir().mkdir(parents=True, exist_ok=True)
+        tasks = {f"cell {checksum(job)}": (folder, *job, *((d and (d.origin, d.fingerprint)) for d in data[job[0]]))
+                 for job in jobs}  # fmt: skip
+        cluster.each(_make_there, tasks, "cells on workers")
+
+
+def _make_there(folder, recipe, settings, arm, changes, *named):
+    make(recipe, settings, arm, *(d and cluster.on_worker(folder, *d) for d in named), **changes)
 
 
 def _asked(recipe, arm, config, data, settings):

@@ -15,7 +15,7 @@ import re
 import socket
 import warnings
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -87,13 +87,15 @@ class Images:
 @dataclass(frozen=True, repr=False)
 class Data:
     """A data set: x_train, x_test (N, C, H, W) float32 in [0, 1], each a tensor or `Images` on disk; y_train, y_test
-    (N,) int64; source, a sentence."""
+    (N,) int64; source, a sentence; origin, the name and the steps by which `again` makes it anew (empty where it was
+    not loaded by name)."""
 
     x_train: torch.Tensor
     y_train: torch.Tensor
     x_test: torch.Tensor
     y_test: torch.Tensor
     source: str
+    origin: tuple = ()
 
     def __repr__(self):
         size = " x ".join(map(str, self.x_train.shape[1:]))
@@ -125,7 +127,8 @@ class Data:
         part = self.x_train[:n_train], self.y_train[:n_train], self.x_test[:n_test], self.y_test[:n_test]
         if len(part[0]) == len(self.x_train) and len(part[2]) == len(self.x_test):
             return self
-        return Data(*part, f"{self.source}, the first {len(part[0]):,} + {len(part[2]):,}")
+        source = f"{self.source}, the first {len(part[0]):,} + {len(part[2]):,}"
+        return Data(*part, source, self._then("first", n_train, n_test))
 
     def set_aside(self, n):
         """Training images to choose by (a learning rate, say), so that no test image has a part in the choice: the
@@ -133,7 +136,7 @@ class Data:
         if not 1 <= n < len(self.y_train):
             raise ValueError(f"cannot set aside {n} of {len(self.y_train)} training images")
         parts = self.x_train[:-n], self.y_train[:-n], self.x_train[-n:], self.y_train[-n:]
-        return Data(*parts, f"{self.source}, {n:,} training images set aside")
+        return Data(*parts, f"{self.source}, {n:,} training images set aside", self._then("set_aside", n))
 
     def rgb(self):
         """Grey images as networks for small colour images take them: three equal channels, a black border up to
@@ -141,7 +144,10 @@ class Data:
         if self.x_train.shape[1] == 3:
             return self
         x_train, x_test = _rgb(self.x_train), _rgb(self.x_test)
-        return replace(self, x_train=x_train, x_test=x_test, source=f"{self.source}, in three channels")
+        return Data(x_train, self.y_train, x_test, self.y_test, f"{self.source}, in three channels", self._then("rgb"))
+
+    def _then(self, *step):
+        return (*self.origin, step) if self.origin else ()
 
 
 def _rgb(x):
@@ -169,15 +175,26 @@ def load(name, *, fallback=None):
     """
     try:
         if name in LOADERS:
-            return LOADERS[name]()
+            return replace(LOADERS[name](), origin=(name,))
         if Path(name).expanduser().is_dir() or os.sep in str(name):
-            return image_folder(Path(name).expanduser())
+            path = Path(name).expanduser().absolute()
+            return replace(image_folder(path), origin=(str(path),))
         raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(LOADERS)}, or the path of a folder")
     except DataNotFound as error:
         if fallback is None:
             raise
         warnings.warn(f"{error}; using {fallback!r} instead", stacklevel=2)
         return load(fallback)
+
+
+@lru_cache(2)
+def again(origin):
+    """The data set of this origin, loaded on the machine at hand; the last two are kept. Compare fingerprints: what is
+    called so may be other pixels here. Raises as `load`."""
+    found = load(origin[0])
+    for method, *arguments in origin[1:]:
+        found = getattr(found, method)(*arguments)
+    return found
 
 
 def mnist5k():

@@ -81,8 +81,10 @@ class Book:
         now = self._now()
         changed = [name for name in self.names if repr(now[name]) != repr(self.parameters[name])]
         if changed:
-            raise SettingError(f"{', '.join(changed)} changed since the book was opened: run the notebook again "
-                               f"from the cell with Book({self.name!r}, ...) on, so that all of it has one setting")
+            raise SettingError(
+                f"{', '.join(changed)} changed since the book was opened: run the notebook again "
+                f"from the cell with Book({self.name!r}, ...) on, so that all of it has one setting"
+            )
 
     def recipe(self, name):
         """The settings of a recipe (`recipes.get`), with this notebook's `changes`; shown, too."""

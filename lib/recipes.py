@@ -81,8 +81,8 @@ def load(settings):
     found, n = data.load(settings["dataset"]).first(*settings["images"]), settings.get("set_aside", 0)
     if not n:
         return found, None
-    apart = found.set_aside(n)
-    return replace(found, x_train=apart.x_train, y_train=apart.y_train), apart
+    rest = found.first(len(found.y_train) - n, len(found.y_test))
+    return replace(rest, source=found.source), found.set_aside(n)
 
 
 def configure(settings, **changes):

@@ -12,11 +12,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from . import compute
+from . import cluster, compute
 from .files import checksum, folder_from_environment, read_json, write_json
 from .training import VERSION, train
 
 journal = []  # dicts: run (its name), what, state ("found", "trained", "remembered" or "measured"), made
+
+_handed = set()  # names of runs that a cluster has trained for this process, until they are asked for
 
 
 def runs_dir():
@@ -30,13 +32,14 @@ def run(config, data, *, wait=True, quiet=False):
     A second process that wants the same run waits for the first, or gets None at once if not `wait`. Other arguments
     and errors as for `training.train`.
     """
-    folder = runs_dir() / f"{config.model}-{config.schedule}-{key(config, data)}"
+    folder = _folder(config, data)
     try:
         with _once(folder / "run.json", folder / ".lock", wait) as there:
             found = train(config, data, folder=folder, quiet=quiet)
     except Timeout:
         return None
-    _note(folder.name, config.describe(), "found" if there else "trained", found.made)
+    _note(folder.name, config.describe(), "found" if there and folder.name not in _handed else "trained", found.made)
+    _handed.discard(folder.name)
     return found
 
 
@@ -50,6 +53,7 @@ def grid(configs, data):
     Two processes with one grid share the work: a run that the other is training is left for the end.
     """
     configs, done = list(configs), {}
+    ahead(configs, data)
     several = len(configs) > 1  # one line of progress at a time: that of the grid, or that of its only run
     with tqdm(total=len(configs), desc="runs", disable=not several, mininterval=1) as bar:
         for wait in (False, True):
@@ -59,6 +63,27 @@ def grid(configs, data):
                     done[config] = found
                     bar.update()
     return [done[config] for config in configs]
+
+
+def ahead(configs, data):
+    """Have the workers of a cluster, where there is one (`cluster`), train those of the configs that are not finished.
+
+    Data travel by their name, and each worker loads them; what was not loaded by name is left to whoever needs it."""
+    if cluster.address() and data.origin:
+        runs_dir().mkdir(parents=True, exist_ok=True)
+        folders = {_folder(config, data): config for config in configs}
+        tasks = {f"train {folder.name}": (str(folder.parent.absolute()), config, data.origin, data.fingerprint)
+                 for folder, config in folders.items() if not (folder / "run.json").exists()}  # fmt: skip
+        cluster.each(_train_there, tasks, "runs")
+        _handed.update(name.removeprefix("train ") for name in tasks)
+
+
+def _train_there(folder, config, origin, fingerprint):
+    run(config, cluster.on_worker(folder, origin, fingerprint), quiet=True)
+
+
+def _folder(config, data):
+    return runs_dir() / f"{config.model}-{config.schedule}-{key(config, data)}"
 
 
 def remember(kind, facts, compute_value, *, version=1):

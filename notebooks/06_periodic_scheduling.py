@@ -137,7 +137,9 @@ escape
 
 # %%
 lr = settings["lr"]
-made = cells.table([cells.make(recipe, settings, arm, digits, aside, eps=eps, seed=s) for arm in arms for s in seeds])
+jobs = [(recipe, settings, arm, {"eps": eps, "seed": seed}) for arm in arms for seed in seeds]
+cells.ahead(jobs, {recipe: (digits, aside)})  # all at once, where a cluster is at hand
+made = cells.table([cells.make(recipe, settings, arm, digits, aside, **which) for _, _, arm, which in jobs])
 committed, _ = cells.read()
 alike = committed[committed["row"].str[-6:] == made["row"].iloc[0][-6:]]  # of equal settings, data and attacks
 rows = max((made, *(part for _, part in alike.groupby("row"))), key=lambda part: part["seed"].nunique())

@@ -70,19 +70,23 @@ folder = book.folder / "cells"
 # was broken off goes on. The learning rate is chosen on training images that were set aside, never on test images.
 
 # %%
-jobs = [(item, seed, arm) for item in todo for seed in seeds[: item["seeds"]] for arm in item["arms"]]
 data = {name: recipes.load(chosen) for name, chosen in settings.items()}
+wanted = [
+    (item["recipe"], settings[item["recipe"]], arm,
+     {"eps": float(Fraction(item["eps"])), "lr": item["lr"], "seed": seed})
+    for item in todo for seed in seeds[: item["seeds"]] for arm in item["arms"]
+]  # fmt: skip
+missing = [job for job in wanted if not (keep_cells and cells.stands(folder, *job[:3], data[job[0]][0], **job[3]))]
+if minutes is None:
+    cells.ahead(missing, data)  # all at once, where a cluster is at hand
 began, left = time.monotonic(), []
-for item, seed, arm in tqdm(jobs, desc="cells", mininterval=1):
-    name = item["recipe"]
-    which = {"eps": float(Fraction(item["eps"])), "lr": item["lr"], "seed": seed}
-    if keep_cells and cells.stands(folder, name, settings[name], arm, data[name][0], **which):
-        continue
+for name, chosen, arm, which in tqdm(missing, desc="cells", mininterval=1):
     if minutes is not None and time.monotonic() - began > 60 * minutes:
-        left.append(f"{name} {arm} lr {item['lr']:g} seed {seed}")
+        left.append(f"{name} {arm} lr {which['lr']:g} seed {which['seed']}")
         continue
-    cells.write(folder, cells.make(name, settings[name], arm, *data[name], **which))
-print(f"{len(jobs) - len(left)} of {len(jobs)} cells of this profile are there; not made:", ", ".join(left) or "none")
+    cells.write(folder, cells.make(name, chosen, arm, *data[name], **which))
+there = len(wanted) - len(left)
+print(f"{there} of {len(wanted)} cells of this profile are there; not made:", ", ".join(left) or "none")
 
 # %% [markdown]
 # ## What is there

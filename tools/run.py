@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import cluster
 import dry_run
 import gallery
 import profiles
@@ -128,6 +129,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="name or beginning, such as 03")
     parser.add_argument("--profile", default=profiles.QUICK, help="size of the experiments (default: quick), or a file")
     parser.add_argument("-j", "--jobs", type=int, default=2, metavar="N", help="notebooks side by side (default: 2)")
+    parser.add_argument("--workers", type=int, metavar="N", help="train on N workers of this machine (or of --slurm)")
+    parser.add_argument("--slurm", metavar="SETTINGS", help="the workers are jobs of Slurm: partition=short,gres=gpu:1")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="train on the workers of this dask scheduler")
     parser.add_argument("--timeout", type=int, metavar="S", help="seconds a cell may take")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be trained and what is there, run nothing"
@@ -135,7 +139,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the notebooks and the profiles, run nothing")
     parser.add_argument("--root", type=Path, default=Layout().root, help=argparse.SUPPRESS)  # for the tests
     args = parser.parse_args(argv)
-    for option in ("jobs", "timeout"):
+    for option in ("jobs", "timeout", "workers"):
         if (value := getattr(args, option)) is not None and value < 1:
             parser.error(f"--{option} {value}: it must be at least 1")
     return args
@@ -183,9 +187,17 @@ def main(argv: list[str] | None = None) -> int:
         jobs = make_jobs(layout, sections, timeout, Path(scratch))
         if args.dry_run:
             print(dry_run.table(jobs))
+            if args.slurm:
+                print(f"\nEach of {args.workers or 0} workers is a job:\n\n{cluster.slurm(args.slurm, 0).job_script()}")
             return 0
-        if not run(jobs, args.jobs, Screen()):
-            return 130
+        try:
+            with cluster.started(args):
+                jobs = make_jobs(layout, sections, timeout, Path(scratch))
+                if not run(jobs, args.jobs, Screen()):
+                    return 130
+        except cluster.ClusterError as error:
+            print(f"run_all.sh: {error}", file=sys.stderr)
+            return 2
     for profile in {profile for profile, _, _ in sections.values()}:
         times = {job.name: round(job.seconds, 1) for job in jobs if job.ok and job.env["PROFILE"] == profile}
         write_json(layout.build / profile / "times.json", read_times(layout, profile) | times)

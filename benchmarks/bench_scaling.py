@@ -1,0 +1,225 @@
+"""What a step of the attack costs: against the processor's own rate, by width, batch, steps and images, and in memory;
+and from that what the paper's protocol would cost on larger machines.
+
+    python benchmarks/bench_scaling.py [--repeats 3]
+
+All of it on the machine at hand, one thread, CPU seconds; the rate of its matrix products is measured in turns with the
+networks. Operations are counted by PyTorch (an addition and a multiplication are two). The result goes to scaling.json
+and, as tables, into docs/scaling.md.
+"""
+
+import argparse
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import torch
+import torchvision
+import yaml
+from bench_pgd import textbook
+from readme import HERE, write_part
+from torch.utils.flop_counter import FlopCounterMode
+
+from lib import compute, models
+from lib.attacks import pgd
+from lib.files import write_json
+
+ROOT = HERE.parent
+EPS, STEPS, BATCH = 0.1, 4, 64
+NETWORKS = {  # (model, width, channels, side)
+    "lenet w=4": ("lenet", 4, 1, 28), "lenet w=16": ("lenet", 16, 1, 28),
+    "vgg16 w=2": ("vgg16", 2, 3, 32), "vgg16 w=8": ("vgg16", 8, 3, 32),
+    "resnet18 w=2": ("resnet18", 2, 3, 32), "resnet18 w=8": ("resnet18", 8, 3, 32),
+}  # fmt: skip
+MATRIX = 1024
+GROWTH = {  # by what: (values, the exponent that counting gives)
+    "width": ([2, 4, 8, 16], 2), "batch": ([32, 64, 128, 256], 1), "steps": ([2, 4, 8, 16], 1),
+    "side of the images": ([32, 48, 64, 96], 2),
+}  # fmt: skip
+
+
+def network(model, width, channels, side):
+    """The network in evaluation mode, and a batch for it."""
+    sizes = {"image_size": side} if model == "lenet" else {}
+    net = models.build(model, seed=0, width=width, in_channels=channels, num_classes=10, **sizes).eval()
+    generator = torch.Generator().manual_seed(0)
+    return net, torch.rand(BATCH, channels, side, side, generator=generator), torch.arange(BATCH) % 10
+
+
+def attack(net, x, y, steps=STEPS):
+    return pgd(net, x, y, eps=EPS, step_size=EPS / 4, num_steps=steps)
+
+
+def forward_operations(net, x):
+    """Of one image through the network."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x[:1])
+    return counter.get_total_flops()
+
+
+def seconds(function):
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def rates(repeats):
+    """Operations per second of the attack on each network, beside those of a product of matrices, turn by turn."""
+    a = torch.rand(MATRIX, MATRIX)
+    rows = []
+    for name, settings in NETWORKS.items():
+        net, x, y = network(*settings)
+        # A step: forward, and the gradient at the input, which costs as much again.
+        count = 2 * STEPS * BATCH * forward_operations(net, x)
+        attack(net, x[:4], y[:4], 1), a @ a
+        turns = [(seconds(lambda: a @ a), seconds(partial(attack, net, x, y))) for _ in range(repeats)]
+        shares = [(count / t) / (2 * MATRIX**3 / m) for m, t in turns]
+        rows.append({
+            "network": name, "operations": count / (2 * STEPS * BATCH), "per_second": count / min(t for _, t in turns),
+            "matrix_per_second": 2 * MATRIX**3 / min(m for m, _ in turns),
+            "share": statistics.median(shares), "share_min": min(shares), "share_max": max(shares),
+        })  # fmt: skip
+    return rows
+
+
+def growth(repeats):
+    """How the attack's time grows: the slope of log time over log size beside the counted one; least of the repeats."""
+    rows = []
+    for what, (values, expected) in GROWTH.items():
+        times = []
+        for value in values:
+            width, batch, steps, side = (value if what == name else base for name, base in
+                                         zip(GROWTH, (4, BATCH, STEPS, 32), strict=True))  # fmt: skip
+            net, x, y = network("resnet18", width, 3, side)
+            x, y = x.repeat(batch // 32, 1, 1, 1)[:batch], y.repeat(batch // 32)[:batch]
+            attack(net, x[:4], y[:4], 1)
+            times.append(min(seconds(partial(attack, net, x, y, steps)) for _ in range(repeats)))
+        logs = np.log(values), np.log(times)
+        slope, last = float(np.polyfit(*logs, 1)[0]), float(np.diff(logs[1])[-1] / np.diff(logs[0])[-1])
+        rows.append({"by": what, "values": values, "seconds": times, "expected": expected, "slope": slope,
+                     "last_slope": last})  # fmt: skip
+    return rows
+
+
+def added(name, kind):
+    """MiB that an attack adds to the largest memory of this process, once both have been called."""
+    net, x, y = network(*NETWORKS[name])
+    for function in ATTACKS.values():
+        function(net, x[:1], y[:1])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ATTACKS[kind](net, x, y)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def peak(name, kind):
+    """The same, in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "--added", name, kind], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+ATTACKS = {"pgd": attack, "textbook": partial(textbook, eps=EPS, step_size=EPS / 4)}
+
+
+def memory():
+    return [{"network": name, **{kind: peak(name, kind) for kind in ATTACKS}} for name in NETWORKS]
+
+
+# What is to be trained: (network, recipe whose cells are counted, images, epochs, steps of the attack). The first three
+# are the paper's (profile "paper"); ImageNet with ResNet-50 stands for the usual 90 epochs.
+PROTOCOL = {
+    "LeNet w=16, MNIST, PGD-50, 100 epochs": ("lenet w=16", "lenet on mnist", 60000, 100, 50),
+    "VGG16 w=8, CIFAR-10, PGD-10, 200 epochs": ("vgg16 w=8", "vgg16 on cifar10", 50000, 200, 10),
+    "ResNet18 w=8, CIFAR-10, PGD-10, 200 epochs": ("resnet18 w=8", "resnet18 on cifar10", 50000, 200, 10),
+    "ResNet-50, ImageNet at 224 x 224, PGD-10, 90 epochs": ("resnet50", None, 1281167, 90, 10),
+}
+
+
+def cells_of_paper(recipe):
+    """How many networks of a recipe notebook 07 trains in the profile "paper"."""
+    todo = yaml.safe_load((ROOT / "notebooks/profiles/paper.yaml").read_text(encoding="utf-8"))["07_table1"]["todo"]
+    return sum(len(item["arms"]) * item["seeds"] for item in todo if item["recipe"] == recipe) or 1
+
+
+def cost(rows):
+    """Operations and core hours of each line: a step of the attack is two passes, the step of the weights three."""
+    of = {row["network"]: row for row in rows}
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        torchvision.models.resnet50().eval()(torch.zeros(1, 3, 224, 224))
+    of["resnet50"] = {"operations": counter.get_total_flops(), "per_second": of["resnet18 w=8"]["per_second"]}
+    found = []
+    for what, (name, recipe, images, epochs, steps) in PROTOCOL.items():
+        runs = cells_of_paper(recipe)
+        count = of[name]["operations"] * images * epochs * (2 * steps + 3) * runs
+        found.append({"what": what, "runs": runs, "operations": count,
+                      "core_hours": count / of[name]["per_second"] / 3600})  # fmt: skip
+    return found
+
+
+H100 = 989e12  # operations per second in bfloat16, dense, by its maker's data sheet (SXM)
+SHARE = 0.3  # of that: an assumption, no card was measured
+
+
+def tables(record):
+    machine = record["hardware"]
+    lines = [
+        f"{machine['device']}, {machine['vector_unit']}, {machine['precision']}, one thread, PyTorch "
+        f"{record['versions']['torch']}; batch {BATCH}; CPU seconds, {record['repeats']} turns.", "",
+        "| network | million operations forward, an image | 10^9 operations a second | share of the matrix product's "
+        "rate: median (min to max) |", "|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| {r['network']} | {r['operations'] / 1e6:.1f} | {r['per_second'] / 1e9:.0f} of "
+        f"{r['matrix_per_second'] / 1e9:.0f} | {r['share']:.0%} ({r['share_min']:.0%} to {r['share_max']:.0%}) |"
+        for r in record["rates"]
+    ]
+    lines += ["", "| ResNet18, time against | values | exponent counted | measured | between the last two |",
+              "|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        f"| {r['by']} | {', '.join(map(str, r['values']))} | {r['expected']} | {r['slope']:.2f} "
+        f"| {r['last_slope']:.2f} |"
+        for r in record["growth"]
+    ]
+    lines += ["", "| memory that the attack adds, MiB | `pgd` | textbook |", "|---|---|---|"]
+    lines += [f"| {r['network']} | {r['pgd']:.0f} | {r['textbook']:.0f} |" for r in record["memory"]]
+    lines += ["", "| what | runs | operations | 2 cores | 64 cores | 1 GPU | 8 GPUs |", "|---|---|---|---|---|---|---|"]
+    for r in record["cost"]:
+        gpu = r["operations"] / (H100 * SHARE) / 3600
+        times = [r["core_hours"] / 2, r["core_hours"] / 64, gpu, gpu / min(8, r["runs"] if r["runs"] > 1 else 8)]
+        lines.append(f"| {r['what']} | {r['runs']} | {r['operations']:.1e} | {' | '.join(map(words, times))} |")
+    return "\n".join(lines)
+
+
+def words(hours):
+    """A time as people say it."""
+    for unit, size in (("years", 8766), ("days", 24), ("h", 1), ("min", 1 / 60)):
+        if hours >= 2 * size or unit == "min":
+            return f"{float(f'{hours / size:.2g}'):g} {unit}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--added", nargs=2, help=argparse.SUPPRESS)  # for `peak`
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.added:
+        print(added(*given.added))
+        return
+    measured = rates(given.repeats)
+    assert all(math.isfinite(row["share"]) for row in measured)
+    record = {
+        "hardware": compute.hardware(), "versions": compute.versions(), "repeats": given.repeats,
+        "rates": measured, "growth": growth(given.repeats), "memory": memory(), "cost": cost(measured),
+    }  # fmt: skip
+    write_json(HERE / "scaling.json", record)
+    write_part("scaling", tables(record), ROOT / "docs/scaling.md")
+    print(tables(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Work handed to other processes and machines by dask.distributed, where DASK_SCHEDULER_ADDRESS says where.
+
+Nothing else changes: workers leave what they make in the folder of the runs, which all of them share, and whoever asked
+finds it there. A task is named by what it makes, so that two notebooks that want the same get it made once. A worker
+that dies is replaced by another; a scheduler that dies is waited for, and what it had not finished is handed in again.
+"""
+
+import os
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import compute, data
+
+ANSWER = 8  # seconds in which a scheduler should answer
+PATIENCE = 300  # seconds that one which has died is waited for
+TRIES = 3  # of a task that raises an error (a full disk on one worker, say) or the workers of which die, four each
+
+
+class ClusterError(RuntimeError):
+    """What is wrong with the cluster and what to do, in a sentence."""
+
+
+def address():
+    """The scheduler's address, or None."""
+    return os.environ.get("DASK_SCHEDULER_ADDRESS") or None
+
+
+def connect(patience=0):
+    """A client of the scheduler. Raises ClusterError if it does not answer, asked again for so many seconds."""
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ClusterError(
+            "DASK_SCHEDULER_ADDRESS is set and dask is not installed: pip install -e '.[cluster]'"
+        ) from error
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return Client(address(), timeout=ANSWER, set_as_default=False)
+        except (OSError, ValueError) as error:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"no scheduler answers at {address()}: is it running, and is this its address?"
+                ) from error
+            time.sleep(1)
+
+
+def each(function, tasks, desc):
+    """What the function gives for each task, made by the workers.
+
+    Args:
+        function: of a module that the workers can import; what it returns is small.
+        tasks: {name: arguments}; equal names are one task, whoever hands it in.
+        desc: of the line of progress, which a worker that has died makes no shorter.
+    Returns:
+        {name: value}.
+    Raises:
+        what the function raised, when it did so TRIES times; ClusterError.
+    """
+    from distributed import CancelledError, KilledWorker, as_completed
+
+    found, deaths, client = {}, [], connect()
+    with tqdm(total=len(tasks), desc=desc, mininterval=1) as bar:
+        bar.set_postfix_str(f"on {client.dashboard_link}", refresh=False)
+        try:
+            while rest := {name: arguments for name, arguments in tasks.items() if name not in found}:
+                futures = [client.submit(function, *a, key=n, pure=False, retries=TRIES - 1) for n, a in rest.items()]
+                try:
+                    for future in as_completed(futures, loop=client.loop):
+                        try:
+                            found[future.key] = future.result()
+                            bar.update()
+                        except KilledWorker as error:  # several workers in a row; it goes on from its checkpoint
+                            deaths.append(future.key)
+                            if deaths.count(future.key) == TRIES:
+                                raise ClusterError(f"{error} It may need more memory than a worker has.") from error
+                            future.release()
+                except CancelledError:  # the scheduler is gone, and another one knows of nothing
+                    client.close()
+                    client = connect(PATIENCE)
+        except KeyboardInterrupt:
+            client.cancel(futures)
+            raise
+        finally:
+            client.close()
+    return found
+
+
+def on_worker(folder, origin, fingerprint):
+    """What a task finds on its worker: the data of this origin. RUNS_DIR is from now on the folder of whoever asked.
+
+    Raises ClusterError for a worker that does several things at once, does not see the folder or has other pixels.
+    """
+    from distributed import get_worker
+
+    worker = get_worker()
+    if worker.state.nthreads != 1:
+        raise ClusterError(f"{worker.address} does {worker.state.nthreads} things at once: start it with --nthreads 1")
+    if not Path(folder).is_dir():
+        raise ClusterError(f"{worker.address} sees no {folder}: RUNS_DIR has to be a folder that all workers share")
+    os.environ["RUNS_DIR"] = folder
+    compute.fix_threads()  # of this very thread
+    found = data.again(origin)
+    if found.fingerprint != fingerprint:
+        raise ClusterError(f"{worker.address} has other pixels of {found.source}: give all workers the same DATA_DIR")
+    return found

@@ -1,0 +1,303 @@
+"""Trainings on workers: the same bits as without, whatever dies; and what is wrong is said in a sentence."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors import safe_open
+
+from lib import cells, cluster, data, recipes, runs
+from lib.training import TrainConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import cluster as clusters
+
+if os.environ.get("CI") != "true":
+    pytest.importorskip("distributed")
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = TrainConfig(width=1, eps=0.1, step_size=0.05, num_steps=5, epochs=8, batch_size=20, eval_images=10)
+CONFIGS = [replace(CONFIG, seed=seed) for seed in range(4)]
+PATIENCE = 240
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("mnist5k").first(300, 50)
+
+
+@pytest.fixture(scope="module")
+def alone(digits, tmp_path_factory):
+    """The weights of all runs, trained in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RUNS_DIR", str(tmp_path_factory.mktemp("alone")))
+        return [weights(run) for run in runs.grid(CONFIGS, digits)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv(clusters.VARIABLE, raising=False)
+    runs.journal.clear()
+    yield tmp_path / "runs"
+    os.environ.pop(clusters.VARIABLE, None)
+
+
+def weights(run):
+    return torch.cat([tensor.flatten() for tensor in run.model().state_dict().values()])
+
+
+def asked(**options):
+    return Namespace(**{"workers": None, "slurm": None, "scheduler": None} | options)
+
+
+class Watched:
+    """A grid in a thread, and how far its runs are: no run ever goes back by an epoch, or is trained again."""
+
+    def __init__(self, configs, digits):
+        self.found, self.thread = None, threading.Thread(target=self.work, args=(configs, digits), daemon=True)
+        self.epochs, self.finished = {}, {}
+        self.thread.start()
+
+    def work(self, configs, digits):
+        self.found = runs.grid(configs, digits)
+
+    def look(self):
+        for path in runs.runs_dir().glob("*/checkpoint.safetensors"):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    epoch = int(re.search(r'"epoch": (\d+)', file.metadata()["about"]).group(1))
+            except OSError:  # it has just been finished
+                continue
+            assert epoch >= self.epochs.get(path, 0), f"{path} went back"
+            self.epochs[path] = epoch
+        for path in runs.runs_dir().glob("*/run.json"):
+            assert self.finished.setdefault(path, path.stat().st_mtime_ns) == path.stat().st_mtime_ns, "trained twice"
+        return sum(self.epochs.values())
+
+    def wait_for(self, what):
+        deadline = time.monotonic() + PATIENCE
+        while not what():
+            assert time.monotonic() < deadline, "nothing happens"
+            time.sleep(0.05)
+
+    def more(self):
+        """Wait for another epoch, or for the end."""
+        before = self.look()
+        self.wait_for(lambda: self.look() > before or not self.thread.is_alive())
+
+    def end(self):
+        self.wait_for(lambda: self.look() and not self.thread.is_alive())
+        assert self.found is not None, "the grid has failed"
+        return self.found
+
+
+def workers_here():
+    """The processes that are workers of a cluster in this one."""
+    return [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+
+
+def test_workers_train_what_is_missing_with_the_same_bits(digits, alone):
+    first = runs.run(CONFIGS[0], digits)
+    with clusters.started(asked(workers=2)):
+        found = runs.grid(CONFIGS, digits)
+        jobs = [("lenet on few digits", SMALL, "cosine", {"eps": 0.1, "lr": 0.01, "seed": seed}) for seed in (0, 1)]
+        loaded = {"lenet on few digits": recipes.load(SMALL)}
+        cells.ahead(jobs, loaded)
+    assert [torch.equal(weights(run), other) for run, other in zip(found, alone, strict=True)] == [True] * 4
+    assert found[0].made == first.made
+    assert [entry["state"] for entry in runs.journal] == ["trained", "found", "trained", "trained", "trained"]
+    runs.journal.clear()
+    recipe, settings, arm, changes = jobs[0]
+    there = cells.make(recipe, settings, arm, *loaded[recipe], **changes)
+    assert {entry["state"] for entry in runs.journal} == {"found", "remembered"}
+    os.environ["RUNS_DIR"] += "-again"
+    again = cells.make(recipe, settings, arm, *loaded[recipe], **changes)
+    assert again | {"made": None} == there | {"made": None}
+
+
+SMALL = recipes.get("lenet on few digits") | {
+    "images": [200, 40], "set_aside": 50, "width": 1, "num_steps": 1,
+    "plan": dict(steps=2, step_fraction=0.5, pgd_images=20, strong_steps=2, queries=5, strong_images=10),
+}  # fmt: skip
+
+
+def test_ten_workers_killed(digits, alone):
+    with clusters.started(asked(workers=2)):
+        watched, killed = Watched(CONFIGS, digits), 0
+        while killed < 10 and watched.thread.is_alive():
+            watched.more()
+            if there := workers_here():
+                os.kill(there[killed % len(there)].pid, signal.SIGKILL)
+                killed += 1
+        found = watched.end()
+    assert killed == 10
+    assert [torch.equal(weights(run), other) for run, other in zip(found, alone, strict=True)] == [True] * 4
+
+
+@contextmanager
+def scheduler(port, workers=2):
+    """One started by hand, and its workers, which call themselves machines of another name."""
+    dask = [sys.executable, "-m", "distributed.cli.dask_"]
+    where = f"tcp://127.0.0.1:{port}"
+    commands = [["scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"]]
+    commands += [["worker", where, "--nthreads", "1", "--no-dashboard", "--name", f"node{i}"] for i in range(workers)]
+    started = [
+        subprocess.Popen([*dask[:2], dask[2] + name, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                         cwd=ROOT, start_new_session=True) for name, *options in commands
+    ]  # fmt: skip
+    try:
+        yield where, started[0]
+    finally:
+        for process in started:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_the_scheduler_killed_and_started_again(digits, alone, monkeypatch):
+    port = free_port()
+    with scheduler(port) as (where, _):
+        monkeypatch.setenv(clusters.VARIABLE, where)
+        watched = Watched(CONFIGS, digits)
+        watched.more()
+    with scheduler(port):
+        found = watched.end()
+    assert [torch.equal(weights(run), other) for run, other in zip(found, alone, strict=True)] == [True] * 4
+
+
+def test_two_grids_at_once_on_one_folder(digits, alone):
+    with clusters.started(asked(workers=2)):
+        one, other = Watched(CONFIGS, digits), Watched(CONFIGS[::-1], digits)
+        pairs = [*zip(one.end(), alone, strict=True), *zip(other.end(), alone[::-1], strict=True)]
+    assert [torch.equal(weights(run), expected) for run, expected in pairs] == [True] * 8
+    assert len(list(runs.runs_dir().glob("*/run.json"))) == 4
+
+
+@pytest.fixture(scope="module")
+def two():
+    """A cluster of two workers, for tests that kill none; its address."""
+    with clusters.started(asked(workers=2)):
+        yield os.environ[clusters.VARIABLE]
+
+
+def test_what_workers_cannot_do_is_said_in_a_sentence(two, digits, folder, monkeypatch, tmp_path):
+    monkeypatch.setenv(clusters.VARIABLE, two)
+    other = replace(digits, x_train=1 - digits.x_train)  # under the same name
+    with pytest.raises(cluster.ClusterError, match=r"has other pixels of MNIST .* give all workers the same DATA_DIR"):
+        runs.grid(CONFIGS, other)
+    gone = replace(digits, origin=(str(tmp_path / "photographs"),))
+    with pytest.raises(data.DataNotFound, match="photographs"):
+        runs.grid(CONFIGS, gone)
+    with pytest.raises(cluster.ClusterError, match=r"sees no .*elsewhere: RUNS_DIR has to be a folder that all"):
+        cluster.each(cluster.on_worker, {"a": (str(tmp_path / "elsewhere"), digits.origin, digits.fingerprint)}, "runs")
+    assert not list(folder.glob("*/run.json"))
+
+
+def test_what_fails_on_one_worker_is_tried_on_another(two, tmp_path, monkeypatch):
+    monkeypatch.setenv(clusters.VARIABLE, two)
+    assert cluster.each(fails_first, {"once": (str(tmp_path / "mark"), 1)}, "tasks") == {"once": 2}
+    with pytest.raises(OSError, match="No space left on device"):
+        cluster.each(fails_first, {"always": (str(tmp_path / "mark2"), 10)}, "tasks")
+
+
+def fails_first(mark, times):
+    """As on a full disk, so many times; then how often it was called."""
+    with open(mark, "a+") as file:
+        file.write("x")
+        file.seek(0)
+        if (calls := len(file.read())) <= times:
+            raise OSError(28, "No space left on device")
+    return calls
+
+
+def test_data_without_a_name_are_trained_here(digits, monkeypatch):
+    monkeypatch.setenv(clusters.VARIABLE, "tcp://127.0.0.1:1")  # nobody is asked
+    run = runs.run(CONFIG, digits)
+    assert torch.equal(weights(runs.grid([CONFIG], replace(digits, origin=()))[0]), weights(run))
+
+
+def test_a_worker_with_several_threads_is_refused(two, digits, folder, monkeypatch):
+    import distributed
+
+    folder.mkdir()
+    with distributed.LocalCluster(1, threads_per_worker=2, processes=False, dashboard_address=None) as made:
+        monkeypatch.setenv(clusters.VARIABLE, made.scheduler_address)
+        with pytest.raises(cluster.ClusterError, match="does 2 things at once: start it with --nthreads 1"):
+            runs.grid([CONFIG], digits)
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "tcp://192.0.2.1:8786", "nonsense", "tcp://localhost:port"])
+def test_an_address_nobody_answers_is_said_within_ten_seconds(address, capsys):
+    from run import main
+
+    start = time.monotonic()
+    assert main(["--scheduler", address, "01"]) == 2
+    assert time.monotonic() - start < 10 + 5  # with the reading of the notebooks
+    assert f"no scheduler answers at {address}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(scheduler="tcp://a:1", workers=2), "or --scheduler ADDRESS"),
+        (dict(slurm="partition=short"), "--slurm SETTINGS --workers N"),
+        (dict(slurm="short", workers=2), "list of name=value"),
+        (dict(slurm="partition=", workers=2), "list of name=value"),
+        (dict(workers=2), "there are 1 GPUs here"),
+    ],
+)
+def test_what_was_asked_for_is_refused(options, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(clusters.ClusterError, match=said), clusters.started(asked(**options)):
+        pass
+
+
+def test_without_dask(monkeypatch, digits):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    missing = re.escape("pip install -e '.[cluster]'")
+    with pytest.raises(clusters.ClusterError, match=missing), clusters.started(asked(workers=2)):
+        pass
+    monkeypatch.setenv(clusters.VARIABLE, "tcp://127.0.0.1:1")
+    with pytest.raises(cluster.ClusterError, match=missing):
+        runs.grid([CONFIG], digits)
+
+
+def test_the_script_that_slurm_gets():
+    with clusters.slurm("partition=short,gres=gpu:1,time=02:00:00,mem=16GB", 0) as made:
+        lines = made.job_script().splitlines()
+    assert lines[0].startswith("#!")
+    for line in ("#SBATCH -p short", "#SBATCH --gres=gpu:1", "#SBATCH -t 02:00:00", "#SBATCH --cpus-per-task=1",
+                 "export OMP_NUM_THREADS='1'", f"export PYTHONPATH='{ROOT}'"):  # fmt: skip
+        assert line in lines
+    assert "#SBATCH --mem=15G" in lines  # 16 GB in units of 2**30 bytes
+    assert (
+        lines[-1].startswith(f"{sys.executable} -m distributed.cli.dask_worker tcp://") and "--nthreads 1" in lines[-1]
+    )
+
+
+def test_every_recipe_comes_back_by_name():
+    for settings in (recipes.RECIPES["lenet on few digits"], recipes.RECIPES["lenet on mnist5k"]):
+        for part in filter(None, recipes.load(settings)):
+            assert data.again(part.origin).fingerprint == part.fingerprint
+    grey = data.load("mnist5k").first(20, 10).rgb()
+    assert data.again(grey.origin).fingerprint == grey.fingerprint

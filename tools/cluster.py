@@ -1,0 +1,85 @@
+"""The workers of a run: what --workers, --slurm and --scheduler stand for, as the address that notebooks are given."""
+
+import logging
+import os
+import sys
+from contextlib import contextmanager
+
+VARIABLE = "DASK_SCHEDULER_ADDRESS"
+SETTINGS = {"partition": "queue", "account": "account", "time": "walltime", "mem": "memory", "cpus-per-task": "job_cpu"}
+MISSING = "--workers, --slurm and --scheduler need dask: pip install -e '.[cluster]'"
+
+
+class ClusterError(Exception):
+    """What is wrong with what was asked for, in a sentence."""
+
+
+def environment() -> dict:
+    """What a worker is told, wherever it runs: the number of threads is part of what makes a run repeatable."""
+    names = ("OMP_NUM_THREADS", "PYTHONPATH", "DATA_DIR", "PRECISION")
+    return {name: os.environ[name] for name in names if os.environ.get(name)} | {"PYTHONNOUSERSITE": "1"}
+
+
+def local(workers: int):
+    """A scheduler and so many workers on this machine, each in a process of its own, with a GPU of its own if any."""
+    import torch
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    if 0 < (gpus := torch.cuda.device_count()) < workers:
+        raise ClusterError(f"--workers {workers}: there are {gpus} GPUs here, and a worker needs one of its own")
+    common = {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL, "host": "127.0.0.1"}
+    own = [environment() | ({"CUDA_VISIBLE_DEVICES": str(i)} if gpus else {}) for i in range(workers)]
+    spec = {i: {"cls": Nanny, "options": common | {"env": env}} for i, env in enumerate(own)}
+    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
+    return SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.CRITICAL)
+
+
+def slurm(settings: str, workers: int):
+    """Workers that Slurm starts, one thread and one job each: settings are sbatch's, "partition=short,gres=gpu:1"."""
+    from dask_jobqueue import SLURMCluster
+
+    given = dict(part.strip().partition("=")[::2] for part in settings.split(",") if part.strip())
+    if not given or not all(key and value for key, value in given.items()):
+        raise ClusterError(f"--slurm {settings!r}: it is a list of name=value, such as partition=short,gres=gpu:1")
+    known = {SETTINGS[key]: value for key, value in given.items() if key in SETTINGS}
+    known |= {"job_cpu": int(known.get("job_cpu", 1)), "memory": known.get("memory", "8GB"),
+              "walltime": known.get("walltime", "24:00:00")}  # fmt: skip
+    return SLURMCluster(
+        cores=1, processes=1, n_workers=workers, python=sys.executable, **known,
+        job_extra_directives=[f"--{key}={value}" for key, value in given.items() if key not in SETTINGS],
+        job_script_prologue=[f"export {name}={value!r}" for name, value in environment().items()],
+        worker_extra_args=["--no-dashboard"], scheduler_options={"dashboard_address": ":0"},
+    )  # fmt: skip
+
+
+def check(scheduler: str) -> None:
+    """Raise ClusterError unless a scheduler answers there."""
+    from lib import cluster
+
+    os.environ[VARIABLE] = scheduler
+    try:
+        cluster.connect().close()
+    except cluster.ClusterError as error:
+        raise ClusterError(str(error)) from error
+
+
+@contextmanager
+def started(args):
+    """What was asked for, while it is needed; the environment then names it. Raises ClusterError."""
+    if not (args.workers or args.slurm or args.scheduler):
+        yield
+        return
+    if (args.scheduler and (args.workers or args.slurm)) or (args.slurm and not args.workers):
+        raise ClusterError("--workers N, or --slurm SETTINGS --workers N, or --scheduler ADDRESS")
+    try:
+        if args.scheduler:
+            check(args.scheduler)
+            yield
+            return
+        made = slurm(args.slurm, args.workers) if args.slurm else local(args.workers)
+    except ImportError as error:
+        raise ClusterError(MISSING) from error
+    with made:
+        os.environ[VARIABLE] = made.scheduler_address
+        print(f"workers: {args.workers}, at {made.scheduler_address}; their page: {made.dashboard_link}", flush=True)
+        yield
