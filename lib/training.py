@@ -102,6 +102,9 @@ class TrainConfig:
             check_count(0 if name in ("keep_every", "seed") else 1, **{name: getattr(self, name)})
         if type(self.lr) not in (int, float) or not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be a positive number, got {self.lr!r}")
+        for name in ("momentum", "weight_decay"):
+            if type(value := getattr(self, name)) not in (int, float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number that is not negative, got {value!r}")
         if any(not 0 < drop < 1 for drop in self.lr_drops):
             raise ValueError(f"lr_drops must lie between 0 and 1, the ends of a period, got {self.lr_drops}")
         if not all(isinstance(r, int) for r in self.restarts):
@@ -111,8 +114,8 @@ class TrainConfig:
         last = self.budget()(self.epochs)
         if not math.isclose(last, self.eps):
             warnings.warn(f"the budget ends at {last:.4g}, but the evaluation is at eps {self.eps:.4g}", stacklevel=3)
-        with torch.device("meta"):  # dry runs of the builders: their errors belong here too
-            OPTIMIZERS[self.optimizer](models.build(self.model, seed=0, **self.model_settings()).parameters(), self)
+        with torch.device("meta"):  # a dry run of the builder: its errors belong here too
+            models.build(self.model, seed=0, **self.model_settings())
 
     def model_settings(self, **more):
         return {"width": self.width, "activation": self.activation, **more}

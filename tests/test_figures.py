@@ -6,6 +6,7 @@ import json
 import math
 import re
 
+import jupytext
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -298,3 +299,11 @@ def test_a_stepper_stands_alone_and_repeats():
     assert "http" not in page and "c &lt; d" in page and "&quot;ball&quot;" in page
     with pytest.raises(ValueError):
         figures.stepper([plt.figure()], ["a", "b"], what="ball")
+
+
+@pytest.mark.parametrize("path", sorted((figures.ROOT / "notebooks").glob("*.py")), ids=lambda path: path.stem)
+def test_cells_are_those_that_jupytext_reads(path):
+    """The library reads notebooks without jupytext, because importing it takes a kernel seconds."""
+    read = jupytext.read(path, fmt={"extension": ".py", "comment_magics": False}).cells
+    wanted = [(cell.cell_type, cell.metadata.get("tags", []), cell.source.strip()) for cell in read]
+    assert [(kind, tags, source.strip()) for kind, tags, source in figures._cells(path.stem)] == wanted

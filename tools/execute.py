@@ -67,6 +67,8 @@ def execute(job: dict) -> None:
         Exception: whatever papermill raises for a cell that fails, dies or takes too long.
         RuntimeError: a cell ended the notebook by sys.exit(), which papermill lets pass as a success.
     """
+    # jsonschema builds a grammar of URLs with it, for two seconds, and goes without where it is not there.
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
     from profiles import source
     from traitlets.config import Config
