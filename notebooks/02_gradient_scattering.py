@@ -516,8 +516,9 @@ rule = inference.trend("the frequency of gradients above a fixed threshold along
 rule
 
 # %%
-shown = growth.assign(bound=lambda t: 4 / (t["eps / threshold"] ** -2 - 2 / t["eps / threshold"] + 4))
 law = erfc(2) / erfc(2 * fractions)  # of the diffusion: the threshold is 2 T^(-1/4), so that T drops out
+shown = growth.assign(bound=lambda t: 4 / (t["eps / threshold"] ** -2 - 2 / t["eps / threshold"] + 4),
+                      diffusion=growth["eps / threshold"].map(dict(zip(fractions, law))))  # fmt: skip
 line = shown.groupby("eps / threshold").bound.first()
 fig, (ax, ratio) = plt.subplots(1, 2, figsize=(7, 3))
 for i, (T, mark) in enumerate(zip(sgd_lengths, "os^vD")):
