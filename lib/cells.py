@@ -25,7 +25,9 @@ from .evaluation import wrong
 from .files import checksum, read_json, write_json
 from .models import Ensemble
 
-NAMES = {"lenet": "LeNet", "vgg16": "VGG16", "resnet18": "ResNet18"}
+NAMES = {"lenet": "LeNet", "vgg16": "VGG16", "resnet18": "ResNet18", "mnist": "MNIST", "mnist5k": "MNIST (5,000)",
+         "mnistm": "MNIST-M stand-in", "fashionmnist": "Fashion-MNIST", "cifar10": "CIFAR-10",
+         "cosine_misread": "cosine in the wrong unit"}  # fmt: skip
 # What is asked of a row: two (arm, network), the first of which should err less.
 QUESTIONS = {
     "periodic ensemble - single run": (("periodic cosine", "ensemble"), ("cosine", "end")),
@@ -230,12 +232,16 @@ def _mixed(rows):
             for (profile, recipe, eps), group in kinds if group["row"].nunique() > 1]  # fmt: skip
 
 
+def spelt(text):
+    """A text with the names of networks, data and schedules as a reader meets them, such as an arm's."""
+    return re.sub(r"\w+", lambda word: NAMES.get(word[0], word[0]), text)
+
+
 def title(rows):
-    """What a row of cells is called: "VGG16, cifar10, eps 8/255"."""
+    """What a row of cells is called: "VGG16, CIFAR-10, eps 8/255"."""
     (recipe, eps), pixels = rows[["recipe", "eps"]].iloc[0], 255 * rows["eps"].iloc[0]
-    model, data = recipe.split(" on ")
     text = f"{round(pixels)}/255" if eps < 0.2 and abs(pixels - round(pixels)) < 1e-3 else f"{eps:g}"
-    return f"{NAMES.get(model, model)}, {data}, eps {text}"
+    return f"{spelt(recipe.replace(' on ', ', '))}, eps {text}"
 
 
 def masks(rows, arm, lr, network="end", part="test", kind="PGD"):

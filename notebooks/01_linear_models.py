@@ -296,10 +296,10 @@ for ax, (name, part) in zip(axes, table.groupby("set", sort=False)):
     ax.set(title=name, xlabel="eps / eps_bar", xlim=(0, 1.1), ylim=(0, 1))
     ax.text(0.06, 0.1, "V: robust")
     ax.text(0.75, 0.8, "T: useless")
-axes[0].plot(part.ratio, part["arccos formula"], "k.", markersize=4)
+axes[0].plot(part.ratio, part["arccos formula"], "k.", markersize=4, clip_on=False)
 axes[0].annotate("arccos(eps / ||x||) / π", (0.5, 1 / 3), xytext=(6, 4), textcoords="offset points")
 axes[0].set_ylabel("share of all directions")
-axes[1].text(0.6, 0.22, "neither")
+axes[1].text(0.58, 0.1, "neither")
 axes[1].axvline(sep / bar, color="k", linestyle=":")
 axes[1].annotate("eps_sep", (sep / bar, 0.93), xytext=(4, 0), textcoords="offset points")
 book.save(
@@ -411,7 +411,7 @@ for (upper, lower), (kind, part) in zip(axes.T, optima.groupby("norm", sort=Fals
     lower.loglog(guide, 0.02 * guide**2, "k--", linewidth=1)
     lower.annotate("slope 2", (0.1, 0.02 * 0.1**2), xytext=(4, -10), textcoords="offset points")
     lower.set(xlabel="1 - eps / eps_bar", ylabel="L(constant) - min L (nats)")
-axes[0, 1].legend()
+fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
 book.save(
     fig, "01_optimum", optima, source=toy,
     caption="The best classifier against the budget, in units of eps_bar by the formula: 18 (three classes) or 14 "
@@ -516,13 +516,14 @@ sns.heatmap(pairwise[:9, 1:], annot=True, fmt=".2f", cmap="Blues", ax=ax, annot_
             xticklabels=range(1, 10), yticklabels=range(9),
             cbar_kws={"label": "eps_bar (fraction of pixel range)"})  # fmt: skip
 ax.set(xlabel="digit", ylabel="digit")
+ax.tick_params(rotation=0)
 ax.grid(False)
 table = pd.DataFrame([(a, b, pairwise[a, b]) for a in range(10) for b in range(a + 1, 10)],
                      columns=["digit", "other digit", "eps_bar"])  # fmt: skip
 book.save(
     fig, "01_digit_pairs", table, source=digits.source,
-    caption=f"The budget from which on a linear classifier of two digits is best constant (max norm, no bias); all "
-    f"{len(pixels):,} training digits.",
+    caption=f"The budget from which on a linear classifier of two digits is best constant (max norm, no bias); each "
+    f"pair stands once; all {len(pixels):,} training digits.",
 )  # fmt: skip
 
 # %%
@@ -592,7 +593,9 @@ axes[0].set(ylabel="||w|| after training")
 axes[1].set(ylabel="robust loss (nats)")
 axes[1].axhline(np.log(2), color="k", linewidth=1)
 axes[1].annotate("log 2", (0.0, np.log(2)), xytext=(0, -10), textcoords="offset points")
-axes[1].get_legend().remove()
+fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(pairs), title="digits")
+for ax in axes:
+    ax.get_legend().remove()
 book.save(
     fig, "01_sgd_digits", trained, source=digits.source, seeds=seeds,
     caption=f"Linear classifiers of two digits after {sgd_steps:,} steps of SGD against the exact attack; mean and "

@@ -66,6 +66,7 @@ import seaborn as sns
 import torch
 import torch.nn.functional as F
 from IPython.display import display
+from matplotlib.ticker import LogLocator
 from scipy.special import erfc, expit
 
 from lib import inference, landscape, linear, recipes, runs
@@ -272,25 +273,28 @@ print(f"tight example: both sides agree to {off.max():.1e}, relative, in {tight_
 local.round(4)
 
 # %%
-fig, axes = plt.subplots(1, 3, figsize=(7, 2.8), width_ratios=[1.4, 1, 1])
+fig, axes = plt.subplot_mosaic([[0, 0, 1, 1, 2, 2], ["tight"] * 3 + ["local"] * 3], figsize=(7, 5))
 for i, (eps_, part) in enumerate(scatter.groupby("eps")):
-    axes[0].plot(part.distance, part["gradient difference"], ".", markersize=1.5, color=f"C{i}", rasterized=True)
     line = part.sort_values("distance")
-    axes[0].plot(line.distance, line.bound, color=f"C{i}")
-    axes[0].annotate(f"eps {eps_:g}", (r, line.bound.max()), xytext=(4, -3), color=f"C{i}", fontsize="small",
-                     textcoords="offset points")  # fmt: skip
-axes[0].set(xscale="log", yscale="log", ylim=(1e-6, 2), xlim=(8e-6, 3), xlabel="||w1 - w2||",
-            ylabel="||gradient difference||", title="logistic regression")  # fmt: skip
-axes[1].plot(right, np.abs(tight_gradient(high) - tight_gradient(low)), ".", markersize=2)
-axes[1].plot([0, right.max()], [0, right.max()], "k:", linewidth=1)
-axes[1].set(xlabel="bound", ylabel="|gradient difference|", title="tight example")
-axes[2].semilogx(local.r, local["jump / bound"], "o-")
-axes[2].set(xlabel="constant on |w| ≤ r", ylabel="jump / bound", ylim=(0, 1.05), title="logistic, w = 0")
+    axes[i].plot(part.distance, part["gradient difference"], ".", markersize=2, label="pairs", rasterized=True)
+    axes[i].plot(line.distance, line.bound, "k--", linewidth=1, label="bound")
+    axes[i].set(xscale="log", yscale="log", ylim=(1e-6, 2), xlabel="||w1 - w2||", title=f"logistic, eps {eps_:g}")
+    axes[i].tick_params(labelleft=i == 0)
+axes[0].set_ylabel("||gradient difference||")
+axes[0].legend(loc="upper left", markerscale=4)
+axes["tight"].plot(right, np.abs(tight_gradient(high) - tight_gradient(low)), ".", markersize=2)
+axes["tight"].axline((0, 0), slope=1, color="k", linestyle="--", linewidth=1)
+axes["tight"].text(0.95, 0.08, "dashed: difference = bound", ha="right", transform=axes["tight"].transAxes)
+axes["tight"].set(xlabel="bound", ylabel="|gradient difference|", title="tight example")
+axes["local"].semilogx(local.r, local["jump / bound"], "o-")
+axes["local"].set(xlabel="r (the constants hold for |w| ≤ r)", ylabel="jump / bound", ylim=(0, 1.05),
+                  title="logistic, jump at w = 0")  # fmt: skip
 book.save(
     fig, "02_proposition", scatter, source="synthetic points in the plane; closed forms",
-    caption=f"Left: {num_pairs:,} pairs per eps and the bounds of Proposition 2 (lines), whose intercept is "
-    f"2 eps L_tx. Middle: {tight_cases:,} cases of the example where it is an equality. Right: how much of the bound "
-    "the jump of logistic regression uses.",
+    caption=f"Top: {num_pairs:,} pairs per eps (a point each) and the bound of Proposition 2 (dashed), whose intercept "
+    f"is 2 eps L_tx: with an attack, pairs on two sides of the jump come close to it. Bottom left: "
+    f"{tight_cases:,} cases of the example where it is an equality. Bottom right: how much of the bound the jump of "
+    "logistic regression uses.",
 )  # fmt: skip
 
 # %%
@@ -321,6 +325,7 @@ book.check("It is nearly one in logistic regression, for constants taken near w 
 
 # %%
 ACTIVATIONS = {"relu": F.relu, "softplus": F.softplus, "elu": F.elu}
+SPELT = {"relu": "ReLU", "softplus": "softplus", "elu": "ELU"}
 
 
 def two_units(s, u1, u2, eps):
@@ -348,7 +353,7 @@ book.check("The jumps of the two ReLU units are those of the formulas",
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.9))
 for name, s in ACTIVATIONS.items():
     us = np.linspace(0.9, 1.1, 101)
-    axes[0].plot(us, [two_units(s, u1, 1.0, 0.5)[0] for u1 in us], label=name)
+    axes[0].plot(us, [two_units(s, u1, 1.0, 0.5)[0] for u1 in us], label=SPELT[name])
 axes[0].set(xlabel="$u_1$ ($u_2$ = 1)", ylabel="d loss / d $u_1$, eps = 0.5", title="one gradient")
 for ax, column in zip(axes[1:], ["weights", "biases"]):
     sns.lineplot(jumps, x="eps", y=column, hue="activation", style="activation", markers=True, dashes=False, ax=ax,
@@ -466,14 +471,13 @@ for i, g in enumerate(gammas):
         means = tails[(tails.gamma == g) & (tails["T"] == T)].groupby("T eps^4").P.mean()
         ax.plot(means.index, means.where(means > 0), mark, color=f"C{i}", markersize=5, markerfacecolor="none")
 ax.axvspan(5e-5, min(enough.values()), color="0.92", zorder=0)
-ax.text(6e-5, 2e-4, "T too small for\nTheorem 2", va="bottom")
+ax.text(6e-5, 2e-4, "T is too\nsmall for\nTheorem 2", va="bottom", fontsize="small")
 marks = [
     plt.Line2D([], [], color="k", marker=m, linestyle="", markerfacecolor="none") for _, m in zip(sgd_lengths, "os^vD")
 ]
 ax.legend(marks, [f"T = {T:,}" for T in sgd_lengths], loc="center right")
-ax.set(
-    xscale="log", yscale="log", xlim=(5e-5, 100), ylim=(1e-4, 1.5), xlabel="T eps^4", ylabel="P( ||gradient|| > γ eps )"
-)
+ax.set(xscale="log", yscale="log", xlim=(5e-5, 100), ylim=(1e-4, 1.5), xlabel="T eps$^4$",
+       ylabel="P( ||gradient|| > γ eps )")  # fmt: skip
 book.save(
     fig, "02_tails", tails, source=exact, seeds=seeds,
     caption=f"SGD with unit noise on the tight example, {len(seeds)} x {sgd_runs} runs a point, {len(grid)} eps per T. "
@@ -512,22 +516,35 @@ rule = inference.trend("the frequency of gradients above a fixed threshold along
 rule
 
 # %%
-shown = growth.assign(bound=lambda t: 4 / (t["eps / threshold"] ** -2 - 2 / t["eps / threshold"] + 4))
-fig, ax = plt.subplots(figsize=(5.5, 3))
-for T, mark in zip(sgd_lengths, "os^vD"):
-    means = growth[growth["T"] == T].groupby("eps / threshold").P.mean()
-    ax.loglog(means.index, means.where(means > 0), mark + "-", markersize=4, label=f"SGD, T = {T:,}")
+law = erfc(2) / erfc(2 * fractions)  # of the diffusion: the threshold is 2 T^(-1/4), so that T drops out
+shown = growth.assign(bound=lambda t: 4 / (t["eps / threshold"] ** -2 - 2 / t["eps / threshold"] + 4),
+                      diffusion=growth["eps / threshold"].map(dict(zip(fractions, law))))  # fmt: skip
 line = shown.groupby("eps / threshold").bound.first()
-ax.loglog(line.index, line, "k", label="bound of Theorem 2")
-ax.loglog(line.index, 1.2 * line.index**2, "k:", label="slope 2")
-ax.set(xlabel="eps / threshold (= 1 / γ)", ylabel="P( ||gradient|| > threshold )")
-ax.set_xticks(fractions, [f"{f:g}" for f in fractions])
-ax.minorticks_off()
-ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+fig, (ax, ratio) = plt.subplots(1, 2, figsize=(7, 3))
+for i, (T, mark) in enumerate(zip(sgd_lengths, "os^vD")):
+    values = growth[growth["T"] == T].pivot(index="eps / threshold", columns="seed", values="P")
+    ax.loglog(fractions, values.mean(axis=1).where(lambda v: v > 0), mark, markersize=5, mfc="none")
+    ratio.semilogx(fractions * 1.02 ** (i - 1), values.div(law, axis=0), mark, color=f"C{i}", markersize=3)
+    ratio.semilogx(fractions, values.mean(axis=1) / law, color=f"C{i}", linewidth=1)
+    ratio.plot([], [], mark + "-", color=f"C{i}", markersize=4, label=f"T = {T:,}")
+ax.loglog(fractions, law, color="grey", linewidth=1, zorder=0)
+ax.loglog(line.index, line, "k")
+ax.loglog(line.index, 1.2 * line.index**2, "k:")
+for text, y_ in (("bound of Theorem 2", 1.3 * line.iloc[2]), ("slope 2", 0.13), ("SGD; grey: diffusion", 1.3 * law[2])):
+    ax.text(fractions[2], y_, text, ha="right", va="bottom", fontsize="small")
+for each in (ax, ratio):
+    each.set(xlabel="eps / threshold (= 1 / γ)")
+    each.set_xticks(fractions, [f"{f:g}" for f in fractions])
+    each.minorticks_off()
+ax.set(ylabel="P( ||gradient|| > threshold )")
+ratio.axhline(1, color="grey", linewidth=1, zorder=0)
+ratio.set(ylabel="P in SGD / P of the diffusion")
+fig.legend(loc="outside lower center", ncols=len(sgd_lengths))
 book.save(
     fig, "02_growth", shown, source=exact, seeds=seeds,
     caption=f"Chance of a gradient above a fixed threshold against eps, {len(seeds)} x {sgd_runs} runs of SGD on the "
-    "tight example, all inside the theorem's domain γ ≥ 2.",
+    "tight example, all inside the theorem's domain γ ≥ 2. Left: means; all T lie on one curve, the diffusion's. "
+    f"Right: divided by it, a point for each of {of(seeds, 'seed')}, line: mean.",
 )  # fmt: skip
 
 # %%
@@ -610,18 +627,23 @@ fig, axes = plt.subplots(2, len(network_eps), figsize=(7, 4.6), squeeze=False)
 near = network[network.distance == max(distances)]
 for ax, (kind, radii) in zip(axes.T, network_eps.items()):
     part = near[near.norm == kind]
+    ax[0].sharey(axes[0, 0])
     for i, a in enumerate(activations):
         for panel, column in zip(ax, ["scattering", "cosine"]):
             lines = part[part.activation == a].groupby(["seed", "eps"])[column].mean().unstack()
             panel.plot(radii, lines.T, "-", color=f"C{i}", alpha=0.4, linewidth=0.8)
-            panel.plot(radii, lines.mean(), "os"[i % 2] + "-", color=f"C{i}", label=f"{a}: {column}", markersize=4)
+            panel.plot(radii, lines.mean(), "os"[i % 2] + "-", color=f"C{i}", markersize=4,
+                       label=f"{SPELT[a]}: by the new attacks (scattering)")  # fmt: skip
         smooth = part[part.activation == a].groupby("eps").fixed.mean()
-        ax[0].plot(radii, smooth, "--", color=f"C{i}", linewidth=1, label=f"{a}: smooth part")
+        ax[0].plot(radii, smooth, "--", color=f"C{i}", linewidth=1, label=f"{SPELT[a]}: attacks kept (smooth part)")
     ax[0].set(title=CONTROL[kind], yscale="log")
+    ax[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    ax[0].yaxis.set_major_formatter("{x:g}")
+    ax[0].minorticks_off()
     ax[1].set(xlabel="eps" + (" (fraction of the pixel range)" if kind == "linf" else " (Euclidean length)"))
 axes[0, 0].set_ylabel("change of the gradient")
 axes[1, 0].set_ylabel("cosine of perturbations")
-fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
 book.save(
     fig, "02_network", network, source=digits.source, seeds=seeds,
     caption=f"Networks moved by {max(distances):g} of their length in random directions. Top: change of the gradient "

@@ -56,6 +56,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.colors import PowerNorm
+from matplotlib.ticker import LogLocator
 
 from lib import curvature, evaluation, inference, models, recipes, runs
 from lib.attacks import pgd
@@ -225,13 +227,16 @@ for ax, (column, label) in zip(axes, labels.items()):
                  err_kws={"alpha": 0.15}, legend=column == "robust_error")  # fmt: skip
     ax.set(xlabel="mini-batch", ylabel=label)
 axes[0].set_yscale("log")
-axes[0].axvspan(0, first_steps, color="0.9")
+axes[0].axvline(first_steps, color="grey", linestyle="--")
+axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+axes[0].yaxis.set_major_formatter("{x:g}")
 axes[1].axhline(leaves_below, color="grey", linestyle=":")
 sns.move_legend(axes[1], "upper left", bbox_to_anchor=(1, 1), title="eps", frameon=False)
 book.save(
     fig, "03_first_minibatches", early, source=digits.source, seeds=seeds,
     caption=f"Gradient norm and robust error over the first {shown_steps} mini-batches, by eps: mean and range of {n}; "
-    f"drawn as a running mean of ten, judged without. Grey: the first {first_steps}. Dotted: the plateau ends.",
+    f"drawn as a running mean of ten, judged without. Dashed: the end of the first {first_steps}. Dotted: the "
+    "plateau ends.",
 )  # fmt: skip
 
 
@@ -291,10 +296,11 @@ rows = [{"eps": k[0], "seed": k[1], "class": i, "share": v, "robust_loss": losse
         for k in keys for i, v in enumerate(shares[k])]  # fmt: skip
 fig, axes = plt.subplots(1, 2, figsize=(7, 3), width_ratios=[3, 2])
 names = [f"{e:g}" if s == seeds[len(seeds) // 2] else "" for e, s in keys]
-sns.heatmap(np.array([shares[k] for k in keys]).T, cmap="mako_r", vmin=0, vmax=1, ax=axes[0], xticklabels=names,
-            cbar_kws={"label": "share of the answers"})  # fmt: skip
+sns.heatmap(np.array([shares[k] for k in keys]).T, cmap="Blues", norm=PowerNorm(0.5, 0, 1), ax=axes[0],
+            xticklabels=names, cbar_kws={"label": "share of the answers", "ticks": [0, 0.1, 0.3, 0.6, 1]})  # fmt: skip
 for i in range(1, len(eps_grid)):
-    axes[0].axvline(i * len(seeds), color="0.5", linewidth=0.5)
+    axes[0].axvline(i * len(seeds), color="white", linewidth=3)
+sns.despine(ax=axes[0], top=False, right=False)
 axes[0].set(xlabel=f"eps ({n} each)", ylabel="class")
 axes[0].tick_params(rotation=0)
 places, shades = [eps_grid.index(e) for e, _ in keys], [colours[e] for e, _ in keys]
@@ -305,8 +311,8 @@ axes[1].set(xlabel="eps", ylabel="adversarial loss on test digits", ylim=(0, Non
             xticks=range(len(eps_grid)), xticklabels=[f"{e:g}" for e in eps_grid])  # fmt: skip
 book.save(
     fig, "03_constant_classifier", pd.DataFrame(rows), source=digits.source, seeds=seeds,
-    caption=f"Answers to {len(x_test):,} clean test digits and adversarial loss after {settings['epochs']} epochs; "
-    f"each column or point is a network, {n} per eps.",
+    caption=f"Answers to {len(x_test):,} clean test digits (white: none; the scale is of roots) and adversarial loss "
+    f"after {settings['epochs']} epochs; each column or point is a network, {n} per eps.",
 )  # fmt: skip
 
 # %%

@@ -60,6 +60,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.ticker import LogLocator
 from torch import nn
 
 from lib import certify, curvature, evaluation, inference, landscape, recipes, runs
@@ -346,12 +347,17 @@ both = pd.DataFrame(
 fig, ax = plt.subplots(figsize=(3.6, 3.2))
 ax.scatter(both.relu, both.softplus, color=[colours[e] for e in both.eps], clip_on=False)
 for eps, group in both.groupby("eps"):
-    ax.annotate(f"eps {eps:g}", (group.relu.max(), group.softplus.min()), xytext=(6, -6), textcoords="offset points",
-                color=colours[eps], fontsize=8)  # fmt: skip
+    ax.annotate(f"eps {eps:g}", (group.relu.min(), group.softplus.max()), xytext=(-6, 3), textcoords="offset points",
+                ha="right", color=colours[eps], fontsize=8)  # fmt: skip
 ends_of = both[["relu", "softplus"]].to_numpy()
 ax.plot([ends_of.min(), ends_of.max()], [ends_of.min(), ends_of.max()], color="0.7", zorder=0)
-ax.set(xlabel="ReLU", ylabel=f"softplus, beta {smooth_beta:g}", xscale="log", yscale="log")
-ax.tick_params(which="minor", labelbottom=False, labelleft=False)
+ax.set(xlabel="sum of eigenvalues, ReLU", ylabel=f"the same, softplus of beta {smooth_beta:g}", xscale="log",
+       yscale="log")  # fmt: skip
+ax.margins(x=0.2)
+for axis in (ax.xaxis, ax.yaxis):
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+ax.minorticks_off()
 book.save(
     fig, "04_softplus", both, source=images.source, seeds=seeds[:smooth_seeds],
     caption=f"Sum of the top {smooth_k} Hessian eigenvalues of the same weights with ReLU and with softplus; a point "

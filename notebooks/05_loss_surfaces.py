@@ -53,6 +53,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.colors import BoundaryNorm
 
 from lib import inference, landscape, models, recipes, runs
 from lib.attacks import pgd
@@ -270,21 +271,22 @@ fig, axes = plt.subplots(2, len(shown), figsize=(7, 5), sharex="row", sharey="ro
 rows = []
 for i, (row, (place, first, second)) in enumerate(zip(axes, titles)):
     values = [np.array(plane[eps][i][2]) for eps in shown]
-    levels = np.linspace(min(v.min() for v in values), np.quantile(values, 0.75) + 1e-3, 15)
+    levels = np.unique(np.quantile(values, np.linspace(0, 1, 19)))
     for ax, eps, v in zip(row, shown, values):
         a, b = plane[eps][i][:2]
-        filled = ax.contourf(a, b, v.T, levels=levels, cmap="viridis", extend="max")
+        filled = ax.contourf(a, b, v.T, levels=levels, cmap="viridis", norm=BoundaryNorm(levels, 256))
         ax.contour(a, b, v.T, levels=levels, colors="white", linewidths=0.4)
         ax.plot(0, 0, "+", color="red", markersize=10)
+        ax.locator_params(axis="x", nbins=3)
         ax.set(title=f"{place}, eps {eps:g}", xlabel=f"{first} 1" if first == second else first)
         rows += [{"place": place, "eps": eps, "step_1": s, "step_2": t, "value": v[j, k]}
                  for (j, s), (k, t) in product(enumerate(a), enumerate(b))]  # fmt: skip
     row[0].set_ylabel(f"{second} 2" if first == second else second)
-    fig.colorbar(filled, ax=row, label="adversarial loss", format="%.2f")
+    fig.colorbar(filled, ax=row, label="adversarial loss", format="%.3g", ticks=levels[::2])
 book.save(
     fig, "05_contours", pd.DataFrame(rows), source=images.source, seeds=seeds[:1],
-    caption=f"Adversarial loss over planes, one seed, {plane_images} training images, one scale per row (cut above the "
-    f"colour bar); +: the centre.",
+    caption=f"Adversarial loss over planes, one seed, {plane_images} training images. One scale per row, of unequal "
+    "steps: each colour covers an equal share of the row. +: the centre.",
 )  # fmt: skip
 
 # %%

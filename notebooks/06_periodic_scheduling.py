@@ -160,12 +160,12 @@ for i, (arm, network) in enumerate(places):
     for kind, face in (("clean", "none"), ("PGD", colour)):
         ax.plot(100 * here[here.kind == kind]["error"], [i] * here["seed"].nunique(), "o", color=colour, mfc=face)
 ax.axvline(90, color="grey", linestyle=":")
-labels = [f"{arm}, {network}".replace("_", " ") for arm, network in places]
+labels = [f"{cells.spelt(arm)}, {network}" for arm, network in places]
 ax.set(yticks=range(len(places)), yticklabels=labels, xlim=(0, 101), xlabel="error, %", ylim=(len(places) - 0.5, -0.5))
 book.save(
     fig, "06_final_errors", final, source=digits.source, seeds=sorted(set(final["seed"])),
     caption=f"Errors after {epochs} epochs on {images} test digits, clean (hollow) and under {attack} at eps {eps:g} "
-    f"(filled); a point per seed. Ensemble: of the networks after {periods[0]}, {periods[-1]} and {epochs} "
+    f"(filled); a point for each of {n}. Ensemble: of the networks after {periods[0]}, {periods[-1]} and {epochs} "
     "epochs, which of an arm without periods are its own checkpoints. Dotted: guessing.",
 )  # fmt: skip
 
@@ -181,7 +181,7 @@ paired = f"{n}, paired, {images} test digits, {attack}"
 book.claim(
     "A rising budget leaves the plateau on which a constant budget stays, at one learning rate",
     section="5", paper="LeNet at eps 0.4 does not train under a constant budget, and does under a rising one",
-    measured=f"on the plateau: {', '.join(f'{k} of {count} {a}' for a, k in on.items())}; "
+    measured=f"on the plateau: {', '.join(f'{k} of {count} {cells.spelt(a)}' for a, k in on.items())}; "
     f"{finding.measured}",
     holds=finding, n=paired, source=digits.source, believe=True,
 )  # fmt: skip
@@ -282,9 +282,10 @@ tried = pd.DataFrame(
 if grids:
     fig, axes = plt.subplots(1, len(grids), figsize=(7 if len(grids) > 1 else 4, 3), sharey=True, squeeze=False)
     for ax, (name, part) in zip(axes[0], tried.groupby("cells", sort=False)):
-        for arm, group in part.groupby("arm"):
-            ax.plot(group.groupby("lr")["robust"].mean(), color=SCHEDULE_COLOURS[arm], label=arm)
-            ax.plot(group["lr"], group["robust"], "o", color=SCHEDULE_COLOURS[arm])
+        for arm, shift in zip(both, (0.94, 1.06)):  # side by side, where the errors are equal
+            group, colour = part[part["arm"] == arm], SCHEDULE_COLOURS[arm]
+            ax.plot(group.groupby("lr")["robust"].mean(), color=colour, label=arm)
+            ax.plot(shift * group["lr"], group["robust"], "o", color=colour, mfc="none", ms=4)
         ax.set(xscale="log", xlabel="learning rate", ylim=(0, 1.03))
         ax.set_title(name, fontsize=8)
         ax.set_xticks(sorted(part["lr"].unique()), [f"{rate:g}" for rate in sorted(part["lr"].unique())], fontsize=8)
@@ -294,8 +295,8 @@ if grids:
     book.save(
         fig, "06_learning_rates", tried, seeds=sorted(set(tried["seed"])),
         source="; ".join(dict.fromkeys(part["source"].iloc[0] for part in grids.values())),
-        caption="Robust error on images set aside (PGD) by the learning rate of the training: a point per seed, lines "
-        "through the means. From committed cells.",
+        caption="Robust error on images set aside (PGD) by the learning rate of the training: a point per seed "
+        f"(at most {tried['seed'].nunique()}), lines through the means, arms side by side. From committed cells.",
     )  # fmt: skip
 else:
     print("No committed cells at several learning rates: ./run_all.sh --profile overnight 07 makes them.")

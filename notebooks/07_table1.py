@@ -129,8 +129,9 @@ table = pd.DataFrame(lines)
 
 # %%
 keys, columns = ["network", "arm", "lr"], [*columns, "worst"]
-shown = table.groupby(keys)[columns].agg(cells.notation)
-shown[["seeds", "n", "m"]] = table.groupby(keys).agg({"seed": "size", "n": "min", "m": "min"})
+spelt = table.assign(arm=table["arm"].map(cells.spelt))
+shown = spelt.groupby(keys)[columns].agg(cells.notation)
+shown[["seeds", "n", "m"]] = spelt.groupby(keys).agg({"seed": "size", "n": "min", "m": "min"})
 sources = "; ".join(dict.fromkeys(found["source"]))
 latex = shown.reset_index().to_latex(index=False, escape=True)
 write_bytes(book.folder / "07_table1.tex", f"% {sources}\n{latex}".encode())
@@ -159,7 +160,7 @@ for ax, (network, lines) in zip(axes[:, 0], table.groupby("network", sort=False)
         colour = SCHEDULE_COLOURS[arm.split()[-1]]
         ax.plot(100 * part["worst"], [i] * len(part), "o", color=colour)
         ax.plot(100 * part["clean"], [i] * len(part), "o", color=colour, mfc="none")
-        labels.append(f"{arm}, {lr:g}")
+        labels.append(f"{cells.spelt(arm)}, {lr:g}")
     ax.axvline(90, color="grey", linestyle=":")
     ax.set(title=network, yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.4, -0.6), xlim=(0, 101))
 axes[-1, 0].set_xlabel("error, %")
@@ -213,7 +214,7 @@ def as_elsewhere():
             return next((k for k in range(2, len(seeds) + 1) if escape(a[:k], b[:k]).holds is not None), None)
 
 
-for name in ("VGG16, cifar10, eps 8/255", "LeNet, mnist, eps 0.4"):
+for name in ("VGG16, CIFAR-10, eps 8/255", "LeNet, MNIST, eps 0.4"):
     if name not in judged:
         why = f"none is made yet; with a spread as of the few digits {as_elsewhere() or 'more'} seeds would decide"
         book.claim(f"A rising budget leaves the plateau on which a constant one stays: {name}", section="5, Table 1",

@@ -214,7 +214,8 @@ book.save(
     fig, "08_attacked_digits", pd.DataFrame(rows), source=digits.source, seeds=[first],
     caption=f"Two test digits, a {y[picked[0]].item()} and a {y[picked[-1]].item()}, attacked at eps {shown_eps:g} on "
     f"the network {shown}; above each the label that it gives, and its probability. Below, the perturbation: red +eps, "
-    "blue -eps. Square and SimBA stop as soon as the label changes.",
+    "blue -eps. Square and SimBA stop as soon as the label changes; APGD and Square give the digit back, with an "
+    "empty panel below, where they fail.",
 )  # fmt: skip
 
 # %% [markdown]
@@ -282,7 +283,9 @@ tuning = pd.DataFrame(rows)
 
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.8), sharey=True)
-colours = dict(zip(subjects, sns.color_palette("colorblind")))
+palette = sns.color_palette("colorblind")
+shades = [*(palette[i] for i in (0, 2, 3)), "black", *palette[5:]]  # constant and cosine as everywhere
+colours = dict(zip(subjects, shades))
 for ax, (what, group) in zip(axes, tuning.groupby("what", sort=False)):
     for name, part in group.groupby("network", sort=False):
         ax.plot(part.number, part.error, "o-", ms=2 if what == "restarts" else 4, color=colours[name], label=name)
@@ -348,7 +351,17 @@ for name in [k for k in masks if not run_of[k].config.restarts]:
 power = inference.at_most("the share of digits that a black box leaves of an undefended network", bound=0.5)
 power
 
+
 # %%
+def mark_missing(ax, values):
+    """Grey cells, and words in them, where a heatmap has no value."""
+    ax.set_facecolor("0.92")
+    ax.grid(False)
+    for i, j in np.argwhere(values.isna().to_numpy()):
+        text = "none" if values.columns[j] == "worst case" else "not run"
+        ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", color="0.35", fontsize=7)
+
+
 all_of = {name: masks[name] | ({"worst case": worst[name]} if name in worst else {}) for name in masks}
 table = pd.DataFrame({name: {k: m.mean() for k, m in of.items()} for name, of in all_of.items()}).T
 table = table[[*attacks, "transfer", "noise", "worst case"]]
@@ -358,13 +371,14 @@ sns.heatmap(table.astype(float), annot=True, fmt=".2f", cmap="rocket_r", vmin=0,
 ax.set(xlabel="", ylabel="")
 names = [f"{k} at {eps_of[k]:g}" if k in controls else k for k in table.index]
 ax.set_yticks(ax.get_yticks(), names, rotation=0)
-ax.grid(False)  # where an attack was not made, nothing stands
-ax.tick_params(axis="x", rotation=40)
+ax.set_xticks(ax.get_xticks(), [k.replace(" ", "\n").replace("-", "-\n") for k in table.columns], rotation=0)
+mark_missing(ax, table)
 book.save(
     fig, "08_all_attacks", table.rename_axis("network").reset_index(), source=digits.source, seeds=[first, other],
     caption=f"Robust error by network (with its eps) and attack; the last two networks are masked on purpose. "
     f"{len(x):,} digits; {control_images} for the last three networks; {simba['images']} for SimBA, which has "
-    f"{simba['num_queries']:,} queries (Square {square_queries}); {ERRORS}.",
+    f"{simba['num_queries']:,} queries (Square {square_queries}); {ERRORS}. Not run: SimBA on the ensemble (too slow), "
+    "and APGD on the last three, the controls, which so have no worst case over all attacks.",
 )  # fmt: skip
 
 # %%
@@ -476,29 +490,38 @@ signs["text"] = signs.digits.astype(str) + "/" + signs.n.astype(str)
 counts, seen = (signs.pivot(index="network", columns="sign", values=v).loc[list(masks), list(shows)]
                 for v in ("text", "seen"))  # fmt: skip
 fig, ax = plt.subplots(figsize=(7, 3.4))
-sns.heatmap(seen.fillna("no").map(["no", "?", "yes"].index), annot=counts.fillna("–"), fmt="", vmin=0, vmax=2,
-            cbar=False, linewidths=1, ax=ax, cmap=["#dfe8df", "#f1efe6", "#e08a78"],
+sns.heatmap(seen.map({"no": 0, "?": 1, "yes": 2}.get).astype(float), annot=counts, fmt="", vmin=0, vmax=2, cbar=False,
+            linewidths=1, ax=ax, cmap=["#dfe8df", "#f1efe6", "#e08a78"],
             annot_kws={"color": "black", "size": 8})  # fmt: skip
 ax.set(xlabel="", ylabel="")
+mark_missing(ax, seen)
 ax.set_xticks(ax.get_xticks(), [fill(k, 11) for k in shows], rotation=0)
 ax.tick_params(labelsize=8)
 ax.tick_params(axis="y", rotation=0)
 book.save(
     fig, "08_signs_of_masking", signs.drop(columns="finding"), source=digits.source, seeds=[first, other],
     caption=f"Digits that show a sign of gradient masking, of how many; red: surely more than {bound:.0%} do, green: "
-    "surely not, between: too few digits to tell. The last two networks are masked on purpose.",
+    "surely not, between: too few digits to tell; grey: SimBA was not run on the ensemble (too slow). The last "
+    "two networks are masked on purpose.",
 )  # fmt: skip
 
 # %%
-fig, ax = plt.subplots(figsize=(7, 3))
-for (name, part), colour in zip(curve.groupby("network", sort=False), sns.color_palette("colorblind", len(masks))):
-    ax.plot(part.eps, part["robust error"], "o-" if name in subjects else "s--", ms=4, color=colour, label=name)
-ax.set(ylim=(0, 1.03), xlabel="eps of the attack", ylabel="robust error")
-fig.legend(loc="outside right center")
+fig, axes = plt.subplots(1, 2, figsize=(7, 3.2), sharey=True)
+for ax, group, title in zip(axes, (subjects, controls), ("on trial", "no defence; masked on purpose")):
+    for i, name in enumerate(group):
+        part, shift = curve[curve.network == name], 1.06 ** (i - (len(group) - 1) / 2)  # side by side where they tie
+        colour = colours.get(name, ("black", palette[5], palette[9])[i % 3])
+        ax.semilogx(part.eps * shift, part["robust error"], "osD^v"[i % 5] + "-", ms=4, lw=1, color=colour, label=name)
+    ax.set(ylim=(0, 1.03), xlabel="eps of the attack", title=title)
+    ticks = sorted(set(curve.eps))
+    ax.set_xticks(ticks, [f"{e:g}" for e in ticks])
+    ax.minorticks_off()
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
+axes[0].set_ylabel("robust error")
 book.save(
     fig, "08_error_by_eps", curve, source=digits.source, seeds=[first],
-    caption=f"Robust error under PGD-{reported['num_steps']} by the eps of the attack. {len(x):,} digits; dashed: "
-    f"{control_images} digits, networks without a defence or masked on purpose.",
+    caption=f"Robust error under PGD-{reported['num_steps']} by the eps of the attack, at {len(ticks)} eps; points of "
+    f"one eps are set side by side. One network each; left: {len(x):,} digits, right: {control_images} digits.",
 )  # fmt: skip
 
 # %%
@@ -585,6 +608,7 @@ for kind, e, run in contests:
 contest = pd.DataFrame(rows)
 
 # %%
+spelt = {"challenge": "MNIST challenge", "fast": "fast training"}
 wide = contest.pivot(index=["eps", "recipe"], columns="attack", values="error")[list(of)]
 fig, ax = plt.subplots(figsize=(7, 0.5 + 0.36 * len(wide)))
 for k, style in {
@@ -594,8 +618,8 @@ for k, style in {
     "worst": {"marker": "|", "ms": 10, "mew": 2, "color": "black"},
 }.items():
     ax.plot(wide[k], range(len(wide)), ls="", label=k, clip_on=False, **style)  # fmt: skip
-ax.set(xlim=(0, 1), xlabel="error", yticks=range(len(wide)), yticklabels=[f"{k} at {e:g}" for e, k in wide.index])
-ax.invert_yaxis()
+ax.set(xlim=(0, 1), xlabel="error", yticks=range(len(wide)), ylim=(len(wide) - 0.5, -0.5),
+       yticklabels=[f"{spelt.get(k, k)} at {e:g}" for e, k in wide.index])  # fmt: skip
 fig.legend(loc="outside right center", title="attack")
 book.save(
     fig, "08_recipes", contest, source=digits.source, seeds=[first],

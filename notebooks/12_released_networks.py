@@ -49,6 +49,7 @@ margin = 0.02
 bound = 0.1  # a larger share of the images that show a sign of masking matters
 
 # %%
+import re
 import tempfile
 from fractions import Fraction
 from functools import partial
@@ -174,6 +175,16 @@ def signs_of_masking(network, x, y, eps, found):
 
 
 # %%
+SPELT = {"vgg": "VGG16", "resnet": "ResNet18", "const": "constant"}
+
+
+def label(family, arm=""):
+    """What a family, and an arm of it, are called: "LeNet, MNIST, constant"."""
+    parts = [*family.split("_"), *([arm.replace("_", " ")] if arm else [])]
+    return ", ".join(cells.spelt(re.sub(r"\w+", lambda word: SPELT.get(word[0], word[0]), part)) for part in parts)
+
+
+# %%
 lines, masks, sharp, signs = [], {}, [], {}
 for family, arm, number, eps, network, pictures in load_all():
     x, y = pictures.x_test[:images], pictures.y_test[:images]
@@ -190,7 +201,8 @@ for family, arm, number, eps, network, pictures in load_all():
 table, sharp = pd.DataFrame(lines), pd.DataFrame(sharp)
 source = pictures.source if not theirs else f"the released networks ({folder}), {pictures.source}"
 kinds = [column for column in table if column not in ("family", "arm", "number")]
-table.groupby(["family", "arm"], sort=False)[kinds].agg(cells.notation)
+names = [label(*pair) for pair in zip(table["family"], table["arm"])]
+table[kinds].groupby(pd.Index(names, name="network"), sort=False).agg(cells.notation)
 
 # %%
 arms = table[["family", "arm"]].drop_duplicates()
@@ -204,7 +216,7 @@ for i, (family, arm) in enumerate(arms.values):
     values = sharp[(sharp.family == family) & (sharp.arm == arm)]["eigenvalue"]
     axes[1].plot(values, [i] * len(values), "o", color=colour)
 axes[0].set(xlabel="error, %", xlim=(0, 101), yticks=range(len(arms)), ylim=(len(arms) - 0.5, -0.5),
-            yticklabels=[f"{family}, {arm}" for family, arm in arms.values])  # fmt: skip
+            yticklabels=[label(*pair) for pair in arms.values])  # fmt: skip
 axes[0].axvline(90, color="grey", linestyle=":")
 axes[1].set(xlabel="largest eigenvalue of the Hessian")
 book.save(
@@ -235,7 +247,7 @@ for family, arm in arms.values:
     of = [shown for (f, a, _), shown in signs.items() if (f, a) == (family, arm)]
     for kind in of[0]:
         count = np.concatenate([shown[kind] for shown in of])
-        rows.append({"network": f"{family}, {arm}", "sign": kind, "finding": sign(count.sum(), len(count))})
+        rows.append({"network": label(family, arm), "sign": kind, "finding": sign(count.sum(), len(count))})
 rows = pd.DataFrame(rows)
 rows.assign(finding=[f"{f.outcome}: {f.measured}" for f in rows["finding"]]).pivot(
     index="network", columns="sign", values="finding")  # fmt: skip
@@ -253,7 +265,7 @@ if theirs:
         const, rising = (next(a for a in families[family]["arms"] if word in a) for word in ("const", "cosine"))
         a, b, common = cells.pair(stack(family, rising, "worst"), stack(family, const, "worst"))
         if common:
-            book.claim(f"In the released networks a rising budget has the smaller worst-case error: {family}",
+            book.claim(f"In the released networks a rising budget has the smaller worst-case error: {label(family)}",
                        section="5, Table 1", holds=better(a, b), n=count, source=source, believe=True)  # fmt: skip
     seen = [f"{row.network}: {row.sign}" for row in rows.itertuples() if row.finding.holds is False]
     open_ = sum(finding.holds is None for finding in rows["finding"])
