@@ -75,7 +75,7 @@ def execute(job: dict) -> None:
 
     notebook = papermill.execute_notebook(
         source(Path(job["source"])),
-        job["output"],
+        job["output"].replace("{", "{{").replace("}", "}}"),  # papermill fills in braces of a path
         job["parameters"],
         kernel_name="python3",
         cwd=job["cwd"],
