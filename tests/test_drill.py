@@ -525,7 +525,7 @@ def test_a_folder_with_a_hard_name(tmp_path, monkeypatch, undisturbed, name):
 @drill
 @pytest.mark.parametrize("name", ["é ü 100% #1 a:b", "it's {x} [a]*? $HOME"])
 def test_a_project_with_a_hard_name(tmp_path, whole, name):
-    with tried("a project in such a folder"):
+    with tried("a project in a folder with quotes, braces, $, % or accents"):
         layout = project(tmp_path / name)
         finish(start(layout))
         assert left(layout) == whole[0]
