@@ -10,12 +10,12 @@ and, as tables, into docs/scaling.md.
 
 import argparse
 import math
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -107,13 +107,20 @@ def growth(repeats):
 
 
 def added(name, kind):
-    """MiB that an attack adds to the largest memory of this process, once both have been called."""
+    """MiB that an attack takes at its largest, beyond what the process holds (Linux), once both have been called."""
     net, x, y = network(*NETWORKS[name])
     for function in ATTACKS.values():
         function(net, x[:1], y[:1])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the largest so far is what there is now
+    before = _status("VmRSS")
     ATTACKS[kind](net, x, y)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field):
+    """In KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
 def peak(name, kind):
