@@ -17,7 +17,11 @@ def test_seeds_move_at_any_depth_and_nothing_else_does():
 def test_changes_are_counted_and_named():
     before = {("01", "a"): "reproduced", ("01", "b"): "undecided", ("02", "c"): "partly", ("02", "gone"): "partly"}
     after = {("01", "a"): "not reproduced", ("01", "b"): "reproduced", ("02", "c"): "partly", ("03", "new"): "partly"}
+    before = {key: (verdict, "p = 0.1") for key, verdict in before.items()}
+    after = {key: (verdict, "p = 0.1" if key[1] == "c" else "p = 0.2") for key, verdict in after.items()}
     text = stability.compare(before, after, "other seeds")
-    assert "2 of 3 verdicts change; 1 between reproduced and not reproduced." in text
+    assert "2 of 3 verdicts change; 1 between reproduced and not reproduced. 1 could not change" in text
     assert "| 01 | a | reproduced | not reproduced |" in text and "partly" not in text
-    assert "0 of 4 verdicts change" in stability.compare(before, before, "the same")
+    assert "0 of 4 verdicts change; 0 between reproduced and not reproduced. 4 could" in stability.compare(
+        before, before, "the same"
+    )

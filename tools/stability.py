@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Run the quick size again with other seeds, or as another processor would, and say which verdicts change.
 
-    python tools/stability.py [seeds] [avx2] [bfloat16]        (default: seeds and avx2)
+    python tools/stability.py [seeds] [avx2] [bfloat16] [compare]        (default: seeds and avx2)
 
 seeds: every parameter called `seeds`, at any depth, has 100 added to it, so that no network is one of the first run.
 avx2: the same seeds without the instructions of newer processors, trained anew. bfloat16: in that number format.
-All of it goes to build/stability; the comparison with figures/quick to figures/stability.md.
+compare: run nothing. All of it goes to build/stability; the comparison of all that is there with figures/quick to
+figures/stability.md.
 """
 
 import os
@@ -59,32 +60,41 @@ def run(layout: Layout, variant: str) -> Path:
     return folder / "figures"
 
 
-def verdicts(folder: Path) -> dict[tuple[str, str], str]:
-    """{(notebook, claim): verdict} of a folder of figures."""
+def verdicts(folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
+    """{(notebook, claim): (verdict, what was measured)} of a folder of figures."""
     ledgers = map(gallery.read_claims, sorted(folder.glob("*.claims.json")))
-    return {(ledger["notebook"], row["claim"]): row["verdict"] for ledger in ledgers for row in ledger["claims"]}
+    return {
+        (ledger["notebook"], row["claim"]): (row["verdict"], row["measured"])
+        for ledger in ledgers for row in ledger["claims"]
+    }  # fmt: skip
 
 
 def compare(before: dict, after: dict, what: str) -> str:
     """The section of one variant: how many verdicts change, and which."""
     both = sorted(before.keys() & after.keys())
-    changed = [(*key, before[key], after[key]) for key in both if before[key] != after[key]]
+    changed = [(*key, before[key][0], after[key][0]) for key in both if before[key][0] != after[key][0]]
     flips = sum({old, new} == {"reproduced", "not reproduced"} for *_, old, new in changed)
+    same = sum(before[key][1] == after[key][1] for key in both)
     lines = [f"## {what[0].upper()}{what[1:]}\n", f"{len(changed)} of {len(both)} verdicts change; {flips} between "
-             "reproduced and not reproduced.\n"]  # fmt: skip
+             f"reproduced and not reproduced. {same} could not change: they rest on the same numbers in both, "
+             "committed cells for the most part.\n"]  # fmt: skip
     if changed:
         lines.append(gallery.table(["notebook", "claim", "figures/quick", "here"], [list(row) for row in changed]))
     return "\n".join(lines)
 
 
-def main(variants: list[str]) -> None:
-    if unknown := set(variants) - set(VARIANTS):
+def main(asked: list[str]) -> None:
+    if unknown := set(asked) - set(VARIANTS) - {"compare"}:
         sys.exit(f"unknown: {', '.join(sorted(unknown))}\n\n{__doc__}")
-    layout, parts = Layout(), [INTRO]
-    for variant in variants or ["seeds", "avx2"]:
-        found = verdicts(run(layout, variant))
-        parts.append(compare(verdicts(layout.figures / "quick"), found, VARIANTS[variant][0]))
-        print(parts[-1])
+    layout = Layout()
+    for variant in asked or ["seeds", "avx2"]:
+        if variant != "compare":
+            run(layout, variant)
+    parts, here = [INTRO], verdicts(layout.figures / "quick")
+    for variant, (what, _) in VARIANTS.items():
+        if found := verdicts(layout.build / "stability" / variant / "figures"):
+            parts.append(compare(here, found, what))
+    print("\n".join(parts))
     write_bytes(layout.figures / "stability.md", "\n".join(parts).encode())
 
 
