@@ -142,12 +142,14 @@ shown
 #
 # A network is *on the plateau* if no attack turns an image that it has right, and it errs on four in five: it gives
 # nearly all images one class. To leave the plateau is to classify at all, so it is judged by the clean error. If no
-# constant run stays there, there was nothing to leave, and a smaller error is no escape.
+# constant run stays there, there was nothing to leave, and a smaller error is no escape. The paper has a plateau for
+# LeNet at 0.4 only; of the networks for CIFAR-10 at 8/255 it says that both budgets train, and which ends better.
 
 
 # %%
-escape = inference.difference("clean error, cosine minus constant, at one learning rate", margin=leaves)
-escape
+escape = inference.difference("clean error, cosine minus constant, at one learning rate: an escape", margin=leaves)
+better = inference.difference("clean error, cosine minus constant, at one learning rate", margin=margin)
+display(escape, better)
 
 # %%
 arms_there = table[["network", "arm", "lr"]].drop_duplicates()
@@ -190,17 +192,21 @@ def counts(row):
 
 # %%
 for name, row in claimed.items():
-    lr, on = usual[name], {arm: len(cells.stuck(of[row], arm, usual[name])) for arm in ("constant", "cosine")}
-    two = [(arm, lr, "end", "test", "clean") for arm in ("cosine", "constant")]
-    finding = cells.compare(escape, of[row], *two)
-    if finding.holds and not on["constant"]:
-        finding = cells.compare(escape, of[row], *two, unless="no constant run is on the plateau: nothing to leave")
+    lr, plateau = usual[name], name.startswith("LeNet")
+    of_arm = {arm: cells.masks(of[row], arm, lr, kind="clean") for arm in ("constant", "cosine")}
+    on = {arm: len(cells.stuck(of[row], arm, lr)) for arm in of_arm}
+    nothing = plateau and all(of_arm.values()) and not on["constant"]
+    finding = cells.compare(
+        escape if plateau else better, of[row], *((arm, lr, "end", "test", "clean") for arm in ("cosine", "constant")),
+        unless="no constant run is on the plateau: nothing to leave" if nothing else "",
+    )  # fmt: skip
     book.claim(
-        f"A rising budget leaves the plateau on which a constant one stays: {name}",
+        f"A rising budget leaves the plateau on which a constant one stays: {name}" if plateau
+        else f"At one learning rate a rising budget ends in the smaller clean error: {name}",
         section="5, Table 1", paper="under a constant budget LeNet at 0.4 does not train; under a rising one it does"
-        if name.startswith("LeNet") else "both train, and the rising one ends better",
-        measured=f"at learning rate {lr:g}, runs on the plateau: {on['constant']} constant, {on['cosine']} cosine; "
-        f"{finding.measured}",
+        if plateau else "both train, and the rising one ends better",
+        measured=f"at learning rate {lr:g}, on the plateau: "
+        + ", ".join(f"{on[arm]} of {len(runs)} {arm}" for arm, runs in of_arm.items()) + f"; {finding.measured}",
         holds=finding, n=counts(row), source=of[row]["source"].iloc[0], believe=True,
     )  # fmt: skip
 
@@ -214,11 +220,10 @@ def as_elsewhere():
             return next((k for k in range(2, len(seeds) + 1) if escape(a[:k], b[:k]).holds is not None), None)
 
 
-for name in ("VGG16, CIFAR-10, eps 8/255", "LeNet, MNIST, eps 0.4"):
-    if name not in judged:
-        why = f"none is made yet; with a spread as of the few digits {as_elsewhere() or 'more'} seeds would decide"
-        book.claim(f"A rising budget leaves the plateau on which a constant one stays: {name}", section="5, Table 1",
-                   holds=inference.Finding("undecided", None, "no cell", why), n="0 seeds", source=sources)  # fmt: skip
+if (name := "LeNet, MNIST, eps 0.4") not in judged:
+    why = f"none is made yet; with a spread as of the few digits {as_elsewhere() or 'more'} seeds would decide"
+    book.claim(f"A rising budget leaves the plateau on which a constant one stays: {name}", section="5, Table 1",
+               holds=inference.Finding("undecided", None, "no cell", why), n="0 seeds", source=sources)  # fmt: skip
 
 # %% [markdown]
 # ## Periods and the ensemble
