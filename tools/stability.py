@@ -76,8 +76,8 @@ def compare(before: dict, after: dict, what: str) -> str:
     flips = sum({old, new} == {"reproduced", "not reproduced"} for *_, old, new in changed)
     same = sum(before[key][1] == after[key][1] for key in both)
     lines = [f"## {what[0].upper()}{what[1:]}\n", f"{len(changed)} of {len(both)} verdicts change; {flips} between "
-             f"reproduced and not reproduced. {same} could not change: they rest on the same numbers in both, "
-             "committed cells for the most part.\n"]  # fmt: skip
+             f"reproduced and not reproduced. {same} rest on the same numbers in both: committed cells, which cannot "
+             "change, or results that came out alike.\n"]  # fmt: skip
     if changed:
         lines.append(gallery.table(["notebook", "claim", "figures/quick", "here"], [list(row) for row in changed]))
     return "\n".join(lines)
