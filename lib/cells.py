@@ -93,8 +93,7 @@ def ahead(jobs, data):
         data: {recipe: (data, aside)}.
     """
     if cluster.address():
-        folder = str(runs.runs_dir().absolute())
-        runs.runs_dir().mkdir(parents=True, exist_ok=True)
+        folder = runs.shared_dir()
         tasks = {f"cell {checksum(job)}": (folder, *job, *((d and (d.origin, d.fingerprint)) for d in data[job[0]]))
                  for job in jobs}  # fmt: skip
         cluster.each(_make_there, tasks, "cells on workers")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import compute, data
-
+VARIABLE = "DASK_SCHEDULER_ADDRESS"
 ANSWER = 8  # seconds in which a scheduler should answer
 PATIENCE = 300  # seconds that one which has died is waited for
 TRIES = 3  # of a task that raises an error (a full disk on one worker, say) or the workers of which die, four each
+MISSING = "workers need dask, which is not installed: pip install -e '.[cluster]'"
 
 
 class ClusterError(RuntimeError):
@@ -24,7 +24,7 @@ class ClusterError(RuntimeError):
 
 def address():
     """The scheduler's address, or None."""
-    return os.environ.get("DASK_SCHEDULER_ADDRESS") or None
+    return os.environ.get(VARIABLE) or None
 
 
 def connect(patience=0):
@@ -32,9 +32,7 @@ def connect(patience=0):
     try:
         from distributed import Client
     except ImportError as error:
-        raise ClusterError(
-            "DASK_SCHEDULER_ADDRESS is set and dask is not installed: pip install -e '.[cluster]'"
-        ) from error
+        raise ClusterError(MISSING) from error
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -94,6 +92,8 @@ def on_worker(folder, origin, fingerprint):
     Raises ClusterError for a worker that does several things at once, does not see the folder or has other pixels.
     """
     from distributed import get_worker
+
+    from . import compute, data  # here, so that the runner of the notebooks need not import torch
 
     worker = get_worker()
     if worker.state.nthreads != 1:

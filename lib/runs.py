@@ -26,6 +26,12 @@ def runs_dir():
     return folder_from_environment("RUNS_DIR", Path(__file__).parents[1] / "runs")
 
 
+def shared_dir():
+    """The folder of the runs as workers are told it: made, and its whole path as a text."""
+    runs_dir().mkdir(parents=True, exist_ok=True)
+    return str(runs_dir().absolute())
+
+
 def run(config, data, *, wait=True, quiet=False):
     """The finished run of this config on this data: found, resumed or trained.
 
@@ -70,9 +76,9 @@ def ahead(configs, data):
 
     Data travel by their name, and each worker loads them; what was not loaded by name is left to whoever needs it."""
     if cluster.address() and data.origin:
-        runs_dir().mkdir(parents=True, exist_ok=True)
+        shared = shared_dir()
         folders = {_folder(config, data): config for config in configs}
-        tasks = {f"train {folder.name}": (str(folder.parent.absolute()), config, data.origin, data.fingerprint)
+        tasks = {f"train {folder.name}": (shared, config, data.origin, data.fingerprint)
                  for folder, config in folders.items() if not (folder / "run.json").exists()}  # fmt: skip
         cluster.each(_train_there, tasks, "runs")
         _handed.update(name.removeprefix("train ") for name in tasks)

@@ -28,7 +28,7 @@ if os.environ.get("CI") != "true":
     pytest.importorskip("distributed")
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = TrainConfig(width=1, eps=0.1, step_size=0.05, num_steps=5, epochs=8, batch_size=20, eval_images=10)
+CONFIG = TrainConfig(width=1, eps=0.1, step_size=0.05, num_steps=5, epochs=16, batch_size=20, eval_images=10)
 CONFIGS = [replace(CONFIG, seed=seed) for seed in range(4)]
 PATIENCE = 240
 
@@ -251,8 +251,8 @@ def test_an_address_nobody_answers_is_said_within_ten_seconds(address, capsys):
     from run import main
 
     start = time.monotonic()
-    with pytest.raises(clusters.ClusterError, match="no scheduler answers"):
-        clusters.check(address)
+    with pytest.raises(clusters.ClusterError, match="no scheduler answers"), clusters.started(asked(scheduler=address)):
+        pass
     assert time.monotonic() - start < 10
     assert main(["--scheduler", address, "01"]) == 2
     assert f"no scheduler answers at {address}" in capsys.readouterr().err

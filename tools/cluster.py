@@ -5,13 +5,9 @@ import os
 import sys
 from contextlib import contextmanager
 
-VARIABLE = "DASK_SCHEDULER_ADDRESS"
+from lib.cluster import MISSING, VARIABLE, ClusterError, connect
+
 SETTINGS = {"partition": "queue", "account": "account", "time": "walltime", "mem": "memory", "cpus-per-task": "job_cpu"}
-MISSING = "--workers, --slurm and --scheduler need dask: pip install -e '.[cluster]'"
-
-
-class ClusterError(Exception):
-    """What is wrong with what was asked for, in a sentence."""
 
 
 def environment() -> dict:
@@ -52,17 +48,6 @@ def slurm(settings: str, workers: int):
     )  # fmt: skip
 
 
-def check(scheduler: str) -> None:
-    """Raise ClusterError unless a scheduler answers there."""
-    from lib import cluster
-
-    os.environ[VARIABLE] = scheduler
-    try:
-        cluster.connect().close()
-    except cluster.ClusterError as error:
-        raise ClusterError(str(error)) from error
-
-
 @contextmanager
 def started(args):
     """What was asked for, while it is needed; the environment then names it. Raises ClusterError."""
@@ -73,7 +58,8 @@ def started(args):
         raise ClusterError("--workers N, or --slurm SETTINGS --workers N, or --scheduler ADDRESS")
     try:
         if args.scheduler:
-            check(args.scheduler)
+            os.environ[VARIABLE] = args.scheduler
+            connect().close()  # that it answers
             yield
             return
         made = slurm(args.slurm, args.workers) if args.slurm else local(args.workers)

@@ -184,13 +184,12 @@ def main(argv: list[str] | None = None) -> int:
     timeout = args.timeout or TIMEOUTS.get(args.profile, LONG_TIMEOUT)
     # In /tmp, for a short path: a socket's name may have about 100 characters.
     with tempfile.TemporaryDirectory(prefix="nb", dir="/tmp") as scratch:
-        jobs = make_jobs(layout, sections, timeout, Path(scratch))
-        if args.dry_run:
-            print(dry_run.table(jobs))
-            if args.slurm:
-                print(f"\nEach of {args.workers or 0} workers is a job:\n\n{cluster.slurm(args.slurm, 0).job_script()}")
-            return 0
         try:
+            if args.dry_run:
+                print(dry_run.table(make_jobs(layout, sections, timeout, Path(scratch))))
+                if args.slurm:
+                    print(f"\nEach worker is a job:\n\n{cluster.slurm(args.slurm, 0).job_script()}")
+                return 0
             with cluster.started(args):
                 jobs = make_jobs(layout, sections, timeout, Path(scratch))
                 if not run(jobs, args.jobs, Screen()):
