@@ -107,8 +107,15 @@ class Watched:
 
 
 def workers_here():
-    """The processes that are workers of a cluster in this one."""
-    return [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    """The processes that are workers of a cluster in this one, less those that are dying."""
+
+    def lives(process):
+        try:
+            return "spawn_main" in " ".join(process.cmdline())
+        except psutil.NoSuchProcess:  # psutil's zombies too
+            return False
+
+    return [p for p in psutil.Process().children(recursive=True) if lives(p)]
 
 
 def test_workers_train_what_is_missing_with_the_same_bits(digits, alone):
