@@ -1,4 +1,4 @@
-"""How much faster `lib.attacks.pgd` is than a textbook loop and than foolbox, and whether it is as strong.
+"""How much faster `lib.attacks.pgd` is than a textbook loop, foolbox, torchattacks and ART, and is it as strong?
 
     python benchmarks/bench_pgd.py [--threads 1] [--repeats 3] [--models "lenet w=4" ...]
 
@@ -8,9 +8,7 @@ must never be slower. The result goes to pgd.json and, as a table, into README.m
 """
 
 import argparse
-import statistics
 import tempfile
-import time
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -18,6 +16,8 @@ from importlib.metadata import version
 import foolbox
 import torch
 import torch.nn.functional as F
+from peers import PEERS, art_classifier, peer
+from ratios import in_turns, spread
 from readme import HERE, write_part
 
 from lib import compute, data
@@ -36,7 +36,7 @@ SETTINGS = {  # the data, the attack, and a short training against a weaker atta
     "resnet18 w=2": COLOURS | {"model": "resnet18", "width": 2, "aim": 2.0},
     "resnet18 w=8": COLOURS | {"model": "resnet18", "width": 8, "aim": 1.75, "images": 500},
 }
-PEERS = ("textbook", "foolbox", "full")
+AGAINST = ("textbook", "foolbox", "torchattacks", "ART", "full")
 
 
 def textbook(model, x, y, *, eps, step_size):
@@ -58,6 +58,17 @@ def by_foolbox(model, x, y, *, eps, step_size):
     return attack.run(foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilon=eps)
 
 
+def by_torchattacks(model, x, y, *, eps, step_size):
+    return peer("torchattacks").PGD(model, eps=eps, alpha=step_size, steps=STEPS, random_start=True)(x, y)
+
+
+def by_art(model, x, y, *, eps, step_size):
+    kind = peer("art", "art.attacks.evasion").ProjectedGradientDescentPyTorch
+    settings = {"eps": eps, "eps_step": step_size, "max_iter": STEPS, "num_random_init": 1, "batch_size": BATCH}
+    attack = kind(art_classifier(model, x, y), **settings, verbose=False)
+    return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+
+
 def trained(settings, digits):
     """The model after a short adversarial training with half the budget."""
     eps = settings["eps"] / 2
@@ -70,27 +81,13 @@ def trained(settings, digits):
         return train(config, digits, folder=folder).model()
 
 
-def seconds(attack, *batch):
-    start = time.process_time()
-    attack(*batch)
-    return time.process_time() - start
-
-
 def compare_speed(model, batch, attacks, threads, repeats):
     """CPU seconds of each attack, turn by turn, after one step of each to warm up."""
     torch.set_num_threads(threads)
     for attack in attacks.values():
         attack(model, *(t[:8] for t in batch))
-    turns = [{name: seconds(attack, model, *batch) for name, attack in attacks.items()} for _ in range(repeats)]
-    rows = []
-    for peer in PEERS:
-        ratios = [turn[peer] / turn["pgd"] for turn in turns]
-        rows.append({
-            "against": peer, "threads": threads, "repeats": repeats,
-            "ratio_median": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-            "seconds_peer": min(turn[peer] for turn in turns), "seconds_pgd": min(turn["pgd"] for turn in turns),
-        })  # fmt: skip
-    return rows
+    _, turns = in_turns({name: partial(attack, model, *batch) for name, attack in attacks.items()}, repeats)
+    return [{"against": name, "threads": threads, **spread(turns, name)} for name in AGAINST]
 
 
 def compare_strength(model, x, y, attacks):
@@ -109,8 +106,10 @@ def measure(name, threads, repeats, images):
     attacks = {
         "textbook": partial(textbook, **budget),
         "foolbox": partial(by_foolbox, **budget),
+        "torchattacks": partial(by_torchattacks, **budget),
+        "ART": partial(by_art, **budget),
         "full": partial(ours, precision="full"),
-        "pgd": ours,
+        "ours": ours,
     }
     batch = digits.x_test[:BATCH], digits.y_test[:BATCH]
     speed = [row for t in threads for row in compare_speed(model, batch, attacks, t, repeats)]
@@ -125,11 +124,12 @@ def tables(record):
     machine = record["hardware"]
     lines = [
         f"{machine['device']}, {machine['vector_unit']}, attack in {machine['attack_precision']}, "
-        f"PyTorch {record['versions']['torch']}, foolbox {record['versions']['foolbox']}; "
-        f"batch {record['batch']}, {record['steps']} steps.",
+        f"PyTorch {record['versions']['torch']}, foolbox {record['versions']['foolbox']}, {PEERS['torchattacks']}, "
+        f"{PEERS['art']}; batch {record['batch']}, {record['steps']} steps.",
         "",
-        "| model | threads | aim | textbook / pgd: median (min to max) | foolbox / pgd | full / auto | repeats |",
-        "|---|---|---|---|---|---|---|",
+        "| model | threads | aim | textbook / ours: median (min to max) | foolbox / ours | torchattacks / ours "
+        "| ART / ours | full / auto | repeats |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for m in record["models"]:
         for threads in sorted({s["threads"] for s in m["speed"]}):
@@ -138,9 +138,9 @@ def tables(record):
             ratios = {
                 k: f"{s['ratio_median']:.2f} ({s['ratio_min']:.2f} to {s['ratio_max']:.2f})" for k, s in row.items()
             }
-            columns = (m["model"], threads, m["aim"], *(ratios[peer] for peer in PEERS), repeats)
+            columns = (m["model"], threads, m["aim"], *(ratios[other] for other in AGAINST), repeats)
             lines.append(f"| {' | '.join(map(str, columns))} |")
-    kinds = ("textbook", "foolbox", "full", "pgd", "stop_early")
+    kinds = (*AGAINST, "ours", "stop_early")
     lines += [
         "",
         f"| model | eps | n | clean error | robust error: {' | '.join(kinds)} |",

@@ -6,6 +6,7 @@ undecided, why, and at which n it would be decided. The level is one in a hundre
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -236,9 +237,10 @@ def _why_no_difference(d, mean, half, errors, margin, level):
         return f"too few seeds: {s}, all alike, so that their spread is unknown; {ALIKE} alike would decide"
     goal = max(abs(mean), margin - abs(mean))  # the shorter way out: away from 0, or inside the margin
     more_images = max(1.0, 2 * (stats.norm.isf(level / 2) * image_error / goal) ** 2)
-    enough = next((k for k in range(s + 1, 1001) if _half(k, seed_error * math.sqrt(s / k),
-                   image_error / math.sqrt(more_images), level) < goal), None)  # fmt: skip
-    wanted = f"about {enough} seeds" if enough else "more than 1,000 seeds"
+    numbers = range(s + 1, 1001)  # of seeds, each of which narrows the interval
+    enough = bisect_left(numbers, True, key=lambda k: _half(
+        k, seed_error * math.sqrt(s / k), image_error / math.sqrt(more_images), level) < goal)  # fmt: skip
+    wanted = f"about {numbers[enough]} seeds" if enough < len(numbers) else "more than 1,000 seeds"
     images = f" and {math.ceil(n * more_images / 100) * 100:,} images" if more_images > 1 else ""
     return f"half-width {half:.2g} at {s} seeds{f', {n:,} images' if n > 1 else ''}; {wanted}{images} would decide"
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lib import cells, cluster, data, recipes, runs
+from lib import cells, cluster, compute, data, recipes, runs
 from lib.training import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
@@ -43,6 +43,8 @@ def alone(digits, tmp_path_factory):
     """The weights of all runs, trained in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUNS_DIR", str(tmp_path_factory.mktemp("alone")))
+        patch.setenv("OMP_NUM_THREADS", "1")  # as the workers have
+        compute.fix_threads()
         return [weights(run) for run in runs.grid(CONFIGS, digits)]
 
 
@@ -53,8 +55,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv(clusters.VARIABLE, raising=False)
     runs.journal.clear()
-    yield tmp_path / "runs"
-    os.environ.pop(clusters.VARIABLE, None)
+    return tmp_path / "runs"
 
 
 def weights(run):
@@ -194,10 +195,12 @@ def test_the_scheduler_killed_and_started_again(digits, alone, monkeypatch):
 
 def test_two_grids_at_once_on_one_folder(digits, alone):
     with clusters.started(asked(workers=2)):
+        assert cluster.address()
         one, other = Watched(CONFIGS, digits), Watched(CONFIGS[::-1], digits)
         pairs = [*zip(one.end(), alone, strict=True), *zip(other.end(), alone[::-1], strict=True)]
     assert [torch.equal(weights(run), expected) for run, expected in pairs] == [True] * 8
     assert len(list(runs.runs_dir().glob("*/run.json"))) == 4
+    assert not cluster.address(), "what comes after asks a scheduler that is gone"
 
 
 @pytest.fixture(scope="module")

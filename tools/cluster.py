@@ -49,8 +49,20 @@ def slurm(settings: str, workers: int):
 
 
 @contextmanager
+def _named(address):
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = address
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE, None)
+        if before is not None:
+            os.environ[VARIABLE] = before
+
+
+@contextmanager
 def started(args):
-    """What was asked for, while it is needed; the environment then names it. Raises ClusterError."""
+    """What was asked for, while it is needed; so long the environment names it. Raises ClusterError."""
     if not (args.workers or args.slurm or args.scheduler):
         yield
         return
@@ -58,14 +70,13 @@ def started(args):
         raise ClusterError("--workers N, or --slurm SETTINGS --workers N, or --scheduler ADDRESS")
     try:
         if args.scheduler:
-            os.environ[VARIABLE] = args.scheduler
-            connect().close()  # that it answers
-            yield
+            with _named(args.scheduler):
+                connect().close()  # that it answers
+                yield
             return
         made = slurm(args.slurm, args.workers) if args.slurm else local(args.workers)
     except ImportError as error:
         raise ClusterError(MISSING) from error
-    with made:
-        os.environ[VARIABLE] = made.scheduler_address
+    with made, _named(made.scheduler_address):
         print(f"workers: {args.workers}, at {made.scheduler_address}; their page: {made.dashboard_link}", flush=True)
         yield

@@ -1,0 +1,104 @@
+"""All benchmarks, one after the other, and their ratios as a table and a picture in the project's README.
+
+    ./run_all.sh --python benchmarks/bench_all.py [--only pgd training ...]
+
+An hour on one core. What is not run again stands as its last record says; the table names the machine of each.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import seaborn as sns
+from readme import HERE, write_part
+
+from lib.files import read_json
+
+SCRIPTS = ("pgd", "training", "curvature", "queries", "scaling")
+
+
+def rows(name, record):
+    """(what, against, ratio's median, min, max, what both reached) of a script's record."""
+    if name == "pgd":
+        for model in record["models"]:
+            error = model["robust_error"]
+            for row in model["speed"]:
+                if row["against"] != "full":
+                    reached = f"robust error {error[row['against']]:.1%}, ours {error['ours']:.1%}"
+                    yield "PGD, " + model["model"], row, reached
+    elif name == "training":
+        for row in record["rows"]:
+            robust = [statistics.mean(row["error"][whose]["robust"]) for whose in ("textbook", "ours")]
+            yield "Training, " + row["what"], row, "PGD-20 error {:.1%}, ours {:.1%}".format(*robust)
+    elif name == "curvature":
+        ours, *others = record["eigenpairs"]
+        for row in others:
+            yield "Top 20 eigenpairs", row, f"residual {row['residual']:.0e}, ours {ours['residual']:.0e}"
+    elif name == "queries":
+        for row in record["rows"]:
+            yield row["what"], row, "error {ART:.1%}, ours {ours:.1%}".format(**row["error"])
+
+
+def collect():
+    """[(what, row, reached, machine)] of all records that are there."""
+    found = []
+    for name in SCRIPTS:
+        if (path := HERE / f"{name}.json").exists():
+            record = read_json(path)
+            machine = "{device}, {vector_unit}".format(**record["hardware"])
+            found += [(*row, machine) for row in rows(name, record)]
+    return found
+
+
+def table(found):
+    machines = list(dict.fromkeys(machine for *_, machine in found))
+    lines = ["| what | against | times as fast: median (min to max) | reached |", "|---|---|---|---|"]
+    for what, row, reached, machine in found:
+        mark = "" if len(machines) == 1 else f" [{machines.index(machine) + 1}]"
+        ratio = "{ratio_median:.1f} ({ratio_min:.1f} to {ratio_max:.1f})".format(**row)
+        lines.append(f"| {what}{mark} | {row['against']} | {ratio} | {reached} |")
+    where = "; ".join(f"{'' if len(machines) == 1 else f'[{i}] '}{m}" for i, m in enumerate(machines, 1))
+    return "\n".join([*lines, "", f"One thread of {where}; CPU seconds, in turns."])
+
+
+def picture(found):
+    """The ratios, a dot for each peer, on a logarithmic axis."""
+    names = list(dict.fromkeys(what for what, *_ in found))
+    peers = list(dict.fromkeys(row["against"] for _, row, *_ in found))
+    colours = dict(zip(peers, sns.color_palette("colorblind", len(peers)), strict=True))
+    mpl.rcdefaults()  # not what the reader's matplotlibrc says
+    sns.set_theme("paper", "whitegrid", "colorblind")
+    fig, ax = plt.subplots(figsize=(6, 0.32 * len(names) + 1))
+    for what, row, *_ in found:
+        low, high = row["ratio_median"] - row["ratio_min"], row["ratio_max"] - row["ratio_median"]
+        ax.errorbar(row["ratio_median"], names.index(what), xerr=[[low], [high]], fmt="o", ms=5,
+                    color=colours[row["against"]], label=row["against"])  # fmt: skip
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.axvline(1, color="0.6", lw=1)
+    ax.set_xlabel("times as fast as the peer (CPU seconds)")
+    once = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    ax.legend(once.values(), once.keys(), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    fig.savefig(HERE / "ratios.png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=SCRIPTS, default=SCRIPTS, help="none: only the table")
+    given = parser.parse_args()
+    for name in given.only:
+        print(f"bench_{name}.py", flush=True)
+        subprocess.run([sys.executable, HERE / f"bench_{name}.py"], check=False)  # 1: a goal is missed, and says so
+    found = collect()
+    write_part("all", table(found), HERE.parent / "README.md")
+    picture(found)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
