@@ -154,7 +154,7 @@ def tables(record):
     """The record as two Markdown tables."""
     machine = record["hardware"]
     lines = [
-        f"{machine['device']}, {machine['vector_unit']}, attack in {machine['attack_precision']}, {machine['threads']} "
+        f"{machine['device']}, {machine['vector_unit']}, attack in {machine['precision']}, {machine['threads']} "
         f"thread, PyTorch {record['versions']['torch']}, {PEERS['pyhessian']}; "
         f"LeNet of {record['parameters']:,} parameters. CPU seconds.",
         "",

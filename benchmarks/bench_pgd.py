@@ -123,7 +123,7 @@ def tables(record):
     """The record as two Markdown tables."""
     machine = record["hardware"]
     lines = [
-        f"{machine['device']}, {machine['vector_unit']}, attack in {machine['attack_precision']}, "
+        f"{machine['device']}, {machine['vector_unit']}, attack in {machine['precision']}, "
         f"PyTorch {record['versions']['torch']}, foolbox {record['versions']['foolbox']}, {PEERS['torchattacks']}, "
         f"{PEERS['art']}; batch {record['batch']}, {record['steps']} steps.",
         "",
