@@ -46,6 +46,8 @@ sgd_ratios = [0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25]
 sgd_steps = 1500
 
 # %%
+from functools import partial
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -55,7 +57,7 @@ from matplotlib.colors import ListedColormap
 from scipy.special import expit, logsumexp
 from scipy.stats import entropy
 
-from lib import data, inference, linear
+from lib import data, inference, linear, runs
 from lib.figures import Book, stepper
 
 book = Book("01_linear_models", globals())
@@ -371,6 +373,18 @@ def classes(K):
     return centres[y] + np.random.default_rng(seeds[0]).normal(size=(len(y), 2)), y
 
 
+def optimum(x, y, **asked):
+    """The minimiser, remembered: the solver's rounds are most of this notebook's time."""
+    facts = {"x": x.tolist(), "y": y.tolist(), **asked}
+    W, b, loss, gap = runs.remember("optima", facts, lambda: pack(linear.minimize(x, y, **asked)))
+    return linear.Minimum(np.array(W), None if b is None else np.array(b), loss, gap)
+
+
+def pack(best):
+    return [best.W.tolist(), None if best.b is None else best.b.tolist(), best.loss, best.gap]
+
+
+# %%
 def gap_bounds(W, x, y, eps, limit, norm):
     """The bounds from below and above of the gap of the loss (no bias), from the minimiser W."""
     pairs_of_rows = W[:, None] - W[None]
@@ -388,7 +402,7 @@ for K in (2, 3):
         for bias in (False, True):
             limit = linear.eps_bar(x, y, norm=kind, bias=bias)
             for ratio in ratios:
-                best = linear.minimize(x, y, eps=ratio * limit, norm=kind, bias=bias, max_gap=1e-7)
+                best = optimum(x, y, eps=ratio * limit, norm=kind, bias=bias, max_gap=1e-7)
                 low, high = (np.nan,) * 2 if bias or ratio > 1 else gap_bounds(best.W, x, y, ratio * limit, limit, kind)
                 gained = (entropy(np.bincount(y)) if bias else np.log(K)) - best.loss
                 rows.append((K, kind, bias, limit, ratio, np.linalg.norm(best.W), gained, low, high, best.gap))
@@ -568,15 +582,23 @@ def sgd(x, y, eps, steps, seed, lr=0.01, batch=100):
     return w
 
 
-rows = []
+# %%
+def ends(x, y, grid, seed):
+    """Norm, robust loss and robust error after SGD at each eps of the grid."""
+    weights = sgd(x, y, grid, sgd_steps, seed)
+    margins = [linear.margins(both_rows(w), x, y, eps=e, norm="linf") for e, w in zip(grid, weights)]
+    return [[np.linalg.norm(w), np.logaddexp(0, -m).mean(), np.mean(m <= 0)] for w, m in zip(weights, margins)]
+
+
+rows, about = [], {"pixels": digits.fingerprint, "steps": sgd_steps}
 for a, b in pairs:
     x, y = digit_pair(a, b)
     limit = linear.eps_bar(x, y, norm="linf")
+    grid = [float(ratio * limit) for ratio in sgd_ratios]
     for s in seeds:
-        for ratio, w in zip(sgd_ratios, sgd(x, y, limit * np.array(sgd_ratios), sgd_steps, s)):
-            margins = linear.margins(both_rows(w), x, y, eps=ratio * limit, norm="linf")
-            rows.append((f"{a} and {b}", limit, ratio, ratio * limit, s, np.linalg.norm(w),
-                         np.logaddexp(0, -margins).mean(), np.mean(margins <= 0)))  # fmt: skip
+        facts = about | {"pair": [a, b], "eps": grid, "seed": s}
+        found = runs.remember("linear", facts, partial(ends, x, y, grid, s))
+        rows += [(f"{a} and {b}", limit, ratio, e, s, *end) for ratio, e, end in zip(sgd_ratios, grid, found)]
 trained = pd.DataFrame(
     rows, columns=["digits", "eps_bar", "ratio", "eps", "seed", "norm of w", "robust loss", "robust error"]
 )
