@@ -169,7 +169,9 @@ def difference(what, *, margin, expect="smaller", level=LEVEL):
         d = _differences(a, b)
         mean, *errors = _errors(d)
         half = _half(len(d), *errors, level)
-        measured = f"{mean:+.4g} [{mean - half:+.4g}, {mean + half:+.4g}]" if math.isfinite(half) else f"{mean:+.4g}"
+        most = 1.0 if d.shape[1] > 1 else math.inf  # that shares of images can differ by
+        ends = f" [{max(mean - half, -most):+.4g}, {min(mean + half, most):+.4g}]" if math.isfinite(half) else ""
+        measured = f"{mean:+.4g}{ends}"
         if abs(mean) + half < margin:
             outcome = "no difference"
         else:
@@ -242,7 +244,8 @@ def _why_no_difference(d, mean, half, errors, margin, level):
         k, seed_error * math.sqrt(s / k), image_error / math.sqrt(more_images), level) < goal)  # fmt: skip
     wanted = f"about {numbers[enough]} seeds" if enough < len(numbers) else "more than 1,000 seeds"
     images = f" and {math.ceil(n * more_images / 100) * 100:,} images" if more_images > 1 else ""
-    return f"half-width {half:.2g} at {s} seeds{f', {n:,} images' if n > 1 else ''}; {wanted}{images} would decide"
+    width = f"half-width {half:.2g}" if n == 1 or half < 1 else "nothing is left out"
+    return f"{width} at {s} seeds{f', {n:,} images' if n > 1 else ''}; {wanted}{images} would decide"
 
 
 def at_most(what, *, bound, level=LEVEL):

@@ -297,6 +297,7 @@ for name, row in claimed.items():
 # %%
 between = differences[differences["difference"].isin(["cosine - constant", "periodic ensemble - single run"])]
 smallest = between.dropna(subset="half").sort_values("half").groupby("row", sort=False).first()
+smallest["half"] = smallest["half"].clip(upper=1)  # no two shares differ by more
 seen = [f"{row}: {100 * line.half:.1f} points ({line.difference}) with {line.seeds} seeds and {line.images:,} images"
         for row, line in smallest.iterrows()]  # fmt: skip
 could = [row for row, line in smallest.iterrows() if line.half < margin]
