@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from readme import HERE, write_part
 
+from lib import cells
 from lib.files import read_json
 
 SCRIPTS = ("pgd", "training", "curvature", "queries", "scaling")
@@ -49,7 +50,7 @@ def collect():
         if (path := HERE / f"{name}.json").exists():
             record = read_json(path)
             machine = "{device}, {vector_unit}".format(**record["hardware"])
-            found += [(*row, machine) for row in rows(name, record)]
+            found += [(cells.spelt(what), *row, machine) for what, *row in rows(name, record)]
     return found
 
 
@@ -79,7 +80,8 @@ def picture(found):
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xscale("log")
-    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    ax.minorticks_off()
     ax.axvline(1, color="0.6", lw=1)
     ax.set_xlabel("times as fast as the peer (CPU seconds)")
     once = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))

@@ -1,0 +1,52 @@
+"""The tables of the benchmarks are what their scripts make of the records beside them."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "benchmarks"
+TABLES = {"pgd": FOLDER / "README.md", "training": FOLDER / "README.md", "queries": FOLDER / "README.md",
+          "curvature": FOLDER / "README.md", "scaling": ROOT / "docs/scaling.md"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_says_what_its_record_says(name):
+    pytest.importorskip("foolbox")
+    pytest.importorskip("curvlinops")
+    record = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    table = importlib.import_module(f"bench_{name}").tables(record)
+    assert f"bench_{name}.py -->\n{table}\n<!-- end of {name}" in TABLES[name].read_text(encoding="utf-8")
+
+
+def test_the_readme_has_all_ratios():
+    bench = importlib.import_module("bench_all")
+    found = bench.collect()
+    assert {name for name in bench.SCRIPTS if name != "scaling"} <= {p.stem for p in FOLDER.glob("*.json")}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"bench_all.py -->\n{bench.table(found)}\n<!-- end of all" in readme
+    assert all(row["ratio_min"] <= row["ratio_median"] <= row["ratio_max"] for _, row, *_ in found)
+
+
+def test_turns_are_compared_with_their_own():
+    ratios = importlib.import_module("ratios")
+    turns = [{"ours": 1.0, "peer": 2.0}, {"ours": 10.0, "peer": 40.0}, {"ours": 2.0, "peer": 6.0}]
+    assert ratios.spread(turns, "peer") == {
+        "ratio_median": 3.0, "ratio_min": 2.0, "ratio_max": 4.0, "seconds_peer": 2.0, "seconds_ours": 1.0, "repeats": 3,
+    }  # fmt: skip
+    found, turns = ratios.in_turns({"a": lambda: 1, "b": lambda: 2}, 2)
+    assert found == {"a": 1, "b": 2}
+    assert [set(turn) for turn in turns] == [{"a", "b"}] * 2
