@@ -255,11 +255,11 @@ differences.round(4)
 
 # %%
 rows_there = differences.groupby("row", sort=False).size()
-reach = min(100, 5 + 100 * (differences["mean"].abs() + differences["half"].fillna(0)).max())
 fig, axes = plt.subplots(len(rows_there), figsize=(7, 0.7 * len(rows_there) + 0.24 * rows_there.sum() + 0.3),
                          squeeze=False, height_ratios=rows_there + 0.6)  # fmt: skip
 for ax, (row, part) in zip(axes[:, 0], differences.groupby("row", sort=False)):
     labels = [f"{line.difference}, rate {line.lr:g}" for line in part.itertuples()]
+    reach = min(100, 5 + 100 * (part["mean"].abs() + part["half"].fillna(0)).max())  # a scale of its own
     intervals(ax, part, labels, margin=margin, reach=reach)
     ax.set_title(row)
 axes[-1, 0].set_xlabel("difference in robust error (PGD), percentage points", loc="right")
