@@ -244,8 +244,7 @@ def _why_no_difference(d, mean, half, errors, margin, level):
         k, seed_error * math.sqrt(s / k), image_error / math.sqrt(more_images), level) < goal)  # fmt: skip
     wanted = f"about {numbers[enough]} seeds" if enough < len(numbers) else "more than 1,000 seeds"
     images = f" and {math.ceil(n * more_images / 100) * 100:,} images" if more_images > 1 else ""
-    width = f"half-width {half:.2g}" if n == 1 or half < 1 else "nothing is left out"
-    return f"{width} at {s} seeds{f', {n:,} images' if n > 1 else ''}; {wanted}{images} would decide"
+    return f"half-width {half:.2g} at {s} seeds{f', {n:,} images' if n > 1 else ''}; {wanted}{images} would decide"
 
 
 def at_most(what, *, bound, level=LEVEL):

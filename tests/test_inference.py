@@ -102,7 +102,7 @@ class TestDifference:
     def test_shares_of_images_differ_by_one_at_most(self):
         a = np.zeros((2, 100), bool)
         found = difference("x", margin=0.1)(a, np.stack([~a[0], np.arange(100) < 30]))
-        assert found.measured.startswith("-0.65 [-1, +1] (") and found.why.startswith("nothing is left out at 2 seeds")
+        assert found.measured.startswith("-0.65 [-1, +1] (") and found.why.startswith("half-width 22 at 2 seeds")
         assert difference("x", margin=0.1)(np.array([3.0, 9.0]), np.zeros(2)).measured.startswith("+6 [-18")
 
     def test_one_seed_is_undecided(self):
