@@ -13,7 +13,6 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 import torchvision
 import yaml
 from bench_pgd import textbook
+from ratios import seconds
 from readme import HERE, write_part
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -62,12 +62,6 @@ def forward_operations(net, x):
     return counter.get_total_flops()
 
 
-def seconds(function):
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
 def rates(repeats):
     """Operations per second of the attack on each network, beside those of a product of matrices, turn by turn."""
     a = torch.rand(MATRIX, MATRIX)
@@ -77,7 +71,7 @@ def rates(repeats):
         # A step: forward, and the gradient at the input, which costs as much again.
         count = 2 * STEPS * BATCH * forward_operations(net, x)
         attack(net, x[:4], y[:4], 1), a @ a
-        turns = [(seconds(lambda: a @ a), seconds(partial(attack, net, x, y))) for _ in range(repeats)]
+        turns = [(seconds(lambda: a @ a)[0], seconds(partial(attack, net, x, y))[0]) for _ in range(repeats)]
         shares = [(count / t) / (2 * MATRIX**3 / m) for m, t in turns]
         rows.append({
             "network": name, "operations": count / (2 * STEPS * BATCH), "per_second": count / min(t for _, t in turns),
@@ -98,7 +92,7 @@ def growth(repeats):
             net, x, y = network("resnet18", width, 3, side)
             x, y = x.repeat(batch // 32, 1, 1, 1)[:batch], y.repeat(batch // 32)[:batch]
             attack(net, x[:4], y[:4], 1)
-            times.append(min(seconds(partial(attack, net, x, y, steps)) for _ in range(repeats)))
+            times.append(min(seconds(partial(attack, net, x, y, steps))[0] for _ in range(repeats)))
         logs = np.log(values), np.log(times)
         slope, last = float(np.polyfit(*logs, 1)[0]), float(np.diff(logs[1])[-1] / np.diff(logs[0])[-1])
         rows.append({"by": what, "values": values, "seconds": times, "expected": expected, "slope": slope,
