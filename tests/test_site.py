@@ -17,6 +17,7 @@ SCREENSHOTS = ROOT / "build/screenshots"
 WIDTHS = {"desktop": 1200, "phone": 390}
 PICTURES = (("desktop", "light"), ("phone", "dark"))
 TALLEST = 16000  # pixels of a screenshot, about what Chromium can draw in one
+SHOWN = "([theme, width]) => document.documentElement.dataset.theme == theme && innerWidth == width"
 LOOK = """async () => {
     if (window.MathJax) await MathJax.startup.promise;
     const seen = [], words = document.createTreeWalker(document.querySelector('main'), NodeFilter.SHOW_TEXT);
@@ -101,7 +102,7 @@ def states(page, name):  # noqa: F811
         page.emulate_media(color_scheme=theme)
         for device, width in WIDTHS.items():
             page.set_viewport_size({"width": width, "height": 900})
-            assert page.evaluate("document.documentElement.dataset.theme") == theme
+            page.wait_for_function(SHOWN, arg=[theme, width])  # the page hears of both a moment later
             wide, tall = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
             assert wide <= width, (name, device, wide)
             if (device, theme) in PICTURES:
