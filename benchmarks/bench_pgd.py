@@ -4,7 +4,8 @@
 
 All take turns in one process, on one trained model and one batch, so that what else the machine does falls on all of
 them; a ratio is taken within each turn, of CPU seconds. "full" is `pgd` with precision="full": "auto", the default,
-must never be slower. The result goes to pgd.json and, as a table, into README.md.
+must never be slower. The result goes to pgd.json and, as a table, into README.md; models that are not asked for keep
+their rows, if these were made on such a machine with such versions.
 """
 
 import argparse
@@ -23,18 +24,20 @@ from readme import HERE, write_part
 from lib import compute, data
 from lib.attacks import pgd
 from lib.evaluation import error, robust_error
-from lib.files import write_json
+from lib.files import read_json, write_json
 from lib.training import TrainConfig, train
 
 BATCH, STEPS = 128, 10
-DIGITS = {"model": "lenet", "data": "mnist5k", "eps": 0.2, "images": 2000, "epochs": 2}
-COLOURS = {"data": "mnistm", "eps": 8 / 255, "images": 1000, "epochs": 2}
-SETTINGS = {  # the data, the attack, and a short training against a weaker attack
+DIGITS = {"model": "lenet", "data": "mnist5k", "eps": 0.2, "images": 2000, "epochs": 2, "batch": BATCH, "attacked": 256}
+COLOURS = {"data": "mnistm", "eps": 8 / 255, "images": 4000, "epochs": 6, "batch": BATCH, "attacked": 256}
+WIDE = COLOURS | {"width": 8, "images": 500, "epochs": 2, "batch": 32, "attacked": 64}  # they take 16 times as long
+SETTINGS = {  # the data, the attack, a short training against a weaker attack, images timed, images for the errors
     "lenet w=4": DIGITS | {"width": 4, "aim": 2.7},
     "lenet w=16": DIGITS | {"width": 16, "aim": 2.2},
     "vgg16 w=2": COLOURS | {"model": "vgg16", "width": 2, "aim": 2.3},
     "resnet18 w=2": COLOURS | {"model": "resnet18", "width": 2, "aim": 2.0},
-    "resnet18 w=8": COLOURS | {"model": "resnet18", "width": 8, "aim": 1.75, "images": 500},
+    "vgg16 w=8": WIDE | {"model": "vgg16", "aim": 1.75},
+    "resnet18 w=8": WIDE | {"model": "resnet18", "aim": 1.75},
 }
 AGAINST = ("textbook", "foolbox", "torchattacks", "ART", "full")
 
@@ -64,7 +67,7 @@ def by_torchattacks(model, x, y, *, eps, step_size):
 
 def by_art(model, x, y, *, eps, step_size):
     kind = peer("art", "art.attacks.evasion").ProjectedGradientDescentPyTorch
-    settings = {"eps": eps, "eps_step": step_size, "max_iter": STEPS, "num_random_init": 1, "batch_size": BATCH}
+    settings = {"eps": eps, "eps_step": step_size, "max_iter": STEPS, "num_random_init": 1, "batch_size": len(x)}
     attack = kind(art_classifier(model, x, y), **settings, verbose=False)
     return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
 
@@ -90,14 +93,15 @@ def compare_speed(model, batch, attacks, threads, repeats):
     return [{"against": name, "threads": threads, **spread(turns, name)} for name in AGAINST]
 
 
-def compare_strength(model, x, y, attacks):
-    found = {name: robust_error(model, x, y, attack, batch_size=BATCH) for name, attack in attacks.items()}
+def compare_strength(model, x, y, attacks, batch):
+    found = {name: robust_error(model, x, y, attack, batch_size=batch) for name, attack in attacks.items()}
     return {"clean_error": error(model, x, y), "robust_error": found, "n": len(x)}
 
 
-def measure(name, threads, repeats, images):
+def measure(name, threads, repeats):
     torch.set_num_threads(max(threads))
     settings = SETTINGS[name]
+    images, size = settings["attacked"], settings["batch"]
     digits = data.load(settings["data"])
     model = trained(settings, digits)
     budget = {"eps": settings["eps"], "step_size": settings["eps"] / 4}
@@ -111,12 +115,13 @@ def measure(name, threads, repeats, images):
         "full": partial(ours, precision="full"),
         "ours": ours,
     }
-    batch = digits.x_test[:BATCH], digits.y_test[:BATCH]
+    batch = digits.x_test[:size], digits.y_test[:size]
     speed = [row for t in threads for row in compare_speed(model, batch, attacks, t, repeats)]
     torch.set_num_threads(max(threads))
     attacks["stop_early"] = partial(ours, stop_early=True)
-    strength = compare_strength(model, digits.x_test[:images], digits.y_test[:images], attacks)
-    return {"model": name, "aim": settings["aim"], **budget, "source": digits.source, "speed": speed, **strength}
+    strength = compare_strength(model, digits.x_test[:images], digits.y_test[:images], attacks, size)
+    asked = {"model": name, "aim": settings["aim"], "batch": size, **budget, "source": digits.source}
+    return {**asked, "speed": speed, **strength}
 
 
 def tables(record):
@@ -125,11 +130,11 @@ def tables(record):
     lines = [
         f"{machine['device']}, {machine['vector_unit']}, attack in {machine['precision']}, "
         f"PyTorch {record['versions']['torch']}, foolbox {record['versions']['foolbox']}, {PEERS['torchattacks']}, "
-        f"{PEERS['art']}; batch {record['batch']}, {record['steps']} steps.",
+        f"{PEERS['art']}; {record['steps']} steps.",
         "",
-        "| model | threads | aim | textbook / ours: median (min to max) | foolbox / ours | torchattacks / ours "
+        "| model | batch | threads | aim | textbook / ours: median (min to max) | foolbox / ours | torchattacks / ours "
         "| ART / ours | full / auto | repeats |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for m in record["models"]:
         for threads in sorted({s["threads"] for s in m["speed"]}):
@@ -138,7 +143,7 @@ def tables(record):
             ratios = {
                 k: f"{s['ratio_median']:.2f} ({s['ratio_min']:.2f} to {s['ratio_max']:.2f})" for k, s in row.items()
             }
-            columns = (m["model"], threads, m["aim"], *(ratios[other] for other in AGAINST), repeats)
+            columns = (m["model"], m["batch"], threads, m["aim"], *(ratios[other] for other in AGAINST), repeats)
             lines.append(f"| {' | '.join(map(str, columns))} |")
     kinds = (*AGAINST, "ours", "stop_early")
     lines += [
@@ -161,19 +166,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--images", type=int, default=256, help="attacked for the robust error")
     parser.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     given = parser.parse_args()
     record = {
-        "batch": BATCH, "steps": STEPS,
+        "steps": STEPS,
         "hardware": {k: v for k, v in compute.hardware().items() if k != "threads"},
         "versions": compute.versions() | {"foolbox": version("foolbox")},
-        "models": [],
     }  # fmt: skip
+    last = read_json(HERE / "pgd.json") if (HERE / "pgd.json").exists() else {}
+    alike = {k: last.get(k) for k in record} == record  # rows of another machine do not stand beside this one's
+    rows = {row["model"]: row for row in last["models"]} if alike else {}
     for name in given.models:
-        record["models"].append(measure(name, given.threads, given.repeats, given.images))
-        write(record)
-    print(tables(record))
+        rows[name] = measure(name, given.threads, given.repeats)
+        write(record | {"models": [rows[known] for known in SETTINGS if known in rows]})
 
 
 if __name__ == "__main__":
