@@ -7,17 +7,20 @@ from contextlib import contextmanager
 
 from lib.cluster import MISSING, VARIABLE, ClusterError, connect
 
+# dask has workers give memory back after every operation, which takes a training two fifths more CPU time.
+MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 SETTINGS = {"partition": "queue", "account": "account", "time": "walltime", "mem": "memory", "cpus-per-task": "job_cpu"}
 
 
 def environment() -> dict:
     """What a worker is told, wherever it runs: the number of threads is part of what makes a run repeatable."""
     names = ("OMP_NUM_THREADS", "PYTHONPATH", "DATA_DIR", "PRECISION")
-    return {name: os.environ[name] for name in names if os.environ.get(name)} | {"PYTHONNOUSERSITE": "1"}
+    return {name: os.environ[name] for name in names if os.environ.get(name)} | MEMORY | {"PYTHONNOUSERSITE": "1"}
 
 
 def local(workers: int):
     """A scheduler and so many workers on this machine, each in a process of its own, with a GPU of its own if any."""
+    import dask
     import torch
     from distributed import Nanny, Scheduler, SpecCluster
 
@@ -27,7 +30,8 @@ def local(workers: int):
     own = [environment() | ({"CUDA_VISIBLE_DEVICES": str(i)} if gpus else {}) for i in range(workers)]
     spec = {i: {"cls": Nanny, "options": common | {"env": env}} for i, env in enumerate(own)}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
-    return SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.CRITICAL)
+    with dask.config.set({"distributed.nanny.pre-spawn-environ": environment()}):
+        return SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.CRITICAL)
 
 
 def slurm(settings: str, workers: int):
