@@ -147,7 +147,7 @@ shown
 # LeNet at 0.4 only; of the networks for CIFAR-10 at 8/255 it says that both budgets train, and which ends better.
 #
 # Rows of the profile `overnight` grow seed by seed, and are judged again each time they have grown. Each look errs once
-# in a hundred, so the five that these rows have had at most err once in twenty together.
+# in a hundred, and the errors of several looks add up: a verdict that came late is weaker than its interval says.
 
 
 # %%
