@@ -1,23 +1,34 @@
-"""Run one notebook's source in a process of its own; tools/run.py starts it.
+"""Run one notebook's source in a process of its own, which tools/run.py starts.
 
-The first line of stdin is the job as JSON: source, output, scratch (a short path of an empty folder), cwd,
-parameters, timeout. After it stdin stays open as long as the runner lives. When it closes, this process ends and
-takes its kernel along.
+On Linux that process and its kernel are forks of one that has imported what notebooks import (`CONTEXT`), so that
+twelve notebooks do not import it twenty-four times. Elsewhere a fork with these libraries in it is not safe, and both
+begin anew.
 """
 
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 
+# jsonschema builds a grammar of URLs with it, for two seconds, and goes without where it is not there.
+sys.modules.setdefault("rfc3987_syntax", None)
+FORKS = sys.platform == "linux"
+CONTEXT = multiprocessing.get_context("forkserver" if FORKS else "spawn")
+# Not pyplot and pandas: they ask at their import whether they are in a kernel.
+PRELOAD = ["tools.execute", "papermill", "jupytext", "ipykernel.kernelapp", "torch", "scipy.stats", "scipy.sparse",
+           "matplotlib.figure", "matplotlib.backends.backend_agg"]  # fmt: skip
+
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+FORKED = "forked"  # the name of our kernel provisioner
 STOPPED = "Stopped: "  # a line of the log that says all there is to say
 
 
@@ -35,8 +46,8 @@ def kill_tree(pid: int, *, itself: bool = True) -> None:
         pass
 
 
-def _end_with_the_runner(scratch: Path) -> None:
-    os.read(0, 1)
+def _end_with_the_runner(alive, scratch: Path) -> None:
+    alive.poll(None)  # nothing is ever sent: it is at its end when the runner is
     kill_tree(os.getpid(), itself=False)
     shutil.rmtree(scratch, ignore_errors=True)
     with contextlib.suppress(OSError):  # the last one takes the folder of the whole run along
@@ -53,11 +64,58 @@ def _settle(scratch: Path) -> dict:
     spec.mkdir(parents=True)
     argv = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     record = {"argv": argv, "display_name": "Python 3 (ipykernel)", "language": "python"}
+    record |= {"metadata": {"kernel_provisioner": {"provisioner_name": FORKED}}} if FORKS else {}
     (spec / "kernel.json").write_text(json.dumps(record))
     for name in ("JUPYTER_PATH", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
         os.environ[name] = str(scratch)
     connection = {"transport": "ipc", "connection_file": str(scratch / "k.json"), "ip": str(scratch / "k")}
     return {"KernelManager": connection}
+
+
+def _kernel(calls) -> None:
+    """Wait to be told how, then be the notebook's kernel: what `python -m ipykernel_launcher` is in a new process."""
+    os.setsid()
+    command, folder, environment = calls.recv()
+    from ipykernel.kernelapp import launch_new_instance
+
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    installed = [entry for entry in sys.path if entry.startswith((sys.prefix, sys.base_prefix))]
+    sys.path[:] = [environment["PYTHONPATH"], *installed]  # and not the runner's own
+    sys.argv = command[command.index("-m") + 1 :]
+    launch_new_instance()
+
+
+def _provisioner(kernel, calls):
+    """A kernel provisioner (jupyter_client's word) that lets the waiting process be the kernel."""
+    from jupyter_client.provisioning import LocalProvisioner
+
+    def wait():
+        kernel.join()
+        return kernel.exitcode
+
+    class Forked(LocalProvisioner):
+        async def launch_kernel(self, cmd, **kwargs):
+            calls.send((cmd, os.getcwd(), {**kwargs["env"], "JPY_PARENT_PID": str(os.getpid())}))
+            self.pid, self.process = kernel.pid, SimpleNamespace(
+                pid=kernel.pid, poll=lambda: kernel.exitcode, wait=wait, kill=kernel.kill, terminate=kernel.terminate,
+                send_signal=lambda number: os.kill(kernel.pid, number), stdin=None, stdout=None, stderr=None,
+            )  # fmt: skip
+            return self.connection_info
+
+    return Forked
+
+
+def _fork_kernel() -> None:
+    """Fork the kernel that is to be, before this process has threads, and tell jupyter_client where it is."""
+    theirs, ours = multiprocessing.Pipe(duplex=False)
+    kernel = multiprocessing.get_context("fork").Process(target=_kernel, args=[theirs])
+    kernel.start()
+    theirs.close()
+    from jupyter_client.provisioning import KernelProvisionerFactory
+
+    KernelProvisionerFactory.instance().provisioners[FORKED] = SimpleNamespace(load=lambda: _provisioner(kernel, ours))
 
 
 def execute(job: dict) -> None:
@@ -67,8 +125,6 @@ def execute(job: dict) -> None:
         Exception: whatever papermill raises for a cell that fails, dies or takes too long.
         RuntimeError: a cell ended the notebook by sys.exit(), which papermill lets pass as a success.
     """
-    # jsonschema builds a grammar of URLs with it, for two seconds, and goes without where it is not there.
-    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
     from profiles import source
     from traitlets.config import Config
@@ -91,9 +147,24 @@ def execute(job: dict) -> None:
             raise RuntimeError(f"cell {number} ended the notebook before its last cell")
 
 
-def main() -> None:
-    job = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_the_runner, args=[Path(job["scratch"])], daemon=True).start()
+def main(job: dict, log: Path, environment: dict, alive) -> None:
+    """The process of one notebook.
+
+    Args:
+        job: source, output, scratch (a short path of an empty folder), cwd, parameters, timeout.
+        log: the file that takes what this process and its kernel print.
+        environment: the variables of both.
+        alive: a connection that closes when the runner ends; then this process does, and takes its kernel along.
+    """
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    if FORKS:
+        _fork_kernel()
+    threading.Thread(target=_end_with_the_runner, args=[alive, Path(job["scratch"])], daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         execute(job)
@@ -105,7 +176,5 @@ def main() -> None:
             sys.exit(f"{STOPPED}the cell{cell} took more than {job['timeout']} s. Networks trained by then are kept: "
                      "run it again, or give it longer by --timeout.")  # fmt: skip
         sys.exit(f"{type(error).__name__}: {words}")
-
-
-if __name__ == "__main__":
-    main()
+    finally:
+        kill_tree(os.getpid(), itself=False)

@@ -4,22 +4,21 @@ import contextlib
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import execute
 import jupytext
 import nbformat
 import profiles
-from execute import ANSI, kill_tree
 from layout import HERE, Layout
 from nbclean import clean, dumps
 
 from lib.files import folder_from_environment, write_bytes
 
 TINY = "tiny"
+INLINE = "module://matplotlib_inline.backend_inline"  # what a kernel would set, after matplotlib is imported here
 # What a reader's machine may set for other programs, and would change results or pictures here.
 LEAKS = ("PYTHON", "IPYTHON", "JUPYTER", "MPLBACKEND", "MATPLOTLIBRC", "LC_", "LANG", "OPENBLAS_", "MKL_", "PROFILE")
 
@@ -43,7 +42,8 @@ class Job:
     cells: int
     cell: int = 0
     said: str = ""  # the last line of its log
-    process: subprocess.Popen | None = None
+    process: execute.CONTEXT.Process | None = None
+    alive: object = field(default=None, repr=False)  # the process ends when this closes: with us, whatever ends us
     started: float = 0.0
     seconds: float = 0.0
     ok: bool = False
@@ -55,14 +55,12 @@ class Job:
         Path(self.env["JOURNAL"]).unlink(missing_ok=True)
         Path(self.spec["scratch"]).mkdir()
         self.started = time.monotonic()
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("execute.py"))],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.env, start_new_session=True,
-            )  # fmt: skip
-        with contextlib.suppress(BrokenPipeError):  # it died at once; its log says why
-            self.process.stdin.write(json.dumps(self.spec).encode() + b"\n")
-            self.process.stdin.flush()  # and stays open: its end would tell the child that we are gone
+        self.log.write_bytes(b"")
+        theirs, self.alive = execute.CONTEXT.Pipe(duplex=False)
+        process = execute.CONTEXT.Process(target=execute.main, args=[self.spec, self.log, self.env, theirs])
+        process.start()
+        theirs.close()
+        self.process = process
         self.reader = self.log.open(encoding="utf-8", errors="replace", newline="")
 
     @property
@@ -75,7 +73,7 @@ class Job:
         if self.reader is None:  # interrupted while it started
             return
         self.seconds = time.monotonic() - self.started
-        for line in ANSI.sub("", self.reader.read()).replace("\r", "\n").split("\n"):
+        for line in execute.ANSI.sub("", self.reader.read()).replace("\r", "\n").split("\n"):
             if line.startswith("Executing Cell "):
                 self.cell, self.said = int(line.removeprefix("Executing Cell ").rstrip("-")), ""
             elif line.strip() and not line.startswith("Ending Cell "):
@@ -85,8 +83,8 @@ class Job:
         """Put the result of an ended process where it belongs."""
         self.follow()
         self.reader.close()
-        self.process.stdin.close()
-        self.ok = self.process.returncode == 0
+        self.alive.close()
+        self.ok = self.process.exitcode == 0
         if self.ok:
             notebook = dumps(clean(json.loads(self.part.read_text(encoding="utf-8"))))
             as_run = jupytext.writes(nbformat.reads(notebook, as_version=4), "py:percent")
@@ -98,8 +96,8 @@ class Job:
 
     def stop(self) -> None:
         """Kill it with all its descendants; nothing half-written stays."""
-        kill_tree(self.process.pid)
-        self.process.wait()
+        execute.kill_tree(self.process.pid)
+        self.process.join()
         self.follow()
         self.part.unlink(missing_ok=True)
 
@@ -107,8 +105,18 @@ class Job:
         return f"{self.name} cell {self.cell}/{self.cells}, {duration(self.seconds)}"
 
 
+def clean_environment() -> dict:
+    """The reader's environment without what would change results or pictures: the same on every machine."""
+    rc = Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data/matplotlibrc"
+    env = {name: value for name, value in os.environ.items() if not name.startswith(LEAKS)}
+    env |= {"PYTHONHASHSEED": "0", "PYTHONNOUSERSITE": "1", "PYTHONPATH": str(HERE), "PYTHONUTF8": "1",
+            "LC_ALL": "C.UTF-8", "MATPLOTLIBRC": str(rc), "MPLBACKEND": INLINE}  # fmt: skip
+    env["OMP_NUM_THREADS"] = env.get("OMP_NUM_THREADS") or "1"  # another number changes the last digits
+    return env
+
+
 def environment(layout: Layout, profile: str, *, private: bool = False) -> dict:
-    """The environment of the notebooks, the same on every machine but for the variables that are ours.
+    """The environment of a notebook: the clean one, and the variables that are ours.
 
     Folders that the caller gives win; they are taken from where the caller is.
 
@@ -118,11 +126,7 @@ def environment(layout: Layout, profile: str, *, private: bool = False) -> dict:
     build = layout.build / profile
     folders = {"FIGURES_DIR": build / "figures" if private else layout.figures / profile}
     folders |= {"RUNS_DIR": build / "runs" if profile == TINY else None, "DATA_DIR": None}
-    rc = Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data/matplotlibrc"
-    env = {name: value for name, value in os.environ.items() if not name.startswith(LEAKS)}
-    env |= {"PYTHONHASHSEED": "0", "PYTHONNOUSERSITE": "1", "PYTHONPATH": str(HERE), "PYTHONUTF8": "1",
-            "LC_ALL": "C.UTF-8", "MATPLOTLIBRC": str(rc), "PROFILE": profile}  # fmt: skip
-    env["OMP_NUM_THREADS"] = env.get("OMP_NUM_THREADS") or "1"  # another number changes the last digits
+    env = clean_environment() | {"PROFILE": profile}
     for name, folder in folders.items():
         if folder or env.get(name):
             env[name] = os.path.abspath(folder_from_environment(name, folder))

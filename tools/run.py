@@ -22,8 +22,8 @@ import dry_run
 import gallery
 import profiles
 from check_pairs import edited
-from execute import ANSI, STOPPED
-from jobs import TINY, Job, duration, make_jobs, read_times
+from execute import ANSI, CONTEXT, PRELOAD, STOPPED
+from jobs import TINY, Job, clean_environment, duration, make_jobs, read_times
 from layout import Layout
 
 from lib.files import read_json, write_json
@@ -71,7 +71,7 @@ def run(jobs: list[Job], at_once: int, screen: Screen) -> bool:
             time.sleep(0.2)
             for job in list(running):
                 job.follow()
-                if job.process.poll() is not None:
+                if not job.process.is_alive():
                     job.finish()
                     running.remove(job)
                     screen.say(f"{'ok   ' if job.ok else 'FAIL '} {job.name}  {duration(job.seconds)}")
@@ -192,6 +192,8 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             with cluster.started(args):
                 jobs = make_jobs(layout, sections, timeout, Path(scratch))
+                if len(jobs) > 2:  # for fewer it does not pay
+                    CONTEXT.set_forkserver_preload(PRELOAD)
                 if not run(jobs, args.jobs, Screen()):
                     return 130
         except cluster.ClusterError as error:
@@ -215,6 +217,9 @@ def _interrupt(*_):
 
 
 if __name__ == "__main__":
+    # Begin again in the notebooks' environment: processes for them inherit it, and this one's flags (PYTHONOPTIMIZE).
+    if not os.environ.pop("RUN_ALL_CLEAN", ""):
+        os.execve(sys.executable, [sys.executable, *sys.argv], clean_environment() | {"RUN_ALL_CLEAN": "1"})
     try:
         os.fstat(0)
     except OSError:  # started with stdin closed: without this a log or a pipe would become file 0
