@@ -167,13 +167,16 @@ class Book:
         write_json(self.folder / f"{self.name}.claims.json", about | self.rows)
         used = {entry["run"]: entry for entry in runs.journal}
         uses = [{"run": k, "what": e["what"], "seconds": e["made"]["seconds"]} for k, e in sorted(used.items())]
+        own = compute.clock() - self.started
+        own -= sum(e["made"]["seconds"] for e in used.values() if e["state"] in ("trained", "measured"))
         path = self.folder / f"{self.name}.uses.json"
-        _write_record(path, about | {"runs": uses, "seconds": round(compute.clock() - self.started, 1)})
+        _write_record(path, about | {"runs": uses, "seconds": round(max(0, own), 1)})
         if journal := os.environ.get("JOURNAL"):  # for the runner's closing table
             states = [entry["state"] for entry in used.values()]
             write_json(Path(journal), {state: states.count(state) for state in dict.fromkeys(states)})
         if self.box:
-            self.box.update(Markdown(self._answers(read_json(path)["seconds"])))
+            record = read_json(path)
+            self.box.update(Markdown(self._answers(record["seconds"] + sum(run["seconds"] for run in record["runs"]))))
 
     def _answers(self, seconds):
         lines = [f"**{row['verdict'].capitalize()}**: {row['claim']}" for row in self.rows["claims"]]
@@ -183,7 +186,7 @@ class Book:
             n = len(self.rows["checks"])
             lines.append(f"Self-checks: {n - len(failed)} of {n} pass" + "".join(f"; FAILS: {text}" for text in failed))
         where = sorted({f"{m['device']}, {m['precision']}" for m in _made()} or {compute.hardware()["device"]})
-        foot = (f"Profile `{self.profile}`; {seconds:.0f} s of computing, what earlier runs had left not counted, on "
+        foot = (f"Profile `{self.profile}`; {seconds:.0f} s of computing from nothing, all its networks counted, on "
                 f"{'; '.join(where)}.")  # fmt: skip
         return "\n".join(["**Answers**", "", *(f"- {line.rstrip('.')}." for line in lines), "", foot])
 

@@ -437,7 +437,7 @@ def exceed(eps, thresholds, T):
         counts += size > limits
         squares += size * size
         theta = theta - (gradient + noise[t % 1000]) / np.sqrt(T)
-    return counts.mean(3) / T, squares.mean(2) / T
+    return (counts.mean(3) / T).tolist(), (squares.mean(2) / T).tolist()
 
 
 # %%
@@ -447,7 +447,9 @@ tails, growth = [], []
 for T in sgd_lengths:
     threshold = 2 * T**-0.25
     at = np.vstack([np.outer(gammas, [*grid, *threshold * fractions]), np.full(len(grid) + 5, threshold)])
-    p, squares = exceed([*grid, *threshold * fractions], at, T)
+    tried = [*grid, *threshold * fractions]
+    facts = {"eps": tried, "thresholds": at.tolist(), "T": T, "seeds": seeds, "sgd_runs": sgd_runs}
+    p, squares = map(np.array, runs.remember("tails", facts, partial(exceed, tried, at, T)))
     for i, s in enumerate(seeds):
         growth += [(T, threshold, f, s, v) for f, v in zip(fractions, p[-1, len(grid) :, i])]
         for j, e in enumerate(grid):

@@ -63,6 +63,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 
 from lib import audit, evaluation, figures, inference, recipes, runs
 from lib.compute import device
@@ -191,12 +192,16 @@ def settings_of(name, eps):
     return how | ({"num_steps": other_steps[how["attack"]], "num_restarts": 1} if gradient else {})
 
 
-def example(network, image, truth, name, eps):
+def example(subject, i, name, eps):
+    """Digit i as an attack leaves it, on the network of a subject; remembered, since SimBA is slow."""
     if name == "digit":
-        return image
+        return x[i]
     how = pgd(eps, stop_early=False) if name == "PGD" else settings_of(name, eps)
-    attack = audit.attack_by_name(how.pop("attack"), device=x.device, **how)
-    return attack(network, image[None], truth[None])[0]
+    settings = {key: value for key, value in how.items() if key != "attack"}
+    attack = audit.attack_by_name(how["attack"], device=x.device, **settings)
+    facts = subject.facts | how | {"digit": i}
+    made = runs.remember("examples", facts, lambda: attack(subject.network, x[i : i + 1], y[i : i + 1])[0].tolist())
+    return torch.tensor(made, device=x.device)
 
 
 # %%
@@ -207,7 +212,7 @@ picked = (known if len(known) else np.arange(len(x)))[[0, -1]].tolist()  # the f
 fig, axes = plt.subplots(2 * len(picked), 1 + len(attacks), figsize=(7, 2.1 * len(picked)))
 rows = []
 for i, pair in zip(picked, axes.reshape(len(picked), 2, -1)):
-    made = {k: example(network, x[i], y[i], k, shown_eps) for k in ("digit", *attacks)}
+    made = {k: example(subjects[shown], i, k, shown_eps) for k in ("digit", *attacks)}
     rows += [{"digit": i, "truth": y[i].item()} | row for row in strip(pair, network, x[i], shown_eps, made)]
 book.save(
     fig, "08_attacked_digits", pd.DataFrame(rows), source=digits.source, seeds=[first],

@@ -49,6 +49,7 @@ margin = 0.02
 bound = 0.1  # a larger share of the images that show a sign of masking matters
 
 # %%
+import hashlib
 import re
 import tempfile
 from fractions import Fraction
@@ -185,19 +186,39 @@ def label(family, arm=""):
 
 
 # %%
+def measure(network, x, y, eps):
+    """Masks of the attacks and of the signs of masking, and the largest eigenvalue of the Hessian."""
+    found = cells.mistakes(network, x, y, cells.attacks(eps, 0, **attacks))
+    shown = signs_of_masking(network, x, y, eps, found)
+    value = {"masks": [(kind, mask.tolist()) for kind, mask in found.items()],  # pairs, since JSON orders names anew
+             "signs": [(kind, np.asarray(mask).tolist()) for kind, mask in shown.items()]}  # fmt: skip
+    if isinstance(network, models.Ensemble):
+        return value | {"eigenvalue": None}
+    near = pgd(network, x[:sharp_images], y[:sharp_images], eps=eps, step_size=eps / 4, num_steps=10,
+               random_start=False, precision="full")  # fmt: skip
+    return value | {"eigenvalue": float(curvature.top_eigenpairs(network, near, y[:sharp_images], 1).values[0])}
+
+
+def measured(network, pictures, eps):
+    """The same, remembered by the network's weights: there are many released networks, and attacks are dear."""
+    x, y = pictures.x_test[:images], pictures.y_test[:images]
+    weights = hashlib.sha256(b"".join(t.numpy().tobytes() for t in network.state_dict().values()))
+    facts = {"weights": weights.hexdigest(), "data": pictures.fingerprint, "images": images, "eps": eps,
+             "sharp_images": sharp_images, "attacks": attacks}  # fmt: skip
+    return runs.remember("released", facts, lambda: measure(network, x, y, eps))
+
+
+# %%
 lines, masks, sharp, signs = [], {}, [], {}
 for family, arm, number, eps, network, pictures in load_all():
-    x, y = pictures.x_test[:images], pictures.y_test[:images]
-    found = cells.mistakes(network, x, y, cells.attacks(eps, 0, **attacks))
-    found["worst"] = np.any(list(found.values()), axis=0)
-    signs[family, arm, number] = signs_of_masking(network, x, y, eps, found)
-    masks |= {(family, arm, number, kind.split("-")[0]): mask for kind, mask in found.items()}
-    lines.append({"family": family, "arm": arm, "number": number} | {kind: mask.mean() for kind, mask in found.items()})
-    if not isinstance(network, models.Ensemble):
-        near = pgd(network, x[:sharp_images], y[:sharp_images], eps=eps, step_size=eps / 4, num_steps=10,
-                   random_start=False, precision="full")  # fmt: skip
-        pair = curvature.top_eigenpairs(network, near, y[:sharp_images], 1)
-        sharp.append({"family": family, "arm": arm, "number": number, "eigenvalue": float(pair.values[0])})
+    found = measured(network, pictures, eps)
+    signs[family, arm, number] = {kind: np.array(mask) for kind, mask in found["signs"]}
+    here = {kind: np.array(mask) for kind, mask in found["masks"]}
+    here["worst"] = np.any(list(here.values()), axis=0)
+    masks |= {(family, arm, number, kind.split("-")[0]): mask for kind, mask in here.items()}
+    lines.append({"family": family, "arm": arm, "number": number} | {kind: mask.mean() for kind, mask in here.items()})
+    if found["eigenvalue"] is not None:
+        sharp.append({"family": family, "arm": arm, "number": number, "eigenvalue": found["eigenvalue"]})
 table, sharp = pd.DataFrame(lines), pd.DataFrame(sharp)
 source = pictures.source if not theirs else f"the released networks ({folder}), {pictures.source}"
 kinds = [column for column in table if column not in ("family", "arm", "number")]

@@ -14,8 +14,9 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 
-from lib import claims, figures, inference
+from lib import claims, figures, inference, runs
 from lib.figures import Book
+from lib.files import read_json
 from lib.settings import SettingError
 
 TABLE = pd.DataFrame({"epoch": [1, 2, 3], "error": [0.1, 1 / 3, 0.25]})
@@ -261,6 +262,26 @@ class TestLedgers:
         assert (row["verdict"], row["figure"], row["measured"]) == ("reproduced", "03_error", "largest error 0.5 of 1")
         assert ledgers["title"] == "3. A title"
         assert json.loads((folder / "03_toy.uses.json").read_text())["runs"] == []
+
+    def test_the_time_is_that_of_the_notebook_alone_beside_that_of_what_it_uses(self, folder, monkeypatch, tmp_path):
+        """So the sum is the time from nothing, whether the values were made now or found."""
+        monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+        now = [0.0]
+        monkeypatch.setattr(figures.compute, "clock", lambda: now[0])
+
+        def wait(seconds):
+            now[0] += seconds
+            return 1
+
+        for state in ("measured", "remembered"):
+            with_value = book()
+            runs.remember("values", {"of": 1}, lambda: wait(10))
+            wait(3)
+            with_value.answer("Why?", "So.", reviewer="Reviewer 1", n="1", source="none")
+            with_value.close()
+            use = read_json(folder / "03_toy.uses.json")
+            assert (use["seconds"], [run["seconds"] for run in use["runs"]]) == (3, [10]), state
+            (folder / "03_toy.uses.json").unlink()
 
     def test_undecided_says_why(self, folder):
         opened = book()

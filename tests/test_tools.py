@@ -29,6 +29,8 @@ import profiles  # noqa: E402
 import run as runner  # noqa: E402
 from layout import Layout  # noqa: E402
 
+from lib.files import write_json  # noqa: E402
+
 HEADER = """\
 # ---
 # jupyter:
@@ -496,10 +498,10 @@ def test_the_longest_notebook_comes_first(toy, tmp_path):
         add(toy, name)
     records = toy.figures / "quick"
     records.mkdir(parents=True)
-    for name, seconds in (("01_a", 5), ("02_b", 50), ("02_b", 60), ("03_c", 20)):
-        (records / f"{name}{seconds}.json").write_text(json.dumps({"notebook": name, "seconds": seconds}))
-    (records / "02_b.claims.json").write_text(json.dumps({"notebook": "02_b"}))
-    (records / "03_half.json").write_text("{")
+    for name, seconds, used in (("01_a", 5, []), ("02_b", 1, [29, 30]), ("03_c", 20, [])):
+        runs = [{"run": f"lenet-{k}", "seconds": k} for k in used]
+        write_json(records / f"{name}.uses.json", {"notebook": name, "seconds": seconds, "runs": runs})
+    (records / "05_half.uses.json").write_text("{")
 
     def order():
         sections = {name: ("quick", False, {}) for name in toy.names()}

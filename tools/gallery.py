@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from jobs import recorded_times, records_of_use
 from layout import Layout
 from PIL import Image
 
@@ -229,14 +230,16 @@ def _minutes(seconds: float) -> str:
 
 
 def notebooks(layout: Layout) -> str:
-    """The table of notebooks: what is asked, what came out, and how long it took where its figures were made."""
+    """The table of notebooks: what is asked, what came out, and how long it took to compute from nothing."""
     claims, _ = collect(layout)
-    paths = {path.name.split(".")[0]: path for path in (layout.figures / PROFILES[0]).glob("*.uses.json")}
-    times = {name: read_json(path).get("seconds", 0) for name, path in paths.items()}
+    times, uses = recorded_times(layout, PROFILES[0]), records_of_use(layout, PROFILES[0]).values()
+    shared = {run["run"]: run["seconds"] for use in uses for run in use["runs"]}  # each once
+    together = sum(shared.values()) + sum(use["seconds"] for use in uses)
     groups = {name: [record for record in claims if record["notebook"] == name] for name in layout.names()}
     rows = [_notebook(records, times.get(name, 0)) for name, records in groups.items() if records]
-    rows.append(["together, two side by side", "", _counts(claims), _minutes(sum(times.values()) / 2)])
-    return table(["notebook", "a claim of the paper, or a question of its reviewers", "all verdicts", "time"], rows)
+    rows.append(["together, two side by side", "", _counts(claims), _minutes(together / 2)])
+    heads = ["notebook", "a claim of the paper, or a question of its reviewers", "all verdicts", "time from nothing"]
+    return table(heads, rows)
 
 
 def readme(layout: Layout) -> str:

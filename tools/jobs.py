@@ -15,7 +15,7 @@ import profiles
 from layout import HERE, Layout
 from nbclean import clean, dumps
 
-from lib.files import folder_from_environment, write_bytes
+from lib.files import folder_from_environment, read_json, write_bytes
 
 TINY = "tiny"
 INLINE = "module://matplotlib_inline.backend_inline"  # what a kernel would set, after matplotlib is imported here
@@ -166,10 +166,15 @@ def read_times(layout: Layout, profile: str) -> dict[str, float]:
 
 
 def recorded_times(layout: Layout, profile: str) -> dict[str, float]:
-    """Seconds that each notebook took where its figures were made: a guess for a checkout where nothing ran yet."""
-    times: dict[str, float] = {}
-    for path in (layout.figures / profile).glob("*.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            record = json.loads(path.read_text(encoding="utf-8"))
-            times[record["notebook"]] = max(times.get(record["notebook"], 0.0), record["seconds"])
-    return times
+    """Seconds of computing of each notebook from nothing, with all that it uses, where its figures were made."""
+    return {name: use["seconds"] + sum(run["seconds"] for run in use["runs"])
+            for name, use in records_of_use(layout, profile).items()}  # fmt: skip
+
+
+def records_of_use(layout: Layout, profile: str) -> dict[str, dict]:
+    """What each notebook used when its figures were made, and how long that took (`NAME.uses.json`)."""
+    found = {}
+    for path in sorted((layout.figures / profile).glob("*.uses.json")):
+        with contextlib.suppress(OSError, ValueError):  # cut, or not to be read: a time is not worth a failure
+            found[path.name.removesuffix(".uses.json")] = {"seconds": 0, "runs": []} | read_json(path)
+    return found
