@@ -355,10 +355,15 @@ def stepper(figs, labels, *, what):
     Returns:
         An HTML object, to end a cell with. The first picture is what is seen without JavaScript.
     """
-    pictures = []
+    pictures, places = [], []
     for fig, label in zip(figs, labels, strict=True):
         buffer, small = io.BytesIO(), io.BytesIO()
+        if places:  # laid out as the first one is, so that nothing jumps
+            fig.set_layout_engine("none")
+        for ax, place in zip(fig.axes, places, strict=bool(places)):
+            ax.set_position(place)
         fig.savefig(buffer, dpi=100, metadata={"Software": None})
+        places = places or [ax.get_position(original=True) for ax in fig.axes]
         plt.close(fig)
         few = Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE)
         few.save(small, "png", optimize=True)

@@ -136,6 +136,18 @@ print(f"separable up to eps_sep = {sep:.3f}; eps_bar = {bar:.3f}")
 
 
 # %%
+def optimum(x, y, **asked):
+    """The minimiser, remembered: the solver's rounds are most of this notebook's time."""
+    facts = {"x": x.tolist(), "y": y.tolist(), **asked}
+    W, b, loss, gap = runs.remember("optima", facts, lambda: pack(linear.minimize(x, y, **asked)))
+    return linear.Minimum(np.array(W), None if b is None else np.array(b), loss, gap)
+
+
+def pack(best):
+    return [best.W.tolist(), None if best.b is None else best.b.tolist(), best.loss, best.gap]
+
+
+# %%
 def draw_plane(ax, eps):
     """The three regions of the plane, lines of equal robust loss, and the best classifier where there is one."""
     ax.pcolormesh(side, side, regions(plane, points, labels, eps), cmap=colours, vmin=0, vmax=2, rasterized=True)
@@ -143,7 +155,7 @@ def draw_plane(ax, eps):
     levels = np.log(2) + np.array([-0.6, -0.45, -0.3, -0.15, -0.05, 0.0, 0.3, 1.0])
     ax.contour(side, side, loss, levels=levels, colors="0.35", linewidths=0.6, linestyles="solid")
     if eps > sep:
-        ax.plot(*np.diff(linear.minimize(points, labels, eps=eps, norm="l2").W, axis=0)[0], "k*", markersize=9)
+        ax.plot(*np.diff(optimum(points, labels, eps=eps, norm="l2").W, axis=0)[0], "k*", markersize=9)
     ax.set(xlabel="$w_1$", aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
     ax.grid(False)
 
@@ -372,17 +384,6 @@ def classes(K):
     y = np.concatenate([np.full(n, k) for k, n in enumerate([9, 5, 4][:K])])
     centres = np.array([[1.2, 0.2], [-0.8, 0.9], [0.1, -1.3]])
     return centres[y] + np.random.default_rng(seeds[0]).normal(size=(len(y), 2)), y
-
-
-def optimum(x, y, **asked):
-    """The minimiser, remembered: the solver's rounds are most of this notebook's time."""
-    facts = {"x": x.tolist(), "y": y.tolist(), **asked}
-    W, b, loss, gap = runs.remember("optima", facts, lambda: pack(linear.minimize(x, y, **asked)))
-    return linear.Minimum(np.array(W), None if b is None else np.array(b), loss, gap)
-
-
-def pack(best):
-    return [best.W.tolist(), None if best.b is None else best.b.tolist(), best.loss, best.gap]
 
 
 # %%
