@@ -25,9 +25,10 @@ from .evaluation import wrong
 from .files import checksum, read_json, write_json
 from .models import Ensemble
 
-NAMES = {"lenet": "LeNet", "vgg16": "VGG16", "resnet18": "ResNet18", "mnist": "MNIST", "mnist5k": "MNIST (5,000)",
-         "mnistm": "MNIST-M stand-in", "fashionmnist": "Fashion-MNIST", "cifar10": "CIFAR-10",
-         "cosine_misread": "cosine in the wrong unit"}  # fmt: skip
+NAMES = {"lenet": "LeNet", "vgg": "VGG16", "vgg16": "VGG16", "resnet": "ResNet18", "resnet18": "ResNet18",
+         "mnist": "MNIST", "mnist5k": "MNIST (5,000)", "mnistm": "MNIST-M stand-in", "fashionmnist": "Fashion-MNIST",
+         "cifar10": "CIFAR-10", "const": "constant", "cosine_misread": "cosine in the wrong unit",
+         "relu": "ReLU", "elu": "ELU"}  # fmt: skip
 # What is asked of a row: two (arm, network), the first of which should err less.
 QUESTIONS = {
     "periodic ensemble - single run": (("periodic cosine", "ensemble"), ("cosine", "end")),

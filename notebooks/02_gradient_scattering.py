@@ -69,7 +69,7 @@ from IPython.display import display
 from matplotlib.ticker import LogLocator
 from scipy.special import erfc, expit
 
-from lib import inference, landscape, linear, recipes, runs
+from lib import cells, inference, landscape, linear, recipes, runs
 from lib.attacks import pgd
 from lib.figures import Book, stepper
 
@@ -325,7 +325,6 @@ book.check("It is nearly one in logistic regression, for constants taken near w 
 
 # %%
 ACTIVATIONS = {"relu": F.relu, "softplus": F.softplus, "elu": F.elu}
-SPELT = {"relu": "ReLU", "softplus": "softplus", "elu": "ELU"}
 
 
 def two_units(s, u1, u2, eps):
@@ -353,7 +352,7 @@ book.check("The jumps of the two ReLU units are those of the formulas",
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.9))
 for name, s in ACTIVATIONS.items():
     us = np.linspace(0.9, 1.1, 101)
-    axes[0].plot(us, [two_units(s, u1, 1.0, 0.5)[0] for u1 in us], label=SPELT[name])
+    axes[0].plot(us, [two_units(s, u1, 1.0, 0.5)[0] for u1 in us], label=cells.spelt(name))
 axes[0].set(xlabel="$u_1$ ($u_2$ = 1)", ylabel="d loss / d $u_1$, eps = 0.5", title="one gradient")
 for ax, column in zip(axes[1:], ["weights", "biases"]):
     sns.lineplot(jumps, x="eps", y=column, hue="activation", style="activation", markers=True, dashes=False, ax=ax,
@@ -635,9 +634,10 @@ for ax, (kind, radii) in zip(axes.T, network_eps.items()):
             lines = part[part.activation == a].groupby(["seed", "eps"])[column].mean().unstack()
             panel.plot(radii, lines.T, "-", color=f"C{i}", alpha=0.4, linewidth=0.8)
             panel.plot(radii, lines.mean(), "os"[i % 2] + "-", color=f"C{i}", markersize=4,
-                       label=f"{SPELT[a]}: by the new attacks (scattering)")  # fmt: skip
+                       label=f"{cells.spelt(a)}: by the new attacks (scattering)")  # fmt: skip
         smooth = part[part.activation == a].groupby("eps").fixed.mean()
-        ax[0].plot(radii, smooth, "--", color=f"C{i}", linewidth=1, label=f"{SPELT[a]}: attacks kept (smooth part)")
+        label = f"{cells.spelt(a)}: attacks kept (smooth part)"
+        ax[0].plot(radii, smooth, "--", color=f"C{i}", linewidth=1, label=label)
     ax[0].set(title=CONTROL[kind], yscale="log")
     ax[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     ax[0].yaxis.set_major_formatter("{x:g}")

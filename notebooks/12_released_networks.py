@@ -50,7 +50,6 @@ bound = 0.1  # a larger share of the images that show a sign of masking matters
 
 # %%
 import hashlib
-import re
 import tempfile
 from fractions import Fraction
 from functools import partial
@@ -176,13 +175,10 @@ def signs_of_masking(network, x, y, eps, found):
 
 
 # %%
-SPELT = {"vgg": "VGG16", "resnet": "ResNet18", "const": "constant"}
-
-
 def label(family, arm=""):
     """What a family, and an arm of it, are called: "LeNet, MNIST, constant"."""
     parts = [*family.split("_"), *([arm.replace("_", " ")] if arm else [])]
-    return ", ".join(cells.spelt(re.sub(r"\w+", lambda word: SPELT.get(word[0], word[0]), part)) for part in parts)
+    return ", ".join(cells.spelt(part) for part in parts)
 
 
 # %%
