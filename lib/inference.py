@@ -143,7 +143,7 @@ def _why_no_trend(seeds, k, z, p, level):
     return f"too few seeds: {seeds}; about {wanted} would decide if the order stays as it is"
 
 
-def difference(what, *, margin, expect="smaller", level=LEVEL):
+def difference(what, *, margin, expect="smaller", level=LEVEL, over="seeds and images"):
     """Does the first arm err less than the second? Paired by seed and image; Student's interval on two levels.
 
     The seeds' spread and the images' spread enter as two independent errors (a crossed design: every seed's network
@@ -155,13 +155,14 @@ def difference(what, *, margin, expect="smaller", level=LEVEL):
         what: of what: "robust error, cosine minus constant".
         margin: the smallest difference that matters, in the unit of the values; > 0.
         expect: "smaller", "larger" or "no difference" (beyond the margin), whichever the claim says of the first arm.
+        over: what the data hold, for the text: "seeds" where they are values and not masks.
     Returns:
         A Rule for two arrays of equal shape: masks (seeds, images), True where the network errs, or values (seeds,).
     """
     _one_of("expect", expect, ("smaller", "larger", "no difference"))
     if not margin > 0:
         raise ValueError(f"the margin must be positive, got {margin}")
-    text = (f"{_upper(what)}: {expect}, by the {1 - level:.0%} interval over seeds and images, paired. *Smaller* or "
+    text = (f"{_upper(what)}: {expect}, by the {1 - level:.0%} interval over {over}, paired. *Smaller* or "
             f"*larger* if the interval leaves out 0; *no difference beyond the margin* if it lies within "
             f"±{margin:g}; else undecided.")  # fmt: skip
 

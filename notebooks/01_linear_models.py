@@ -571,8 +571,9 @@ for kind, name in NORMS.items():
 # %%
 nearest = max((r for r in sgd_ratios if r < 1), default=None)
 beyond = min((r for r in sgd_ratios if r > 1), default=None)
-useful = inference.difference(f"robust loss after SGD at {nearest} eps_bar minus log 2, nats", margin=1e-4)
-constant = inference.difference(f"the same at {beyond} eps_bar", margin=1e-3, expect="no difference")
+useful = inference.difference(f"robust loss after SGD at {nearest} eps_bar minus log 2, nats", margin=1e-4,
+                              over="seeds")  # fmt: skip
+constant = inference.difference(f"the same at {beyond} eps_bar", margin=1e-3, expect="no difference", over="seeds")
 display(useful, constant)
 
 

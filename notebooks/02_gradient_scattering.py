@@ -413,7 +413,7 @@ gammas = [2.5, 4.0, 8.0]
 theorem = {g: 4 / (g**2 - 2 * g + 4) for g in gammas}
 largest_T = max(sgd_lengths)
 late = inference.difference(f"frequency / bound of Theorem 2 at T = {largest_T:,}, the largest over eps and γ, minus 1",
-                            margin=0.05)  # fmt: skip
+                            margin=0.05, over="seeds")  # fmt: skip
 moreau = inference.exact("by how much a frequency is above the bound by the envelope", tolerance=0)
 display(late, moreau)
 
