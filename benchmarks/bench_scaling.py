@@ -190,7 +190,9 @@ def tables(record):
     lines += ["", "| what | runs | operations | 2 cores | 64 cores | 1 GPU | 8 GPUs |", "|---|---|---|---|---|---|---|"]
     for r in record["cost"]:
         gpu = r["operations"] / (H100 * SHARE) / 3600
-        times = [r["core_hours"] / 2, r["core_hours"] / 64, gpu, gpu / min(8, r["runs"] if r["runs"] > 1 else 8)]
+        one = r["core_hours"] / r["runs"]  # a network is trained by one thread, so they come in rounds
+        times = [one * math.ceil(r["runs"] / cores) for cores in (2, 64)]
+        times += [gpu, gpu / 8 if r["runs"] == 1 else gpu / r["runs"] * math.ceil(r["runs"] / 8)]
         lines.append(f"| {r['what']} | {r['runs']} | {r['operations']:.1e} | {' | '.join(map(words, times))} |")
     return "\n".join(lines)
 

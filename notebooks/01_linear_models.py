@@ -278,16 +278,17 @@ book.answer(
 # %% [markdown]
 # ## Fractions of directions, and the question of the complement
 #
-# A reviewer asked whether T is simply the complement of V. For **one point and two classes** it is (of the interior of
-# V): with one point in the plane and the Euclidean norm, V is the cone of half-angle $\arccos(\epsilon/\|x\|)$ round
-# $x$, a fraction $\arccos(\epsilon/\|x\|)/\pi$ of all directions, and T is the rest. **In general it is not.** Both
-# counter-examples have eps = 0 and one input:
+# A reviewer asked whether T is simply the complement of V. For **one point and two classes** it is, but for the border:
+# of the classifiers whose robust margin is positive. With one point in the plane and the Euclidean norm, V is the cone
+# of half-angle $\arccos(\epsilon/\|x\|)$ round $x$, a fraction $\arccos(\epsilon/\|x\|)/\pi$ of all directions, and T
+# is the rest. **In general it is not.** Both counter-examples have eps = 0 and one input:
 #
 # * two points, x = 3 of class + and x = 1 of class −, with w = 1: the second point is wrong, so w is not in V, but
 #   scaling w up from 0 lowers the loss, so it is not in T;
 # * one point, three classes: x = 1 of class 1, with w = (1, 1.5, −3): class 2 wins, and yet some scale helps.
 #
-# What is always true: the interior of V and T are disjoint (unless eps and all points are zero).
+# What is always true: a classifier all of whose robust margins are positive is not in T, since scaling it up from 0
+# lowers the loss of every point.
 
 # %%
 rule = inference.exact("share of directions in V, distance from the arccos formula (one point)", tolerance=0.005)

@@ -27,16 +27,17 @@
 # L_{\theta\theta}\|\theta_1-\theta_2\|+2\epsilon L_{\theta x}.$$
 #
 # What should be seen if this holds: gradient differences that stay under a line with an intercept of
-# $2\epsilon L_{\theta x}$, and cases that reach it; under SGD, gradients of size $\epsilon L_{\theta x}$ that do not
-# vanish; in a network, gradients that change abruptly, and perturbations that turn, the more so the larger eps is.
+# $2\epsilon L_{\theta x}$, and cases that reach it; under SGD, gradients that are seldom larger than a multiple of
+# $\epsilon L_{\theta x}$ (an upper bound; in the example none is smaller than eps, by construction); in a network,
+# gradients that change abruptly, and perturbations that turn, the more so the larger eps is.
 #
 # Two [reviewers](https://papers.neurips.cc/paper_files/paper/2020/file/f56d8183992b6c54c92c16a8519a6e2b-Review.html)
 # doubted it: one because ReLU has no second derivative, one because two worst inputs might have equal gradients.
 #
-# *Change this, expect that.* `sgd_lengths = [100, 1000]`: the frequencies are above the lines of Theorem 2, and its
-# verdict is undecided: T is too small for the smallest eps. `activations = ["softplus"]`: at this eps these networks
-# learn nothing, and the verdicts on networks are undecided for that reason. `tight_cases = 50`: still equal, to
-# rounding.
+# *Change this, expect that.* `sgd_lengths = [100, 1000]`: the frequencies at the smallest eps are above the lines of
+# Theorem 2, and its verdict is undecided: T is too small for them. `activations = ["softplus"]`: at this eps these
+# networks learn nothing, and the verdicts on networks are undecided for that reason. `tight_cases = 50`: still equal,
+# to rounding.
 
 # %% tags=["parameters"]
 profile = "quick"
@@ -132,7 +133,8 @@ table = pd.DataFrame([(t, *w, *g[1:].ravel()) for t in sequence for w, g in [wor
 book.save(
     fig, "02_sketch", table, source=exact,
     caption="Loss over the ball (darker: larger) as the parameters move: the worst point jumps from one corner to the "
-    "other, and with it the gradient (at t = 0 they tie). Linear classifier, three classes, max norm, eps = 1.",
+    "other, and with it the gradient (at t = 0 they tie; the left one is drawn). Linear classifier, three classes, max "
+    "norm, eps = 1.",
 )  # fmt: skip
 
 # %% [markdown]

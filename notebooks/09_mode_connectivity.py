@@ -18,8 +18,9 @@
 # arXiv:1802.10026) found, for ordinary training, that a simple curve leads round it. The appendix finds such curves
 # for adversarial training too.
 #
-# What should be seen if this holds: along the straight line, loss and error are far above those of both ends; along a
-# trained Bezier curve they stay near them, at eps 0 and at a larger eps alike.
+# What should be seen if this holds: along the straight line the loss is far above that of both ends; along a trained
+# Bezier curve it rises by at most a quarter of that, at eps 0 and at a larger eps alike. (Errors are drawn, too, not
+# judged: they are small at the ends, so that a small rise doubles them.)
 #
 # The curve has three free points, as in the paper, which start on the line. Each training step picks a random place on
 # the curve, attacks a mini-batch *there*, and moves the free points against the gradient. The two ends stay what they
@@ -64,7 +65,8 @@ where, colours = device(), eps_colours(curve_grid)
 #
 # The same runs as in notebook 4 and some more seeds, all with a constant budget. No network is the end of two curves,
 # so the pairs are independent. How near the ends are to minima of the loss that is plotted (the adversarial loss on the
-# first training images) is printed: the norm of its gradient, at the initial point and at the end.
+# first training images) is printed: the norm of its gradient, at the initial point and at the end. Where it has grown,
+# the ends are what training ends at, and no minima (notebook 3 has this norm along eps).
 
 # %%
 pairs = list(zip(seeds[::2], seeds[1::2]))

@@ -35,7 +35,7 @@ INTRO = """\
 # Claims and figures
 
 Each notebook writes its figures here, one folder per profile: the picture, the numbers drawn (`.csv`) and a record
-(`.json`) with parameters, seeds, data, versions and hardware. Below: what to believe, in ten lines; three ledgers (what
+(`.json`) with parameters, seeds, data, versions and hardware. Below: what to believe; three ledgers (what
 the paper claims, what its reviewers asked, what checks this companion itself); the figures. A verdict is computed by
 the notebook from its run, by a rule stated before its figure, at the level of one in a hundred; "undecided" says why,
 and which n would decide. The profile is the size of the run: `quick` is minutes on two cores, `overnight` a night. This
