@@ -14,7 +14,6 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.01
-ALIKE = math.ceil(1 - math.log2(LEVEL))  # seeds that must agree before chance (a coin each, two-sided) is excluded
 
 
 @dataclass(frozen=True)
@@ -98,14 +97,17 @@ def trend(what, *, expect, margin=0.0, level=LEVEL):
         means = ", ".join(f"{_number(m)}" for m in v.mean(0))
         p, against, z = (1.0, 1.0, 0.0) if min(seeds, k) < 2 else _page(sign * v)
         measured = f"means {means}; p = {_p(min(p, against))}{'' if p <= against else ' for the other direction'}"
-        change = v[:, -1] - v[:, 0] if np.isfinite(v[:, [0, -1]]).all() else np.full(seeds, sign * np.inf)
-        if p <= level and sign * change.mean() >= margin:
+        equal = v[:, -1] == v[:, 0]  # two infinite ones, too
+        change = np.subtract(v[:, -1], v[:, 0], out=np.zeros(seeds), where=~equal)
+        with np.errstate(invalid="ignore"):  # opposite infinities have no mean, and a NaN is not beyond the margin
+            mean = change.mean()
+        if p <= level and sign * mean >= margin:
             return Finding(expect, True, measured)
         if against <= level:
             return Finding("falls" if sign > 0 else "rises", False, measured)
         if margin and seeds > 1 and np.isfinite(change).all():
             half = stats.t.ppf(1 - level / 2, seeds - 1) * stats.sem(change)
-            if abs(change.mean()) + half < margin:
+            if abs(mean) + half < margin:
                 return Finding(f"no change beyond {margin:g}", False, measured)
         return Finding("undecided", None, measured, _why_no_trend(seeds, k, z, p, level))
 
@@ -132,6 +134,8 @@ def _page(v):
 
 
 def _why_no_trend(seeds, k, z, p, level):
+    if seeds < 2:
+        return "one seed cannot decide"
     if k < 2:
         return "one condition has no trend: two at least, better three"
     least = max(2, math.ceil(math.log(level) / -math.log(math.factorial(k))))
@@ -149,7 +153,8 @@ def difference(what, *, margin, expect="smaller", level=LEVEL, over="seeds and i
     The seeds' spread and the images' spread enter as two independent errors (a crossed design: every seed's network
     sees the same images), joined as in Zou & Donner's method of variance estimates recovery. A percentile bootstrap
     over three or four seeds does not keep its level; this does (tests/test_inference.py simulates it). Values (whole
-    numbers, say) that are alike in all seeds have no spread to go by: they decide only if there are ALIKE of them.
+    numbers, say) that are alike in all seeds have no spread to go by: they decide only if there are so many seeds that
+    chance, a coin each, is excluded at the level (8 at one in a hundred).
 
     Args:
         what: of what: "robust error, cosine minus constant".
@@ -168,8 +173,8 @@ def difference(what, *, margin, expect="smaller", level=LEVEL, over="seeds and i
 
     def test(a, b):
         d = _differences(a, b)
-        mean, *errors = _errors(d)
-        half = _half(len(d), *errors, level)
+        mean, *errors = _errors(d, level)
+        half = _half(d.shape, *errors, level)
         most = 1.0 if d.shape[1] > 1 else math.inf  # that shares of images can differ by
         ends = f" [{max(mean - half, -most):+.4g}, {min(mean + half, most):+.4g}]" if math.isfinite(half) else ""
         measured = f"{mean:+.4g}{ends}"
@@ -190,39 +195,48 @@ def difference(what, *, margin, expect="smaller", level=LEVEL, over="seeds and i
 def interval(a, b, *, level=LEVEL):
     """Mean of a - b and half the width of its interval, as in `difference` (infinite for one seed)."""
     d = _differences(a, b)
-    mean, *errors = _errors(d)
-    return mean, _half(len(d), *errors, level)
+    mean, *errors = _errors(d, level)
+    return mean, _half(d.shape, *errors, level)
 
 
 def _differences(a, b):
     a, b = (np.asarray(v, float) for v in (a, b))
     if a.shape != b.shape or not a.size or a.ndim not in (1, 2):
         raise ValueError(f"pairs need two arrays (seeds, images) or (seeds,) of one shape, got {a.shape} and {b.shape}")
-    d = np.round(a - b, 12) + 0.0
-    if not np.isfinite(d).all():
+    if not np.isfinite([a, b]).all():
         raise ValueError("pairs need finite values: there are NaN or infinite ones")
+    scale = max(1.0, np.abs([a, b]).max())
+    d = np.round((a - b) / scale, 12) * scale + 0.0  # what is equal up to rounding is equal
     return d.reshape(len(d), -1)
 
 
-def _errors(d):
+def _alike(level):
+    """How many seeds must agree before chance, a coin each, is excluded on both sides."""
+    return math.ceil(1 - math.log2(level))
+
+
+def _errors(d, level):
     """Mean of differences (seeds, images), and the standard errors that come from the seeds and from the images."""
     s, n = d.shape
     seeds, images, mean = d.mean(1), d.mean(0), d.mean()
     if s == 1:
         return mean, math.inf, 0.0
     if n == 1:
-        chance = not seeds.std() and s < ALIKE  # no spread seen is not no spread
-        return mean, math.inf if chance else seeds.std(ddof=1) / math.sqrt(s), 0.0
+        if np.ptp(seeds) == 0:  # no spread seen is not no spread
+            return mean, math.inf if s < _alike(level) else 0.0, 0.0
+        return mean, seeds.std(ddof=1) / math.sqrt(s), 0.0
     both = ((d - seeds[:, None] - images + mean) ** 2).sum() / ((s - 1) * (n - 1))  # mean squares of a crossed design
     from_seeds = max(n * seeds.var(ddof=1), both) / (s * n)
     from_images = max(s * images.var(ddof=1) - both, 0) / (s * n)
-    least = -math.log(LEVEL) / n / stats.norm.isf(LEVEL / 2) if not d.any() else 0.0  # none differs: the rule of three
+    least = 0.0
+    if np.ptp(d) == 0:  # the rule of three, from so many images on that chance is excluded
+        least = math.inf if n < _alike(level) else -math.log(level) / n / stats.t.isf(level / 2, n - 1)
     return mean, math.sqrt(from_seeds), max(math.sqrt(from_images), least)
 
 
-def _half(seeds, seed_error, image_error, level):
-    t = stats.t.isf(level / 2, seeds - 1) if seeds > 1 else math.inf
-    return math.hypot(t * seed_error if seed_error else 0.0, stats.norm.isf(level / 2) * image_error)
+def _half(shape, seed_error, image_error, level):
+    parts = zip(shape, (seed_error, image_error), strict=True)
+    return math.hypot(*(stats.t.isf(level / 2, n - 1) * e if n > 1 else e for n, e in parts))
 
 
 def _mcnemar(d):
@@ -236,13 +250,15 @@ def _why_no_difference(d, mean, half, errors, margin, level):
     (s, n), (seed_error, image_error) = d.shape, errors
     if s == 1:
         return "one seed: the spread between seeds is unknown; three at least"
+    if math.isinf(image_error):
+        return f"too few images: {n}, all alike; {_alike(level)} alike would decide"
     if math.isinf(half):
-        return f"too few seeds: {s}, all alike, so that their spread is unknown; {ALIKE} alike would decide"
+        return f"too few seeds: {s}, all alike, so that their spread is unknown; {_alike(level)} alike would decide"
     goal = max(abs(mean), margin - abs(mean))  # the shorter way out: away from 0, or inside the margin
     more_images = max(1.0, 2 * (stats.norm.isf(level / 2) * image_error / goal) ** 2)
     numbers = range(s + 1, 1001)  # of seeds, each of which narrows the interval
     enough = bisect_left(numbers, True, key=lambda k: _half(
-        k, seed_error * math.sqrt(s / k), image_error / math.sqrt(more_images), level) < goal)  # fmt: skip
+        (k, n), seed_error * math.sqrt(s / k), image_error / math.sqrt(more_images), level) < goal)  # fmt: skip
     wanted = f"about {numbers[enough]} seeds" if enough < len(numbers) else "more than 1,000 seeds"
     images = f" and {math.ceil(n * more_images / 100) * 100:,} images" if more_images > 1 else ""
     return f"half-width {half:.2g} at {s} seeds{f', {n:,} images' if n > 1 else ''}; {wanted}{images} would decide"
@@ -265,9 +281,9 @@ def at_most(what, *, bound, level=LEVEL):
         return stats.beta.isf(level, k + 1, n - k) if k < n else 1.0
 
     def test(count, n):
+        if not (float(count).is_integer() and float(n).is_integer() and 0 <= count <= n and n >= 1):
+            raise ValueError(f"a share needs a whole count between 0 and n, n >= 1: got {count} of {n}")
         k, n = int(count), int(n)
-        if not 0 <= k <= n or n < 1:
-            raise ValueError(f"a share needs a count between 0 and n, n >= 1: got {count} of {n}")
         high, low = upper(k, n), stats.beta.ppf(level, k, n - k + 1) if k else 0.0
         measured = f"{k} of {n:,}, that is {low:.3g} to {high:.3g}"
         if high <= bound:
@@ -294,7 +310,7 @@ def exact(what, *, tolerance):
     text = f"{_upper(what)}: at most {tolerance:g}."
 
     def test(error):
-        worst = float(np.max(np.abs(np.asarray(error, float)))) if np.size(error) else math.nan
+        worst = float(np.max(np.abs(np.asarray(error)).astype(float))) if np.size(error) else math.nan
         if np.size(error) == 0:
             return Finding("undecided", None, "nothing", "there was nothing to compare")
         return Finding("holds" if worst <= tolerance else "fails", worst <= tolerance,

@@ -1,5 +1,6 @@
 """The rules against simulated data of known effect: they err at the stated rate, and find what they say they can."""
 
+import itertools
 import math
 
 import numpy as np
@@ -23,6 +24,13 @@ def masks(rng, seeds, images, effect, between=0.02, hard=0.2):
 
 
 class TestTrend:
+    def test_an_infinite_value_counts_in_its_own_direction(self):
+        rule, rows = trend("x", expect="rises", margin=10), [[0.0, 0.05, 0.1, 0.15]] * 7
+        assert rule([*rows, [0.0, 1.0, 2.0, math.inf]]).holds is True
+        assert rule([*rows, [math.inf, 0.0, 1.0, 2.0]]).holds is None
+        assert rule([*rows, [math.inf, 1.0, 2.0, math.inf]]).holds is not True
+        assert "one seed cannot" in trend("x", expect="rises")([[1.0, 2.0, 3.0]]).why
+
     @pytest.mark.parametrize("shape", [(3, 5), (3, 3), (8, 2), (5, 4)])
     def test_errs_at_most_at_its_level(self, shape):
         rng, rule = np.random.default_rng(0), trend("noise", expect="rises")
@@ -65,6 +73,24 @@ class TestTrend:
 
 
 class TestDifference:
+    @pytest.mark.parametrize("shift", [1.0, 0.1, 1e6 + 0.1])
+    def test_seeds_that_are_alike_up_to_rounding_have_no_spread_to_go_by(self, shift):
+        rule = difference("x", margin=0.05)
+        for n in range(2, 12):
+            first = np.arange(1.0, n + 1)
+            assert rule(first + shift, first).outcome == ("undecided" if n < 8 else "larger"), n
+        strict = difference("x", margin=0.05, level=1e-4)
+        assert "15 alike" in strict(np.ones(9), np.zeros(9)).why
+
+    @pytest.mark.parametrize("seeds, images", [(2, 2), (3, 3), (2, 5), (3, 8)])
+    def test_few_images_keep_the_level(self, seeds, images):
+        """A coin for each image, the same in all seeds: every outcome of the coins is tried."""
+        wrong = 0
+        for coins in itertools.product((False, True), repeat=images):
+            a = np.tile(coins, (seeds, 1))
+            wrong += difference("x", margin=0.05)(a, ~a).outcome in ("smaller", "larger")
+        assert wrong / 2**images <= 0.01
+
     @pytest.mark.parametrize(
         ("seeds", "images", "between"), [(3, 300, 0.03), (3, 300, 0.0), (4, 1000, 0.01), (8, 100, 0.1)]
     )
@@ -87,7 +113,7 @@ class TestDifference:
         """Var(mean) = s^2/S + i^2/N + r^2/(S N) for effects of seeds, images and a rest; the bootstrap agrees."""
         rng, (seeds, images) = np.random.default_rng(4), (200, 400)
         d = rng.normal(0, 0.3, (seeds, 1)) + rng.normal(0, 0.5, (1, images)) + rng.normal(0, 1, (seeds, images))
-        _, from_seeds, from_images = _errors(d)
+        _, from_seeds, from_images = _errors(d, 0.01)
         closed = 0.09 / seeds + 0.25 / images + 1 / (seeds * images)
         assert from_seeds**2 + from_images**2 == pytest.approx(closed, rel=0.15)
         rows, columns = rng.integers(seeds, size=(500, seeds)), rng.integers(images, size=(500, images))
@@ -136,6 +162,11 @@ class TestDifference:
 
 
 class TestAtMost:
+    @pytest.mark.parametrize("count, n", [(0.3, 1000), (2.9, 200), (1, 10.5), (math.nan, 10)])
+    def test_a_share_is_no_count(self, count, n):
+        with pytest.raises(ValueError, match="whole count"):
+            at_most("x", bound=0.1)(count, n)
+
     @given(st.integers(1, 400), st.floats(0.01, 0.3), st.data())
     def test_is_clopper_and_pearson(self, n, bound, draw):
         k = draw.draw(st.integers(0, n))

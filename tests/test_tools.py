@@ -1,6 +1,7 @@
 """The tools, on small projects made in temporary folders."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import check_pairs  # noqa: E402
+import execute  # noqa: E402
 import gallery  # noqa: E402
 import jobs  # noqa: E402
 import nbclean  # noqa: E402
@@ -692,6 +694,48 @@ def test_a_killed_runner_takes_its_kernels_along(long_run):
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
     assert not scratch.exists()
+
+
+@pytest.mark.skipif(not execute.FORKS, reason="kernels are forked on Linux only")
+def test_a_kernel_that_is_never_called_ends_with_its_notebook():
+    theirs, ours = multiprocessing.Pipe(duplex=False)
+    kernel = multiprocessing.get_context("fork").Process(target=execute._kernel, args=[theirs, ours])
+    kernel.start()
+    theirs.close(), ours.close()
+    kernel.join(20)
+    assert kernel.exitcode == 0
+
+
+def test_a_kernel_is_as_a_new_process(toy):
+    """Nothing of the runner is in it, its random numbers are its own, and what it leaves for its end is done."""
+    look = "import atexit, pathlib, sys\nimport numpy as np"
+    look += "\natexit.register(pathlib.Path(__name__ + NAME).touch)"
+    look += "\npathlib.Path(NAME).write_text(str(np.random.rand()))"
+    look += "\nprint([m for m in ('execute', 'jobs', 'profiles', 'gallery') if m in sys.modules],"
+    look += " [p for p in sys.path if p.endswith('tools')])"
+    for name in ("01_a", "02_b", "03_c"):
+        add(toy, name, f"NAME = {name!r}", look)
+    assert run(toy).returncode == 0
+    assert all("[] []" in (toy.notebooks / f"{name}.ipynb").read_text() for name in toy.names())
+    assert len({(toy.notebooks / name).read_text() for name in toy.names()}) == 3
+    assert len(list(toy.notebooks.glob("__main__*"))) == 3
+
+
+def test_a_process_that_ends_by_itself_does_not_stop_the_killing(monkeypatch):
+    root = subprocess.Popen(["sh", "-c", "sleep 60 & sleep 60 & sleep 60; true"])
+    while len(sleepers := psutil.Process(root.pid).children()) < 3:
+        time.sleep(0.05)
+    kill = psutil.Process.kill
+
+    def late(process):
+        kill(process)
+        if process == sleepers[0]:
+            raise psutil.NoSuchProcess(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "kill", late)
+    execute.kill_tree(root.pid)
+    root.wait(10)
+    assert not psutil.wait_procs(sleepers, timeout=10)[1]
 
 
 # ---------------------------------------------------------------- gallery

@@ -5,6 +5,7 @@ twelve notebooks do not import it twenty-four times. Elsewhere a fork with these
 begin anew.
 """
 
+import atexit
 import contextlib
 import json
 import logging
@@ -34,16 +35,15 @@ STOPPED = "Stopped: "  # a line of the log that says all there is to say
 
 def kill_tree(pid: int, *, itself: bool = True) -> None:
     """Kill a process with all that descend from it. Kernels sit in sessions of their own, so signals miss them."""
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         while left := root.children(recursive=True):
             for process in left:
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself: the others are still to be killed
+                    process.kill()
             psutil.wait_procs(left, timeout=5)
         if itself:
             root.kill()
-    except psutil.NoSuchProcess:
-        pass
 
 
 def _end_with_the_runner(alive, scratch: Path) -> None:
@@ -72,19 +72,37 @@ def _settle(scratch: Path) -> dict:
     return {"KernelManager": connection}
 
 
-def _kernel(calls) -> None:
+def _kernel(calls, others_end) -> None:
     """Wait to be told how, then be the notebook's kernel: what `python -m ipykernel_launcher` is in a new process."""
     os.setsid()
-    command, folder, environment = calls.recv()
+    others_end.close()  # so that the end of the other process is the end of the waiting
+    try:
+        command, folder, environment = calls.recv()
+    except EOFError:
+        return
     from ipykernel.kernelapp import launch_new_instance
 
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    installed = [entry for entry in sys.path if entry.startswith((sys.prefix, sys.base_prefix))]
-    sys.path[:] = [environment["PYTHONPATH"], *installed]  # and not the runner's own
+    _forget_the_runner()
     sys.argv = command[command.index("-m") + 1 :]
-    launch_new_instance()
+    try:
+        launch_new_instance()
+    finally:
+        atexit._run_exitfuncs()  # before 3.13 a fork ends without
+
+
+def _forget_the_runner() -> None:
+    """Take its folder, its modules, what it does at its end and its random numbers out of a fork of it."""
+    tools = str(Path(__file__).parent)
+    sys.path[:] = [entry for entry in sys.path if entry != tools]
+    for name, module in list(sys.modules.items()):
+        if name != "__main__" and str(getattr(module, "__file__", "")).startswith(tools):
+            del sys.modules[name]
+    atexit._clear()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
 
 
 def _provisioner(kernel, calls):
@@ -110,7 +128,7 @@ def _provisioner(kernel, calls):
 def _fork_kernel() -> None:
     """Fork the kernel that is to be, before this process has threads, and tell jupyter_client where it is."""
     theirs, ours = multiprocessing.Pipe(duplex=False)
-    kernel = multiprocessing.get_context("fork").Process(target=_kernel, args=[theirs])
+    kernel = multiprocessing.get_context("fork").Process(target=_kernel, args=[theirs, ours])
     kernel.start()
     theirs.close()
     from jupyter_client.provisioning import KernelProvisionerFactory
@@ -162,11 +180,11 @@ def main(job: dict, log: Path, environment: dict, alive) -> None:
         os.dup2(output, stream)
     os.environ.clear()
     os.environ.update(environment)
-    if FORKS:
-        _fork_kernel()
-    threading.Thread(target=_end_with_the_runner, args=[alive, Path(job["scratch"])], daemon=True).start()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        if FORKS:
+            _fork_kernel()
+        threading.Thread(target=_end_with_the_runner, args=[alive, Path(job["scratch"])], daemon=True).start()
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
         execute(job)
     except Exception as error:
         words = ANSI.sub("", str(error)).strip()

@@ -96,7 +96,8 @@ class Job:
 
     def stop(self) -> None:
         """Kill it with all its descendants; nothing half-written stays."""
-        execute.kill_tree(self.process.pid)
+        if self.process.is_alive():  # its number may be another's by now
+            execute.kill_tree(self.process.pid)
         self.process.join()
         self.follow()
         self.part.unlink(missing_ok=True)
