@@ -188,8 +188,8 @@ def read(folders=None):
                     raise ValueError(f"it is of version {cell['version']}, and this is {training.VERSION}")
                 if path_of(folder, cell) != path:
                     raise ValueError("its name is another cell's")
-                found += _lines(profile, cell)
-            except (ValueError, KeyError, TypeError) as error:
+                found += list(_lines(profile, cell))  # all of them, or none
+            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
                 notes.append(f"{where} is left out: {error}")
     rows = _sorted(found)
     return rows, notes + _mixed(rows)
@@ -218,7 +218,10 @@ def _lines(profile, cell):
              "lr": config["lr"], "seed": config["seed"], "eps": config["eps"], "source": cell["data"],
              "device": f"{made['device']}, {made['precision']}"}  # fmt: skip
     for entry in cell["masks"]:
-        bits = np.unpackbits(np.frombuffer(bytes.fromhex(entry["wrong"]), np.uint8), count=entry["n"]).astype(bool)
+        mask, n = bytes.fromhex(entry["wrong"]), entry["n"]
+        if n < 1 or len(mask) != -(-n // 8):
+            raise ValueError(f"a mask of {n} images has {len(mask)} bytes")
+        bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=n).astype(bool)
         kind = re.sub(r"-\d+", "", entry["attack"])  # PGD-10 and PGD-40 are of one kind
         yield about | entry | {"kind": kind, "wrong": bits}
 

@@ -57,7 +57,8 @@ def certified_error(model, x, y, *, eps, batch_size=500):
     At eps 0 it is the error, a tie for the largest logit counted as wrong. Arguments and errors as for `margin_bounds`.
     """
     margins = margin_bounds(model, x, y, eps=eps, batch_size=batch_size)
-    return (margins.scatter(1, y[:, None], -torch.inf).amax(1) >= 0).double().mean().item()
+    proved = margins.scatter(1, y[:, None], -torch.inf).amax(1) < 0  # where a bound is NaN, nothing is
+    return (~proved).double().mean().item()
 
 
 def local_lipschitz(model, x, y, *, eps, batch_size=50):
@@ -201,6 +202,8 @@ def _objection(layer):
         return "in training mode it is random"
     if isinstance(layer, nn.ELU) and not 0 <= layer.alpha <= 1:
         return "it is convex for alpha from 0 to 1 only"
+    if isinstance(layer, nn.Softplus) and not (layer.beta > 0 and layer.threshold >= 20):
+        return "it is not increasing and convex, or falls where it becomes linear"
     if isinstance(layer, nn.MaxPool2d) and (layer.ceil_mode or layer.return_indices):
         return "neither ceil_mode nor return_indices are known"
     return None

@@ -87,7 +87,7 @@ class Hessian:
                 f"the Hessian is not deterministic: two products with one vector differ by {difference:.2g} of their "
                 f"norm, because of {self._noisy_layer(x)}. Make that deterministic"
             )
-        if abs(v @ self._product(g, first) - square) > 30 * eps**0.5 * square:
+        if abs(v @ self._product(g, first) - square) > max(30 * eps**0.5 * square, torch.finfo(self.dtype).tiny):
             raise ValueError(
                 f"the Hessian is not symmetric: some layer's second derivative is wrong (that of weight_norm is, in "
                 f"PyTorch), or {self.dtype} does not resolve it: then use dtype=torch.float64"
@@ -143,7 +143,7 @@ def top_eigenpairs(model, x, y, k=20, *, num_smallest=0, tolerance=5e-4, seed=0,
             continue
         wanted = np.r_[-1 : -k - 1 : -1, num_smallest - 1 : -1 : -1]
         values, mixing = (a[..., wanted] for a in eigh_tridiagonal(diagonal, off_diagonal[:-1]))
-        scale = max(abs(values).max(), np.finfo(float).tiny)
+        scale = max(abs(values).max(), torch.finfo(hessian.dtype).tiny)  # all may vanish
         residuals = abs(off_diagonal[-1] * mixing[-1]) / scale  # exact, by the recurrence
         if residuals.max() <= 0.9 * tolerance or steps == hessian.size:
             break

@@ -16,7 +16,7 @@ from .models import ACTIVATIONS
 
 @differentiating()
 def predict(model, x, *, batch_size=500):
-    """Logits (N, classes) of the model in evaluation mode, without gradient, in x's type.
+    """Logits (N, classes) of the model in evaluation mode, without gradient, in x's type if that is a floating one.
 
     Raises ValueError for no inputs at all, and for a model that returns no logits.
     """
@@ -24,7 +24,8 @@ def predict(model, x, *, batch_size=500):
     if len(x) == 0:
         raise ValueError("no inputs to evaluate")
     with torch.no_grad(), frozen(model, x, "full") as logits_of:
-        return torch.cat([logits_of(own(part).contiguous()) for part in x.split(batch_size)])
+        parts = (own(part).clone(memory_format=torch.contiguous_format) for part in x.split(batch_size))
+        return torch.cat([logits_of(part) for part in parts])  # of copies: some models work in place
 
 
 @differentiating()

@@ -67,5 +67,5 @@ def read_json(path):
 
 
 def checksum(value):
-    """Hash of a JSON value, 16 hexadecimal digits: equal values have equal ones."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    """Hash of a JSON value, 16 hexadecimal digits: equal values have equal ones. NaN is refused (ValueError)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]

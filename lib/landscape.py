@@ -64,9 +64,14 @@ def eigen_directions(model, x, y, num, **settings):
 
 @differentiating()
 def descent_direction(model, x, y, *, batch_size=500):
-    """Minus the gradient of the mean loss at (x, y), made as long as a filter-normalised direction. Returns (1, P)."""
+    """Minus the gradient of the mean loss at (x, y), made as long as a filter-normalised direction. Returns (1, P).
+
+    Raises ValueError as `surface`, and where the gradient is zero or not finite.
+    """
     x, y = check(model, x, y)
     gradient = _gradient(copied(model), x, y, batch_size)
+    if not 0 < gradient.norm() < math.inf:
+        raise ValueError(f"the gradient has length {gradient.norm().item()}: no direction is steepest")
     return (-gradient / gradient.norm() * random_directions(model, 1)[0].norm())[None]
 
 
@@ -241,12 +246,16 @@ class Curve:
 
 @differentiating()
 def _measure(model, x):
-    """Give batch normalisation the mean and variance over x, each image counted once, all else in evaluation mode."""
+    """Give batch normalisation the mean and variance over x, each image counted once, all else in evaluation mode.
+
+    In parts, whose variances are averaged: so they are drawn at random, lest the order of the images count.
+    """
     norms = [m.train() for m in model.modules() if isinstance(m, BatchNorm)]
     for m in norms:
         m.reset_running_stats()
     momenta, seen = [m.momentum for m in norms], 0
-    for part in _parts(own(x).contiguous(), 500):
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    for part in _parts(own(x)[order].contiguous(), 500):
         seen += len(part)
         for m in norms:
             m.momentum = len(part) / seen

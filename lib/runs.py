@@ -105,6 +105,8 @@ def remember(kind, facts, compute_value, *, version=1):
     Raises:
         ValueError: a corrupted file, or NaN in the value.
     """
+    if Path(kind).name != kind:
+        raise ValueError(f"kind must be a plain name, got {kind!r}")
     path = runs_dir() / kind / f"{checksum([facts, version])}.json"
     with _once(path, path.with_suffix(".lock")) as there:
         if not there:
@@ -112,6 +114,8 @@ def remember(kind, facts, compute_value, *, version=1):
             value = compute_value()
             write_json(path, {"facts": facts, "value": value, "made": compute.made(compute.clock() - start)})
     record = read_json(path)
+    if not isinstance(record, dict) or not {"value", "made"} <= record.keys():
+        raise ValueError(f"{path} holds no remembered value: delete it, and it is computed again")
     _note(f"{kind}/{path.stem}", kind, "remembered" if there else "measured", record["made"])
     return record["value"]
 

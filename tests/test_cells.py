@@ -137,11 +137,18 @@ def test_what_does_not_belong_is_named_and_left_out(folder):
     write(folder, cell(seed=2)).write_text("{")
     shutil.copy(good, good.with_name("constant-lr0.1-seed0.json"))
     write(folder, {k: v for k, v in cell(seed=3).items() if k != "masks"})
+    short = cell(seed=4)
+    short["masks"][-1]["wrong"] = short["masks"][-1]["wrong"][:2]  # the last of its masks: none of the others stays
+    write(folder, short)
+    good.with_name("cosine-lr0.1-seed5.json").symlink_to("nowhere")
+    good.with_name("cosine-lr0.1-seed6.json").mkdir()
     rows, notes = read()
     assert set(rows["seed"]) == {0} and set(rows["arm"]) == {"cosine"}
     causes = ("constant-lr0.1-seed0 is left out: its name is another cell's",
               f"cosine-lr0.1-seed1 is left out: it is of version {training.VERSION + 1}, and this is ",
-              "cosine-lr0.1-seed2 is left out: ", "cosine-lr0.1-seed3 is left out: 'masks'")  # fmt: skip
+              "cosine-lr0.1-seed2 is left out: ", "cosine-lr0.1-seed3 is left out: 'masks'",
+              "cosine-lr0.1-seed4 is left out: a mask of 12 images has 1 bytes", "cosine-lr0.1-seed5 is left out: ",
+              "cosine-lr0.1-seed6 is left out: ")  # fmt: skip
     assert len(notes) == len(causes) and all(c in note for c, note in zip(causes, notes, strict=True)), notes
 
 

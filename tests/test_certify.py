@@ -437,7 +437,8 @@ class Twice(nn.Linear):
 
 class TestBadInput:
     @pytest.mark.parametrize("layer, name", [
-        (nn.Sigmoid(), "Sigmoid"), (nn.ELU(2.0), r"ELU\(alpha=2.0"),
+        (nn.Sigmoid(), "Sigmoid"), (nn.ELU(2.0), r"ELU\(alpha=2.0"), (nn.Softplus(threshold=0.5), "Softplus"),
+        (nn.Softplus(beta=-1.0), "Softplus"),
         (nn.MaxPool2d(2, ceil_mode=True), "MaxPool2d.*ceil_mode"), (nn.Sequential(nn.Tanh()), "Tanh"),
         (nn.BatchNorm2d(1, track_running_stats=False), "BatchNorm2d"), (hooked(), r"Conv2d.* \(1\): hooks"),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 1, 1)), "ParametrizedConv2d"),
@@ -450,6 +451,13 @@ class TestBadInput:
                      lambda: certify.local_lipschitz(model, x, y, eps=0.1)):  # fmt: skip
             with pytest.raises(ValueError, match=f"no interval bounds for (layer )?{name}"):
                 call()
+
+    def test_what_has_no_bound_is_not_proved(self):
+        """An infinite weight behind a ReLU: the logits are finite, the labels wrong, and the bounds NaN."""
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        model[1].weight.data[0, 0] = -torch.inf
+        x = torch.rand(3, 1, 2, 2) / 2 + 0.3
+        assert certify.certified_error(model, x, 1 - model(x).argmax(1), eps=0.1) == 1.0
 
     def test_training_mode_is_refused_where_it_matters(self):
         x, y = torch.rand(2, 1, 4, 4), torch.tensor([0, 1])

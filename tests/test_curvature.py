@@ -209,6 +209,15 @@ def test_no_ghosts_of_an_outlying_eigenvalue_in_float32():
     assert ((nodes > 50).sum(1) == 1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_saturated_network_has_a_hessian_of_zero(dtype):
+    model = nn.Sequential(nn.Linear(4, 3)).to(dtype).eval()
+    model[0].weight.data.mul_(1e4)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pairs = top_eigenpairs(model, x, model(x).argmax(1), 2, dtype=dtype)
+    assert pairs.values.abs().max() < 1e-30 and torch.isfinite(pairs.vectors).all()
+
+
 def test_lanczos_stops_where_its_space_is_exhausted():
     model, x, y, _ = quadratic(np.repeat([1.0, 4.0], 10))
     density = spectral_density(model, x, y, num_probes=2, num_steps=20, **DOUBLE)

@@ -1,6 +1,7 @@
 """The cache: what names a run, and that nothing is trained twice."""
 
 import json
+import math
 import multiprocessing
 import threading
 import time
@@ -151,6 +152,22 @@ def test_remember(folder):
     one.write_text(one.read_text()[:-10])
     with pytest.raises(ValueError, match="is truncated or corrupted"):
         [look(), look(facts={"attack": {"eps": 0.2}}), look(version=2)]
+
+
+def test_what_cannot_be_remembered_is_said_before_it_is_computed(folder):
+    def never():
+        raise AssertionError
+
+    with pytest.raises(ValueError, match="JSON"):
+        runs.remember("values", {"x": math.nan}, never)
+    with pytest.raises(ValueError, match="plain name"):
+        runs.remember("../values", {"x": 1}, never)
+    runs.remember("values", {"x": 1}, lambda: 2)
+    (path,) = (folder / "values").glob("*.json")
+    for text in ("[]", "{}"):
+        path.write_text(text)
+        with pytest.raises(ValueError):
+            runs.remember("values", {"x": 1}, never)
 
 
 def test_a_grid_trains_what_nobody_else_is_training_first(trained):
