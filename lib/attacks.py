@@ -361,7 +361,7 @@ def frozen(model, x, precision="auto"):
                 raise
             raise ValueError(f"{mismatch}: {error}") from error  # models may cast by themselves, so only now
         check_logits(logits, len(inputs))
-        return logits.to(x.dtype) if x.is_floating_point() else logits
+        return logits.to(x.dtype) if x.dtype.is_floating_point else logits
 
     try:
         if modes:
