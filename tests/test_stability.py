@@ -22,6 +22,7 @@ def test_changes_are_counted_and_named():
     text = stability.compare(before, after, "other seeds")
     assert "2 of 3 verdicts change; 1 between reproduced and not reproduced. 1 rest on the same numbers" in text
     assert "| 01 | a | reproduced | not reproduced |" in text and "partly" not in text
+    assert "1 of figures/quick are not in that run: 02, gone." in text
     assert "0 of 4 verdicts change; 0 between reproduced and not reproduced. 4 rest" in stability.compare(
         before, before, "the same"
     )

@@ -78,6 +78,9 @@ def compare(before: dict, after: dict, what: str) -> str:
     lines = [f"## {what[0].upper()}{what[1:]}\n", f"{len(changed)} of {len(both)} verdicts change; {flips} between "
              f"reproduced and not reproduced. {same} rest on the same numbers in both: committed cells, which cannot "
              "change, or results that came out alike.\n"]  # fmt: skip
+    if gone := sorted(before.keys() - after.keys()):
+        lines.append(f"{len(gone)} of figures/quick are not in that run: "
+                     + "; ".join(f"{notebook}, {claim}" for notebook, claim in gone) + ".\n")  # fmt: skip
     if changed:
         lines.append(gallery.table(["notebook", "claim", "figures/quick", "here"], [list(row) for row in changed]))
     return "\n".join(lines)
