@@ -236,11 +236,13 @@ def spectral_density(model, x, y, *, num_probes=5, num_steps=60, width=None, gri
     Returns:
         Density. It integrates to 1. The band covers the choice of probes, not the smoothing.
     Raises:
-        ValueError: as for `Hessian`; num_probes below 2, num_steps not in 1..P.
+        ValueError: as for `Hessian`; num_probes below 2, num_steps not in 1..P, a width that is not positive.
     """
     hessian = Hessian(model, x, y, **operator)
     if num_probes < 2:
         raise ValueError(f"num_probes must be at least 2, for the spread between them, got {num_probes}")
+    if width is not None and not 0 < width < math.inf:
+        raise ValueError(f"width must be a positive number, got {width}")
     if not 1 <= num_steps <= hessian.size:
         raise ValueError(f"num_steps must lie in 1..{hessian.size}, the number of parameters, got {num_steps}")
     generator = torch.Generator().manual_seed(seed)
@@ -251,6 +253,7 @@ def spectral_density(model, x, y, *, num_probes=5, num_steps=60, width=None, gri
     width = width or 0.01 * spread
     if grid is None:
         grid = np.linspace(nodes.min() - 4 * width, nodes.max() + 4 * width, 1000)
+    grid = np.asarray(grid, float)
     kernel = np.exp(-0.5 * ((grid[:, None, None] - nodes) / width) ** 2) / (width * math.sqrt(2 * math.pi))
     each = (kernel * weights).sum(-1)
     density = each.mean(-1)

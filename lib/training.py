@@ -102,6 +102,8 @@ class TrainConfig:
             check_count(0 if name in ("keep_every", "seed") else 1, **{name: getattr(self, name)})
         if type(self.lr) not in (int, float) or not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be a positive number, got {self.lr!r}")
+        if not isinstance(self.augment, bool):
+            raise ValueError(f"augment must be True or False, got {self.augment!r}")
         for name in ("momentum", "weight_decay"):
             if type(value := getattr(self, name)) not in (int, float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a number that is not negative, got {value!r}")

@@ -447,6 +447,13 @@ def test_unreached_tolerance_is_an_error(monkeypatch):
         top_eigenpairs(model, x, y, 3, tolerance=1e-12)
 
 
+def test_the_width_is_positive_and_the_grid_a_list():
+    model, x, y, _ = quadratic(np.linspace(0, 1, 20))
+    with pytest.raises(ValueError, match="width must be a positive number"):
+        spectral_density(model, x, y, width=-1.0, num_steps=5, **DOUBLE)
+    assert spectral_density(model, x, y, grid=[0.2, 0.5], num_steps=5, **DOUBLE).density.shape == (2,)
+
+
 def test_probes_and_steps_out_of_range():
     model, x, y = network("mlp")
     for settings, message in (

@@ -430,6 +430,7 @@ def test_augment_is_crop_and_flip_image_by_image(shape):
     ({"lr_drops": (0.5, 1.0)}, r"lr_drops must lie between 0 and 1, the ends of a period, got \(0.5, 1.0\)"),
     ({"norm": "l1"}, "unknown norm 'l1'"),
     ({"start": "corner"}, "unknown random_start 'corner'"),
+    ({"augment": "no"}, "augment must be True or False, got 'no'"),
     ({"weight_decay": -1.0}, "weight_decay must be a number that is not negative"),
     ({"momentum": math.nan}, "momentum must be a number that is not negative"),
     ({"lr": "1e-4"}, "lr must be a positive number, got '1e-4'"),
