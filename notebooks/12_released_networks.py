@@ -270,7 +270,7 @@ for family, arm in arms.values:
     for kind in of[0]:
         count = np.concatenate([shown[kind] for shown in of])
         rows.append({"network": label(family, arm), "sign": kind, "finding": sign(count.sum(), len(count))})
-rows = pd.DataFrame(rows)
+rows = pd.DataFrame(rows, columns=["network", "sign", "finding"])  # none, where all arms guess
 rows.assign(finding=[f"{f.outcome}: {f.measured}" for f in rows["finding"]]).pivot(
     index="network", columns="sign", values="finding")  # fmt: skip
 
