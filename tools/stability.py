@@ -33,6 +33,7 @@ INTRO = """\
 
 The quick size was run again by `./run_all.sh --python tools/stability.py`, and its verdicts are compared with those of
 `figures/quick`. Undecided is no verdict: a change from or to it is a change of what can be told, not of what is told.
+A section is of the ledger as it stood when it was run: claims that were changed or added since are not in it.
 """
 
 
