@@ -361,7 +361,8 @@ ax.set(xlabel=f"eps ({n} each)", ylabel="")
 ax.tick_params(rotation=0)
 book.save(
     fig, "03_dead_layers", activity, source=digits.source, seeds=seeds,
-    caption=f"Dead units in per cent, by layer, over {len(x_test):,} test digits: a column for each network.",
+    caption=f"Dead units in per cent, rounded down, by layer, over {len(x_test):,} test digits: a column for each "
+    "network.",
 )  # fmt: skip
 
 # %%

@@ -172,7 +172,7 @@ def all_budgets(name, arm):
     return np.array([np.mean(list(here[here.seed == s]["wrong"]), axis=0) for s in seeds])
 
 
-DIGITS = {"mnist5k", "mnist", "mnistm"}
+DIGITS = {cells.spelt(name) for name in ("mnist5k", "mnist", "mnistm")}
 stalls = {name: {arm: from_which(name, arm) for arm in arms} for name in sets}
 findings = {}
 for name in sets:
@@ -190,7 +190,7 @@ book.claim(
 helps = "helps" if all(f.holds is True for f in findings.values()) else "does not clearly help"
 largest = max(eps_grid)
 robust = lines[lines.eps == largest].groupby(["dataset", "arm"])["robust"].mean()
-same = " These sets show the same digits: of other pictures they say nothing." * bool(set(datasets) <= DIGITS)
+same = " These sets show the same digits: of other pictures they say nothing." * bool(set(sets) <= DIGITS)
 book.answer(
     "Does the effect come from the data or from the network?",
     "With one network and equal steps, a constant budget stalls "

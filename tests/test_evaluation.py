@@ -85,30 +85,25 @@ def test_bad_input(one_pixel, call, message):
         call(*one_pixel)
 
 
+class Prepares(nn.Module):
+    """A linear layer behind some preparation of the images."""
+
+    def __init__(self, prepare):
+        super().__init__()
+        self.prepare, self.layer = prepare, nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.layer(self.prepare(x).flatten(1))
+
+
 def test_a_model_that_works_in_place_leaves_the_images():
-    class InPlace(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.layer(x.sub_(0.5).flatten(1))
-
     x = torch.rand(5, 1, 2, 2)
     before = x.clone()
-    predict(InPlace(), x)
+    predict(Prepares(lambda x: x.sub_(0.5)), x)
     assert torch.equal(x, before)
 
 
 def test_integer_images_keep_logits_as_they_are():
-    class Casts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.layer(x.float().flatten(1) / 255)
-
     x = torch.randint(0, 256, (5, 1, 2, 2), dtype=torch.uint8)
-    model = Casts()
+    model = Prepares(lambda x: x.float() / 255)
     assert torch.equal(predict(model, x), model(x).detach())
