@@ -21,21 +21,17 @@ import torch
 import torchvision
 import yaml
 from bench_pgd import textbook
+from networks import NETWORKS, forward_operations, network
 from ratios import seconds
 from readme import HERE, write_part
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib import compute, models
+from lib import compute
 from lib.attacks import pgd
 from lib.files import write_json
 
 ROOT = HERE.parent
 EPS, STEPS, BATCH = 0.1, 4, 64
-NETWORKS = {  # (model, width, channels, side)
-    "lenet w=4": ("lenet", 4, 1, 28), "lenet w=16": ("lenet", 16, 1, 28),
-    "vgg16 w=2": ("vgg16", 2, 3, 32), "vgg16 w=8": ("vgg16", 8, 3, 32),
-    "resnet18 w=2": ("resnet18", 2, 3, 32), "resnet18 w=8": ("resnet18", 8, 3, 32),
-}  # fmt: skip
 MATRIX = 1024
 GROWTH = {  # by what: (values, the exponent that counting gives)
     "width": ([2, 4, 8, 16], 2), "batch": ([32, 64, 128, 256], 1), "steps": ([2, 4, 8, 16], 1),
@@ -43,23 +39,8 @@ GROWTH = {  # by what: (values, the exponent that counting gives)
 }  # fmt: skip
 
 
-def network(model, width, channels, side):
-    """The network in evaluation mode, and a batch for it."""
-    sizes = {"image_size": side} if model == "lenet" else {}
-    net = models.build(model, seed=0, width=width, in_channels=channels, num_classes=10, **sizes).eval()
-    generator = torch.Generator().manual_seed(0)
-    return net, torch.rand(BATCH, channels, side, side, generator=generator), torch.arange(BATCH) % 10
-
-
 def attack(net, x, y, steps=STEPS):
     return pgd(net, x, y, eps=EPS, step_size=EPS / 4, num_steps=steps)
-
-
-def forward_operations(net, x):
-    """Of one image through the network."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(x[:1])
-    return counter.get_total_flops()
 
 
 def rates(repeats):

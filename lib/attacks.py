@@ -111,12 +111,9 @@ def pgd(
             out[i] = x_adv
             return out
 
-        limits, best = _limits(x, eps, norm), None
+        best = None
         for _ in range(num_restarts):
-            x_adv = x.clone()
-            if random_start:
-                radius = eps if random_start == "ball" else min(step_size, eps)
-                x_adv = _into(x_adv.add_(_start(x, radius, norm, generator)), limits, eps, norm)
+            x_adv, limits = begin(x, eps, step_size, norm, random_start, generator)
             left = slice(None)
             if stop_early and best:
                 x_adv, left = torch.where(_wide(best[1], x), best[0], x_adv), (~best[1]).nonzero().squeeze(1)
@@ -263,14 +260,27 @@ class _Guarded(torch.autograd.Function):
 
 
 def input_gradient(logits_of, x_adv, y, loss):
-    """The gradient of the loss at x_adv, and which images are misclassified there."""
+    """The gradient of the loss at x_adv, and which images are misclassified there. While a CUDA graph is being captured
+    nothing can be read, and so nothing is checked."""
     leaf = x_adv.detach().requires_grad_()
     logits = logits_of(leaf)
-    check_labels(logits, y)
+    read = not (x_adv.is_cuda and torch.cuda.is_current_stream_capturing())
+    if read:
+        check_labels(logits, y)
     (g,) = gradient(loss(logits, y).sum(), [leaf])
-    if not torch.isfinite(g.sum()) and not torch.isfinite(g).all():  # asked here, because the sign of NaN is 0
+    # Asked here, because the sign of NaN is 0; first of the sum, which is the faster question.
+    if read and not torch.isfinite(g.sum()) and not torch.isfinite(g).all():
         raise ValueError("the gradient of the model's loss is NaN or infinite at some input")
     return g, logits.detach().argmax(1) != y
+
+
+def begin(x, eps, step_size, norm, random_start, generator):
+    """Where `pgd` begins, and the limits that it keeps (`_limits`)."""
+    x_adv, limits = x.clone(), _limits(x, eps, norm)
+    if random_start:
+        radius = eps if random_start == "ball" else min(step_size, eps)
+        x_adv = _into(x_adv.add_(_start(x, radius, norm, generator)), limits, eps, norm)
+    return x_adv, limits
 
 
 def _limits(x, eps, norm):

@@ -23,7 +23,8 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from . import models, schedules
-from .attacks import pgd
+from .attacks import begin, pgd
+from .captured import Captured, measured
 from .certify import worst_margins
 from .checks import NORMS, STARTS, check_choice, check_count, check_eps
 from .compute import clock, device, fast_dtype, made
@@ -275,6 +276,9 @@ class _State:
         self.budget = config.budget()
         self.epoch, self.history, self.steps, self.seconds = 0, [], [], 0.0
         self.optimizer = OPTIMIZERS[config.optimizer](self.model.parameters(), config)
+        plain = config.eps > 0 and config.norm == "linf" and config.objective == "attack"
+        captured = self.device.type != "cpu" and plain
+        self.captured = Captured(self.model, self.loss_at, config.num_steps) if captured else None
         try:
             predict(self.model, self.test[0][:1])
         except (ValueError, RuntimeError) as error:
@@ -289,42 +293,50 @@ class _State:
         if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation needs more than one
             batches = (*batches[:-2], torch.cat(batches[-2:]))
         self.model.train()
+        budgets, found = [], []
         for i, batch in enumerate(batches):
             x, y = self.x[batch], self.y[batch]
             if config.augment:
                 x = augment(x, generator)
             now = self.epoch + i / len(batches)
+            budgets.append(self.budget(now))
             lr = self.optimizer.param_groups[0]["lr"] = config.learning_rate(now)
-            self.steps.append(self.step(x, y, self.budget(now), generator))
+            found.append(self.step(x, y, budgets[-1], generator))
+        for eps, (loss, wrong, norm) in zip(budgets, torch.stack(found).tolist(), strict=True):  # a GPU is read once
+            if not math.isfinite(loss + norm):
+                raise ValueError(f"it diverged: loss {loss}, gradient norm {norm}")
+            self.steps.append([eps, loss, wrong, norm])
         self.epoch += 1
         if self.epoch % config.eval_every == 0 or self.epoch == config.epochs:
             self.history.append({"epoch": self.epoch, "eps": self.budget(self.epoch), "lr": lr, **self.evaluate()})
 
     def step(self, x, y, eps, generator):
-        """One mini-batch: worst case, gradient, update. Returns eps, loss, robust error, gradient norm.
+        """One mini-batch: worst case, gradient, update. Returns loss, robust error and gradient norm, a tensor.
 
         Under interval training the robust error is the share of inputs that are not proved robust.
         """
-        loss, logits = (self.interval if self.config.objective == "interval" else self.attack)(x, y, eps, generator)
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-        if not math.isfinite(loss.item() + norm.item()):
-            raise ValueError(f"it diverged: loss {loss.item()}, gradient norm {norm.item()}")
-        self.optimizer.step()
-        wrong = (logits.argmax(1) != y).double().mean().item()
-        return [eps, loss.item(), wrong, norm.item()]
-
-    def attack(self, x, y, eps, generator):
-        """The loss at attacked inputs, and the logits there."""
         config = self.config
-        if eps > 0:
-            x = pgd(self.model, x, y, eps=eps, step_size=config.step_size * eps / config.eps, norm=config.norm,
-                    num_steps=config.num_steps, random_start=config.start, generator=generator)  # fmt: skip
+        step_size = config.step_size * eps / config.eps if config.eps else 0.0
+        if self.captured:
+            start = config.start if eps else False
+            x_adv, limits = begin(x.contiguous(), eps, step_size, config.norm, start, generator)
+            found = self.captured(x_adv, y, *limits, step_size)
+        else:
+            loss, logits = self.interval(x, y, eps) if config.objective == "interval" else self.loss_at(
+                pgd(self.model, x, y, eps=eps, step_size=step_size, norm=config.norm, num_steps=config.num_steps,
+                    random_start=config.start, generator=generator) if eps else x, y)  # fmt: skip
+            self.optimizer.zero_grad()
+            loss.backward()
+            found = measured(self.model, loss, logits, y)
+        self.optimizer.step()
+        return found
+
+    def loss_at(self, x, y):
+        """The loss at these inputs, and the logits there."""
         logits = self.logits(x)
         return F.cross_entropy(logits, y), logits
 
-    def interval(self, x, y, eps, _generator):
+    def interval(self, x, y, eps):
         """The loss at clean inputs mixed with that of the worst margins, and these margins."""
         kappa = 1 - eps / (2 * self.config.eps)
         worst = worst_margins(self.model, channels_last(x), y, eps=eps)
@@ -332,7 +344,7 @@ class _State:
 
     def logits(self, x):
         low = fast_dtype(self.device)
-        with torch.autocast(self.device.type, dtype=low, enabled=low is not None):
+        with torch.autocast(self.device.type, dtype=low, enabled=low is not None, cache_enabled=False):
             return self.model(channels_last(x)).float()
 
     def evaluate(self):

@@ -45,7 +45,7 @@ def alone(digits, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUNS_DIR", str(tmp_path_factory.mktemp("alone")))
         patch.setenv("OMP_NUM_THREADS", "1")  # as the workers have
-        compute.fix_threads()
+        compute.fix_arithmetic()
         return [weights(run) for run in runs.grid(CONFIGS, digits)]
 
 

@@ -40,7 +40,7 @@ def stripes(n_train=200, n_test=40):
 
 
 def train_both(folder):
-    compute.fix_threads()
+    compute.fix_arithmetic()
     for name, config in RUNS.items():
         train(config, stripes(), folder=folder / name)
 
