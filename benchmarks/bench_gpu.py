@@ -11,9 +11,13 @@ import argparse
 import hashlib
 import multiprocessing
 import os
+import shutil
 import statistics
+import subprocess
+import tempfile
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from networks import NETWORKS, forward_operations, network
@@ -24,11 +28,12 @@ from lib.data import Data
 from lib.files import read_json, write_json
 from lib.training import TrainConfig
 
+JSON = HERE / "gpu.json"
 STEPS, BATCH, BATCHES, TURNS = 10, 128, 20, 3
 IMAGES = {1: 60_000, 3: 50_000}  # of MNIST and CIFAR-10
 NAMES = ("resnet18 w=8", "vgg16 w=8", "vgg16 w=2", "lenet w=16")
 WAYS = (("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True))  # format, captured
-AT_ONCE = (1, 12)
+AT_ONCE = 12
 
 
 def state_of(name, batches=BATCHES):
@@ -83,7 +88,8 @@ def matrix_rate(dtype, size=8192, repeats=5):
     return 2 * size**3 / min(times)
 
 
-def speeds(matrix):
+def speeds():
+    matrix = {form: matrix_rate(getattr(torch, form)) for form in ("float32", "bfloat16")}
     for name in NAMES:
         net, x, _ = network(*NETWORKS[name])
         per_image = (2 * STEPS + 3) * forward_operations(net, x)
@@ -95,7 +101,7 @@ def speeds(matrix):
             rate = BATCHES * BATCH * per_image / statistics.median(times)
             whole = [t * IMAGES[NETWORKS[name][2]] / (BATCHES * BATCH) for t in times]
             yield {"network": name, "precision": form, "captured": captured, "seconds": sorted(whole),
-                   "per_second": rate, "share": rate / matrix[form],
+                   "per_second": rate, "share": rate / matrix[form], "matrix": matrix[form],
                    "memory": torch.cuda.max_memory_allocated() / 2**20}  # fmt: skip
 
 
@@ -121,7 +127,9 @@ def repeated():
                    "seconds": min(times)}  # fmt: skip
 
 
-def _busy(name, ready, results, seconds):
+def _busy(name, pipe, ready, results, seconds):
+    if pipe:
+        os.environ["CUDA_MPS_PIPE_DIRECTORY"] = pipe
     compute.fix_arithmetic()
     state = state_of(name, batches=10)
     state.train_epoch()
@@ -133,22 +141,39 @@ def _busy(name, ready, results, seconds):
     results.put(done / (time.perf_counter() - start))
 
 
-def at_once(name, counts=AT_ONCE, seconds=5):
-    """Mini-batches per second of so many processes on the one card, all together."""
-    context = multiprocessing.get_context("spawn")
-    for count in counts:
-        ready, results = context.Barrier(count), context.Queue()
-        processes = [context.Process(target=_busy, args=(name, ready, results, seconds)) for _ in range(count)]
-        for process in processes:
-            process.start()
-        rates = [results.get(timeout=120) for _ in processes]
-        for process in processes:
-            process.join()
-        yield {"network": name, "processes": count, "per_second": sum(rates)}
+@contextmanager
+def multi_process_service():
+    """The folder by which processes find NVIDIA's service that runs kernels of several at a time; None without it."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = os.environ | {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        control = shutil.which("nvidia-cuda-mps-control")
+        there = control and subprocess.run([control, "-d"], env=places, check=False).returncode == 0
+        try:
+            yield folder if there else None
+        finally:
+            if there:
+                subprocess.run([control], input="quit\n", text=True, env=places, check=False)
+
+
+def at_once(name, seconds=3):
+    """Mini-batches per second of so many processes on the one card, all together: in turns, or by the service."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lib.training"])
+    with multi_process_service() as pipe:
+        for count, service in ((1, None), (AT_ONCE, None), *([(AT_ONCE, pipe)] if pipe else [])):
+            ready, results = context.Barrier(count), context.Queue()
+            arguments = (name, service, ready, results, seconds)
+            processes = [context.Process(target=_busy, args=arguments) for _ in range(count)]
+            for process in processes:
+                process.start()
+            rates = [results.get(timeout=60) for _ in processes]
+            for process in processes:
+                process.join()
+            yield {"network": name, "processes": count, "service": service is not None, "per_second": sum(rates)}
 
 
 def tables(record):
-    machine, rate = record["hardware"], {k: v / 1e12 for k, v in record["matrix"].items()}
+    machine, rate = record["hardware"], {r["precision"]: r["matrix"] / 1e12 for r in record["rows"]}
     lines = [
         f"{machine['device']}, PyTorch {record['versions']['torch']}; PGD-{STEPS}, batch {BATCH}, by the clock, "
         f"{TURNS} epochs of {BATCHES} mini-batches. Its products of matrices run at {rate['float32']:.0f} x 10^12 "
@@ -168,26 +193,29 @@ def tables(record):
         words = ["yes" if flag else "no" for flag in (r["deterministic"], r["equal"])]
         lines.append(f"| {r['network']} | {' | '.join(words)} | {r['seconds'] / free['seconds']:.2f} |")
     lines += ["", "| network | processes on the card | mini-batches a second, all together |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {r['network']} | {r['processes']} | {r['per_second']:.0f} |"
-                                for r in record["at_once"])])  # fmt: skip
+    for r in record["at_once"]:
+        how = ", by the multi-process service" if r["service"] else ", in turns" if r["processes"] > 1 else ""
+        lines.append(f"| {r['network']} | {r['processes']}{how} | {r['per_second']:.0f} |")
+    return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="only write the tables again, from gpu.json")
-    if not parser.parse_args().tables:
+    parts = {"rows": speeds, "repeated": repeated, "at_once": partial(at_once, "vgg16 w=2")}
+    parser.add_argument("--parts", nargs="*", choices=parts, default=list(parts), help="measured anew (default: all)")
+    record = read_json(JSON) if JSON.exists() else {}
+    if chosen := parser.parse_args().parts:
         if not torch.cuda.is_available():
             raise SystemExit("there is no GPU here that PyTorch can use")
         compute.fix_arithmetic()
-        matrix = {form: matrix_rate(getattr(torch, form)) for form in ("float32", "bfloat16")}
-        record = {"hardware": compute.hardware(), "versions": compute.versions(), "matrix": matrix}
-        for part, rows in (("rows", speeds(matrix)), ("repeated", repeated()), ("at_once", at_once("vgg16 w=2"))):
-            record[part] = []
-            for row in rows:
-                print(row, flush=True)
-                record[part].append(row)
-            write_json(HERE / "gpu.json", record)
-    write_part("gpu", tables(read_json(HERE / "gpu.json")))
+        record |= {"hardware": compute.hardware(), "versions": compute.versions()}
+    for part in chosen:
+        record[part] = []
+        for row in parts[part]():
+            print(row, flush=True)
+            record[part].append(row)
+        write_json(JSON, record)
+    write_part("gpu", tables(record))
 
 
 if __name__ == "__main__":
