@@ -281,18 +281,23 @@ tried = pd.DataFrame(
 
 # %%
 if grids:
-    fig, axes = plt.subplots(1, len(grids), figsize=(7 if len(grids) > 1 else 4, 3), sharey=True, squeeze=False)
-    for ax, (name, part) in zip(axes[0], tried.groupby("cells", sort=False)):
+    across = min(3, len(grids))
+    down = -(-len(grids) // across)
+    fig, axes = plt.subplots(down, across, figsize=(7, 0.4 + 2.5 * down), sharey=True, squeeze=False)
+    for ax, (name, part) in zip(axes.flat, tried.groupby("cells", sort=False)):
         for arm, shift in zip(both, (0.94, 1.06)):  # side by side, where the errors are equal
             group, colour = part[part["arm"] == arm], SCHEDULE_COLOURS[arm]
             ax.plot(group.groupby("lr")["robust"].mean(), color=colour, label=arm)
             ax.plot(shift * group["lr"], group["robust"], "o", color=colour, mfc="none", ms=4)
         ax.set(xscale="log", xlabel="learning rate", ylim=(0, 1.03))
         ax.set_title(name, fontsize=8)
-        ax.set_xticks(sorted(part["lr"].unique()), [f"{rate:g}" for rate in sorted(part["lr"].unique())], fontsize=8)
+        tried_rates = sorted(part["lr"].unique())
+        ax.set_xticks(tried_rates, [f"{rate:g}" for rate in tried_rates], fontsize=8, rotation=40)
         ax.minorticks_off()
+    for ax in axes.flat[len(grids) :]:
+        ax.set_axis_off()
     axes[0, 0].legend(loc="lower left")
-    axes[0, 0].set_ylabel("robust error, images set aside")
+    fig.supylabel("robust error, images set aside", fontsize="medium")
     book.save(
         fig, "06_learning_rates", tried, seeds=sorted(set(tried["seed"])),
         source="; ".join(dict.fromkeys(part["source"].iloc[0] for part in grids.values())),

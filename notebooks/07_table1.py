@@ -198,10 +198,14 @@ claimed = {name: row for name, row in judged.items() if of[row]["recipe"].iloc[0
 usual = {what: recipes.get(of[row]["recipe"].iloc[0], changes)["lr"] for what, row in judged.items()}
 
 
-def counts(row):
-    part = of[row]
-    n = part[(part.part == "test") & (part.attack != "clean")]["n"].min()
-    return f"{part['seed'].nunique()} seed{'s' * (part['seed'].nunique() > 1)}, {n:,} test images, {names[row]}"
+def counts(row, first, second):
+    """Seeds and images by which two (arm, lr) of a row are compared, and where they were made if not in one place."""
+    pair = [of[row][(of[row]["arm"] == arm) & (of[row]["lr"] == lr)] for arm, lr in (first, second)]
+    seeds = len(set.intersection(*(set(part["seed"]) for part in pair)))
+    n = of[row][(of[row].part == "test") & (of[row].attack != "clean")]["n"].min()
+    made = [" and ".join(sorted(set(part["device"]))) for part in pair]
+    places = "" if len(set(made)) == 1 or not all(made) else f", {first[0]} on {made[0]}, {second[0]} on {made[1]}"
+    return f"{seeds} seed{'s' * (seeds != 1)}, {n:,} test images, {names[row]}{cells.spelt(places)}"
 
 
 # %%
@@ -235,7 +239,7 @@ for name, row in claimed.items():
         if plateau else "both train, and the rising one ends better",
         measured=f"at learning rate {lr:g}, on the plateau: "
         + ", ".join(f"{on[arm]} of {len(runs)} {arm}" for arm, runs in of_arm.items()) + f"; {finding.measured}",
-        holds=finding, n=counts(row), source=of[row]["source"].iloc[0], believe=True,
+        holds=finding, n=counts(row, ("cosine", lr), ("constant", lr)), source=of[row]["source"].iloc[0], believe=True,
     )  # fmt: skip
 
 
@@ -298,10 +302,11 @@ claims = {
 for name, row in claimed.items():
     for what, (text, paper) in claims.items():
         (arm, network), (other, end) = cells.QUESTIONS[what]
-        finding = cells.compare(rules[what], of[row], (arm, usual[name], network), (other, usual[name], end))
+        lr = usual[name]
+        finding = cells.compare(rules[what], of[row], (arm, lr, network), (other, lr, end))
         if finding.measured != "nothing":
-            book.claim(f"{text}: {name}", section="5, Table 1", paper=paper, holds=finding, n=counts(row),
-                       source=of[row]["source"].iloc[0])  # fmt: skip
+            book.claim(f"{text}: {name}", section="5, Table 1", paper=paper, holds=finding,
+                       n=counts(row, (arm, lr), (other, lr)), source=of[row]["source"].iloc[0])  # fmt: skip
 
 # %% [markdown]
 # PGD alone may flatter one budget. So the same question for the column *worst* of the table, on the images that all
@@ -349,6 +354,37 @@ book.answer(
     f"A gain of {100 * margin:g} point can be told from noise in {len(could)} of {len(smallest)} rows.",
     reviewer="Reviewers 1 and 4", n=shown_count, source=shown_sources,
 )  # fmt: skip
+
+# %% [markdown]
+# ## Does it matter where a cell was made?
+#
+# Cells of a row come from processors, in float32, and from a GPU, in bfloat16; they are named by what was asked for and
+# not by where it was done. Where the two arms of a comparison were not made in one place, its line in the ledger says
+# so. Some cells were made in both places, with the same weights at the start (each place draws its own mini-batches).
+
+# %%
+same = inference.difference("robust error under PGD, GPU minus processor", margin=margin, expect="no difference")
+same
+
+# %%
+twins, _ = cells.read({"twins": cells.FIGURES / "overnight" / "twins"})
+for row, part in twins[twins["profile"] == "twins"].groupby("row"):
+    name = cells.title(part)
+    here = of.get(f"overnight-{row[-6:]}")
+    if here is None:
+        continue
+    sides = [[], []]
+    for (arm, lr), _ in part.groupby(["arm", "lr"]):
+        a, b, _ = cells.pair(cells.masks(part, arm, lr), cells.masks(here, arm, lr))
+        sides[0].extend(a), sides[1].extend(b)
+    finding = same(np.array(sides[0]), np.array(sides[1]))
+    book.answer(
+        f"Do a GPU in bfloat16 and a processor in float32 make the same networks? {name}",
+        f"Robust error, the former minus the latter: {finding.outcome}, {finding.measured}"
+        f"{f'; {finding.why}' * bool(finding.why)}.",
+        reviewer="Our own question", n=f"{len(sides[0])} networks of each, {len(sides[0][0]):,} test images",
+        source=part["source"].iloc[0],
+    )  # fmt: skip
 
 # %% [markdown]
 # ## Change this, expect that

@@ -64,7 +64,7 @@ def weights(run):
 
 
 def asked(**options):
-    return Namespace(**{"workers": None, "slurm": None, "scheduler": None} | options)
+    return Namespace(**{"workers": None, "per_gpu": 1, "slurm": None, "scheduler": None} | options)
 
 
 class Watched:
@@ -291,13 +291,26 @@ def test_an_address_nobody_answers_is_said_within_ten_seconds(address, capsys):
         (dict(slurm="partition=short"), "--slurm SETTINGS --workers N"),
         (dict(slurm="short", workers=2), "list of name=value"),
         (dict(slurm="partition=", workers=2), "list of name=value"),
-        (dict(workers=2), "there are 1 GPUs here"),
+        (dict(workers=2), "there are 1 GPUs here, for 1 workers each; --per-gpu 2 lets"),
+        (dict(workers=5, per_gpu=3), "there are 1 GPUs here, for 3 workers each; --per-gpu 5 lets"),
     ],
 )
 def test_what_was_asked_for_is_refused(options, said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(clusters.ClusterError, match=said), clusters.started(asked(**options)):
         pass
+
+
+@pytest.mark.parametrize(
+    ("gpus", "per_gpu", "seen"), [(0, 1, [None] * 3), (3, 1, ["0", "1", "2"]), (2, 2, ["0", "0", "1"])]
+)
+def test_each_worker_is_given_a_gpu_or_its_part_of_one(gpus, per_gpu, seen, monkeypatch):
+    import distributed
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(distributed, "SpecCluster", lambda workers, **_: workers)
+    spec = clusters.local(3, per_gpu)
+    assert [spec[i]["options"]["env"].get("CUDA_VISIBLE_DEVICES") for i in range(3)] == seen
 
 
 def test_without_dask(monkeypatch, digits):

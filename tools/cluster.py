@@ -18,16 +18,18 @@ def environment() -> dict:
     return {name: os.environ[name] for name in names if os.environ.get(name)} | MEMORY | {"PYTHONNOUSERSITE": "1"}
 
 
-def local(workers: int):
-    """A scheduler and so many workers on this machine, each in a process of its own, with a GPU of its own if any."""
+def local(workers: int, per_gpu: int = 1):
+    """A scheduler and so many workers on this machine, each in a process of its own; so many of them share a GPU."""
     import dask
     import torch
     from distributed import Nanny, Scheduler, SpecCluster
 
-    if 0 < (gpus := torch.cuda.device_count()) < workers:
-        raise ClusterError(f"--workers {workers}: there are {gpus} GPUs here, and a worker needs one of its own")
+    gpus = torch.cuda.device_count()
+    if 0 < gpus * per_gpu < workers:
+        some = f"there are {gpus} GPUs here, for {per_gpu} workers each"
+        raise ClusterError(f"--workers {workers}: {some}; --per-gpu {-(-workers // gpus)} lets more of them share one")
     common = {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL, "host": "127.0.0.1"}
-    own = [environment() | ({"CUDA_VISIBLE_DEVICES": str(i)} if gpus else {}) for i in range(workers)]
+    own = [environment() | ({"CUDA_VISIBLE_DEVICES": str(i // per_gpu)} if gpus else {}) for i in range(workers)]
     spec = {i: {"cls": Nanny, "options": common | {"env": env}} for i, env in enumerate(own)}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
     with dask.config.set({"distributed.nanny.pre-spawn-environ": environment()}):
@@ -78,7 +80,7 @@ def started(args):
                 connect().close()  # that it answers
                 yield
             return
-        made = slurm(args.slurm, args.workers) if args.slurm else local(args.workers)
+        made = slurm(args.slurm, args.workers) if args.slurm else local(args.workers, args.per_gpu)
     except ImportError as error:
         raise ClusterError(MISSING) from error
     with made, _named(made.scheduler_address):
