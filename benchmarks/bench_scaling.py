@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lib import compute
 from lib.attacks import pgd
-from lib.files import write_json
+from lib.files import read_json, write_json
 
 ROOT = HERE.parent
 EPS, STEPS, BATCH = 0.1, 4, 64
@@ -142,12 +142,15 @@ def cost(rows):
     return found
 
 
-H100 = 989e12  # operations per second in bfloat16, dense, by its maker's data sheet (SXM)
-SHARE = 0.3  # of that: an assumption, no card was measured
+def gpu():
+    """The GPU that bench_gpu.py measured, and the operations per second of networks there, captured and in bfloat16."""
+    record = read_json(HERE / "gpu.json")
+    rate = {r["network"]: r["per_second"] for r in record["rows"] if r["captured"] and r["precision"] == "bfloat16"}
+    return record["hardware"]["device"], rate | {"resnet50": rate["resnet18 w=8"]}
 
 
 def tables(record):
-    machine = record["hardware"]
+    machine, (card, rate) = record["hardware"], gpu()
     lines = [
         f"{machine['device']}, {machine['vector_unit']}, {machine['precision']}, one thread, PyTorch "
         f"{record['versions']['torch']}; batch {BATCH}; CPU seconds, {record['repeats']} turns.", "",
@@ -168,12 +171,13 @@ def tables(record):
     ]
     lines += ["", "| memory that the attack adds, MiB | `pgd` | textbook |", "|---|---|---|"]
     lines += [f"| {r['network']} | {r['pgd']:.0f} | {r['textbook']:.0f} |" for r in record["memory"]]
-    lines += ["", "| what | runs | operations | 2 cores | 64 cores | 1 GPU | 8 GPUs |", "|---|---|---|---|---|---|---|"]
+    lines += ["", f"| what | runs | operations | 2 cores | 64 cores | 1 {card} | 8 of them |",
+              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for r in record["cost"]:
-        gpu = r["operations"] / (H100 * SHARE) / 3600
+        there = r["operations"] / rate[PROTOCOL[r["what"]][0]] / 3600
         one = r["core_hours"] / r["runs"]  # a network is trained by one thread, so they come in rounds
         times = [one * math.ceil(r["runs"] / cores) for cores in (2, 64)]
-        times += [gpu, gpu / 8 if r["runs"] == 1 else gpu / r["runs"] * math.ceil(r["runs"] / 8)]
+        times += [there, there / 8 if r["runs"] == 1 else there / r["runs"] * math.ceil(r["runs"] / 8)]
         lines.append(f"| {r['what']} | {r['runs']} | {r['operations']:.1e} | {' | '.join(map(words, times))} |")
     return "\n".join(lines)
 
@@ -188,19 +192,21 @@ def words(hours):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tables", action="store_true", help="only write the tables again, from scaling.json")
     parser.add_argument("--added", nargs=2, help=argparse.SUPPRESS)  # for `peak`
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.added:
         print(added(*given.added))
         return
-    measured = rates(given.repeats)
-    assert all(math.isfinite(row["share"]) for row in measured)
-    record = {
-        "hardware": compute.hardware(), "versions": compute.versions(), "repeats": given.repeats,
-        "rates": measured, "growth": growth(given.repeats), "memory": memory(), "cost": cost(measured),
-    }  # fmt: skip
-    write_json(HERE / "scaling.json", record)
+    if not given.tables:
+        measured = rates(given.repeats)
+        assert all(math.isfinite(row["share"]) for row in measured)
+        write_json(HERE / "scaling.json", {
+            "hardware": compute.hardware(), "versions": compute.versions(), "repeats": given.repeats,
+            "rates": measured, "growth": growth(given.repeats), "memory": memory(), "cost": cost(measured),
+        })  # fmt: skip
+    record = read_json(HERE / "scaling.json")
     write_part("scaling", tables(record), ROOT / "docs/scaling.md")
     print(tables(record))
 

@@ -638,7 +638,7 @@ def test_a_dry_run_says_what_would_be_trained(toy):
         "01_a  trains for about 3 min 20 s",
         "         2 found, made on a machine, 2026-01-02",
         f"         2 to be made: no such run in {runs}",
-        "02_b  has not run here: all is made, time unknown",
+        "02_b  has not run here: it makes what is missing, in a time that is not known",
         "         1 committed cells of the profile overnight, made on a machine, 2026-01-02",
     ]
     assert not toy.build.exists()

@@ -25,11 +25,11 @@ def state(run: dict, job: Job) -> str:
 
 
 def committed(job: Job) -> Counter:
-    """Cells of other profiles that the notebook shows as they are, by profile and machine."""
+    """Cells that stand and are not made again, of this profile or of others, by profile and machine."""
     own, found = Path(job.env["FIGURES_DIR"]), Counter()
     if "cells.read(" in Path(job.spec["source"]).read_text(encoding="utf-8"):
         for path in own.parent.glob("*/cells/*/*.json"):
-            if not path.is_relative_to(own):
+            if not path.is_relative_to(own) or job.spec["parameters"].get("keep_cells"):
                 made = read_json(path)["made"]["training"]
                 profile = path.relative_to(own.parent).parts[0]
                 found[f"committed cells of the profile {profile}, made on {made['device']}, {made['date']}"] += 1
@@ -45,7 +45,11 @@ def table(jobs: list[Job]) -> str:
         for run in record.get("runs", []):
             counts[where := state(run, job)] += 1
             missing += run.get("seconds", 0) if where.startswith("to be made") else 0
-        about = f"trains for about {duration(missing)}" if record else "has not run here: all is made, time unknown"
+        about = (
+            f"trains for about {duration(missing)}"
+            if record
+            else "has not run here: it makes what is missing, in a time that is not known"
+        )
         lines.append(f"{job.name:{width}}  {about}")
         lines += [f"{'':{width}}  {count:4} {where}" for where, count in sorted(counts.items())]
     return "\n".join(lines)
