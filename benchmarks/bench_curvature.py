@@ -184,7 +184,7 @@ def main():
     parser.add_argument("--points", type=int, default=21)
     parser.add_argument("--repeats", type=int, default=2, help="of the eigenpairs")
     given = parser.parse_args()
-    compute.fix_arithmetic()
+    compute.fix_threads()
     torch.manual_seed(0)
     digits, here = data.load("mnist5k"), compute.device()
     model = trained(digits, given.width, epochs=4, eps=0.1).to(here)

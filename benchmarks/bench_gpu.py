@@ -18,6 +18,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from functools import partial
+from unittest import mock
 
 import torch
 from networks import NETWORKS, forward_operations, network
@@ -50,28 +51,18 @@ def state_of(name, batches=BATCHES):
     return training._State(config, Data(x, y, x[:10], y[:10], "random pixels"))
 
 
-@contextmanager
-def precision(name):
-    before = os.environ.get("PRECISION")
-    os.environ["PRECISION"] = name
-    try:
-        yield
-    finally:
-        os.environ.pop("PRECISION")
-        if before is not None:
-            os.environ["PRECISION"] = before
-
-
-def epochs(state, captured, turns=TURNS):
+def epochs(state, captured, turns=TURNS, deterministic=True):
     """Seconds of each of so many epochs, after one in which everything is set up."""
-    state.captured = state.captured if captured else None
-    state.train_epoch()
+    if not captured:
+        state.captured = None
     seconds = []
-    for _ in range(turns):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        state.train_epoch()  # it ends by reading what it did
-        seconds.append(time.perf_counter() - start)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=deterministic, allow_tf32=False):
+        state.train_epoch()
+        for _ in range(turns):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            state.train_epoch()  # it ends by reading what it did
+            seconds.append(time.perf_counter() - start)
     return seconds
 
 
@@ -94,15 +85,12 @@ def speeds():
         net, x, _ = network(*NETWORKS[name])
         per_image = (2 * STEPS + 3) * forward_operations(net, x)
         for form, captured in WAYS:
-            with precision(form):
-                state = state_of(name)
-                torch.cuda.reset_peak_memory_stats()
-                times = epochs(state, captured)
+            with mock.patch.dict(os.environ, PRECISION=form):
+                times = epochs(state_of(name), captured)
             rate = BATCHES * BATCH * per_image / statistics.median(times)
             whole = [t * IMAGES[NETWORKS[name][2]] / (BATCHES * BATCH) for t in times]
             yield {"network": name, "precision": form, "captured": captured, "seconds": sorted(whole),
-                   "per_second": rate, "share": rate / matrix[form], "matrix": matrix[form],
-                   "memory": torch.cuda.max_memory_allocated() / 2**20}  # fmt: skip
+                   "per_second": rate, "share": rate / matrix[form], "matrix": matrix[form]}  # fmt: skip
 
 
 def bits(state):
@@ -117,12 +105,8 @@ def repeated():
     """Whether two runs end in the same bits, with cuDNN free to choose and held to its deterministic algorithms."""
     for name in ("resnet18 w=8", "vgg16 w=8", "lenet w=16"):
         for deterministic in (False, True):
-            before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, deterministic
-            try:
-                states = [state_of(name) for _ in range(2)]
-                times = [statistics.median(epochs(state, True)) for state in states]
-            finally:
-                torch.backends.cudnn.deterministic = before
+            states = [state_of(name) for _ in range(2)]
+            times = [statistics.median(epochs(state, True, deterministic=deterministic)) for state in states]
             yield {"network": name, "deterministic": deterministic, "equal": len(set(map(bits, states))) == 1,
                    "seconds": min(times)}  # fmt: skip
 
@@ -130,7 +114,7 @@ def repeated():
 def _busy(name, pipe, ready, results, seconds):
     if pipe:
         os.environ["CUDA_MPS_PIPE_DIRECTORY"] = pipe
-    compute.fix_arithmetic()
+    compute.fix_threads()
     state = state_of(name, batches=10)
     state.train_epoch()
     ready.wait()
@@ -163,7 +147,7 @@ def at_once(name, seconds=3):
         for count, service in ((1, None), (AT_ONCE, None), *([(AT_ONCE, pipe)] if pipe else [])):
             ready, results = context.Barrier(count), context.Queue()
             arguments = (name, service, ready, results, seconds)
-            processes = [context.Process(target=_busy, args=arguments) for _ in range(count)]
+            processes = [context.Process(target=_busy, args=arguments, daemon=True) for _ in range(count)]
             for process in processes:
                 process.start()
             rates = [results.get(timeout=60) for _ in processes]
@@ -178,14 +162,14 @@ def tables(record):
         f"{machine['device']}, PyTorch {record['versions']['torch']}; PGD-{STEPS}, batch {BATCH}, by the clock, "
         f"{TURNS} epochs of {BATCHES} mini-batches. Its products of matrices run at {rate['float32']:.0f} x 10^12 "
         f"operations a second in float32 and {rate['bfloat16']:.0f} in bfloat16.", "",
-        "| network | format | seconds an epoch, operation by operation | captured | share of the matrix rate, captured "
-        "| memory, MiB |", "|---|---|---|---|---|---|",
+        "| network | format | seconds an epoch, operation by operation | captured | share of the matrix rate then |",
+        "|---|---|---|---|---|",
     ]  # fmt: skip
     rows = {(r["network"], r["precision"], r["captured"]): r for r in record["rows"]}
     for name, form in dict.fromkeys((r["network"], r["precision"]) for r in record["rows"]):
         single, whole = (rows[name, form, captured] for captured in (False, True))
         times = " | ".join(f"{r['seconds'][len(r['seconds']) // 2]:.1f}" for r in (single, whole))
-        lines.append(f"| {name} | {form} | {times} | {whole['share']:.1%} | {whole['memory']:.0f} |")
+        lines.append(f"| {name} | {form} | {times} | {whole['share']:.1%} |")
     lines += ["", "| network | cuDNN held to deterministic algorithms | two runs equal, bit for bit | time |",
               "|---|---|---|---|"]  # fmt: skip
     for r in record["repeated"]:
@@ -207,8 +191,11 @@ def main():
     if chosen := parser.parse_args().parts:
         if not torch.cuda.is_available():
             raise SystemExit("there is no GPU here that PyTorch can use")
-        compute.fix_arithmetic()
-        record |= {"hardware": compute.hardware(), "versions": compute.versions()}
+        compute.fix_threads()
+        here = {"hardware": compute.hardware(), "versions": compute.versions()}
+        if set(chosen) != set(parts) and any(record.get(key) != value for key, value in here.items()):
+            raise SystemExit(f"the other parts of {JSON.name} were measured elsewhere: measure all")
+        record |= here
     for part in chosen:
         record[part] = []
         for row in parts[part]():

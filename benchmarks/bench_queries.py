@@ -95,7 +95,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--images", type=int, default=100)
     given = parser.parse_args()
-    compute.fix_arithmetic()
+    compute.fix_threads()
     torch.manual_seed(0)
     record = {"hardware": compute.hardware(), "versions": compute.versions(), "repeats": given.repeats}
     record |= measure(given.repeats, given.images)

@@ -104,7 +104,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="turns, each with a seed of its own")
     parser.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     given = parser.parse_args()
-    compute.fix_arithmetic()
+    compute.fix_threads()
     torch.manual_seed(0)
     record = {"hardware": compute.hardware(), "versions": compute.versions(), "repeats": given.repeats, "rows": []}
     for name in given.models:

@@ -6,7 +6,7 @@ batch-normalisation buffers are afterwards as they were before, whatever happens
 """
 
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from pyautoattack.square import SquareAttack
 from torch.func import functional_call
 
 from .checks import NORMS, STARTS, check_choice, check_count, check_eps, check_inputs, check_labels, check_logits
-from .compute import fast_dtype
+from .compute import exact_convolutions, fast_dtype
 from .differentiate import as_module, differentiating, gradient, own
 from .fast import as_function
 from .models import any_layout
@@ -88,14 +88,17 @@ def pgd(
     check_choice("random_start", random_start, STARTS)
     check_choice("loss", loss, LOSSES)
     with frozen(model, x, precision) as logits_of, frozen(model, x, "full") as exact_logits_of:
-        if eps == 0:
-            return x.clone()
 
         def judge(x_adv, y):  # in full precision, as the evaluation will be
             with torch.no_grad():
                 logits = exact_logits_of(x_adv)
             check_labels(logits, y)
             return x_adv, logits.argmax(1) != y, LOSSES[loss](logits, y)
+
+        if not (eps and num_steps):
+            judge(x, y)  # labels and model are looked at even where nothing moves
+        if eps == 0:
+            return x.clone()
 
         def ascend(x_adv, y, limits):
             out, i = x_adv.clone(), torch.arange(len(y), device=y.device)  # i: the images that are being moved
@@ -365,7 +368,8 @@ def frozen(model, x, precision="auto"):
 
     def logits_of(inputs):
         try:
-            logits = run(inputs)
+            with exact_convolutions() if precision == "full" and inputs.is_cuda else nullcontext():
+                logits = run(inputs)
         except RuntimeError as error:
             if not others:
                 raise

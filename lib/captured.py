@@ -6,8 +6,11 @@ captured: nothing in it may be read by the CPU, and what changes from step to st
 """
 
 import torch
+import torch.nn.functional as F
 
 from .attacks import LOSSES, frozen, input_gradient
+from .compute import fast_dtype
+from .fast import channels_last
 
 WARM = 2  # passes before capturing, in which the libraries choose and set up what they use
 
@@ -17,12 +20,11 @@ class Captured:
 
     Args:
         model: in training mode, on a GPU; its parameters' `grad` are set.
-        loss_at: a function (x_adv, y) -> (loss, logits) of the model in training mode.
         num_steps: of the attack.
     """
 
-    def __init__(self, model, loss_at, num_steps):
-        self.model, self.loss_at, self.num_steps, self.graphs = model, loss_at, num_steps, {}
+    def __init__(self, model, num_steps):
+        self.model, self.num_steps, self.graphs = model, num_steps, {}
 
     def __call__(self, x_adv, y, low, high, step_size):
         """Gradients for one mini-batch, and a tensor of loss, robust error and gradient norm.
@@ -42,31 +44,43 @@ class Captured:
         return found.clone()
 
     def capture(self, inputs):
-        buffers = {name: t.clone() for name, t in self.model.named_buffers()}  # training mode changes them
-        stream = torch.cuda.Stream()
+        buffers = [t.clone() for t in self.model.buffers()]  # training mode changes them
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM):
-                gradients_at_worst(self.model, self.loss_at, self.num_steps, *inputs)
+                gradients_at_worst(self.model, self.num_steps, *inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            found = gradients_at_worst(self.model, self.loss_at, self.num_steps, *inputs)
-        for name, t in self.model.named_buffers():
-            t.copy_(buffers[name])
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            found = gradients_at_worst(self.model, self.num_steps, *inputs)
+        for t, before in zip(self.model.buffers(), buffers, strict=True):
+            t.copy_(before)
         return graph, inputs, found, [p.grad for p in self.model.parameters()]
 
 
-def gradients_at_worst(model, loss_at, num_steps, x_adv, y, low, high, step_size):
-    """What `Captured` captures: it sets the parameters' gradients, and returns loss, robust error and gradient norm."""
+def gradients_at_worst(model, num_steps, x_adv, y, low, high, step_size):
+    """What `Captured` captures: it sets the parameters' gradients, and returns loss, robust error and gradient norm.
+
+    A gradient at the inputs that is not finite cannot be refused here, and its sign would be 0: the loss is NaN then.
+    """
+    strange = torch.zeros((), device=x_adv.device)
     with frozen(model, x_adv) as logits_of:
         for _ in range(num_steps):
             g, _ = input_gradient(logits_of, x_adv, y, LOSSES["ce"])
+            strange = strange + 0 * g.sum()
             x_adv = (x_adv + g.sign_() * step_size).clamp_(low, high)
-    loss, logits = loss_at(x_adv, y)
+    loss, logits = loss_at(model, x_adv, y)
     model.zero_grad()
     loss.backward()
-    return measured(model, loss, logits, y)
+    return measured(model, loss + strange, logits, y)
+
+
+def loss_at(model, x, y):
+    """The model's loss at these inputs, and its logits, in the number format of training."""
+    low = fast_dtype(x.device)
+    with torch.autocast(x.device.type, dtype=low, enabled=low is not None, cache_enabled=False):
+        logits = model(channels_last(x)).float()
+    return F.cross_entropy(logits, y), logits
 
 
 def measured(model, loss, logits, y):

@@ -101,7 +101,7 @@ def on_worker(folder, origin, fingerprint):
     if not Path(folder).is_dir():
         raise ClusterError(f"{worker.address} sees no {folder}: RUNS_DIR has to be a folder that all workers share")
     os.environ["RUNS_DIR"] = folder
-    compute.fix_arithmetic()  # of this very thread
+    compute.fix_threads()  # of this very thread
     found = data.again(origin)
     if found.fingerprint != fingerprint:
         raise ClusterError(f"{worker.address} has other pixels of {found.source}: give all workers the same DATA_DIR")

@@ -49,18 +49,22 @@ def fast_dtype(where):
     return torch.bfloat16 if gains else None
 
 
-def fix_arithmetic():
+def fix_threads():
     """One thread unless OMP_NUM_THREADS says otherwise ("4,1", as OpenMP takes it for nested loops, is 4).
 
     One thread and two give sums that differ in the eighth digit, and training amplifies that; so the number is part
-    of what makes a run repeatable, and the records hold it. On a GPU float32 is float32 (PyTorch's convolutions would
-    take 10 bits of the 23), and cuDNN keeps to algorithms that give the same bits twice.
+    of what makes a run repeatable, and the records hold it.
     """
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     first = (os.environ.get("OMP_NUM_THREADS") or "1").split(",")[0].strip()
     if not first.isdecimal() or int(first) < 1:
         raise ValueError(f"OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS']!r}: it should be a number of threads")
     torch.set_num_threads(int(first))
+
+
+def exact_convolutions():
+    """A context, or a decorator, in which a GPU's float32 convolutions are float32 (PyTorch would take 10 bits of the
+    23) and cuDNN keeps to algorithms that give the same bits twice."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 def versions():

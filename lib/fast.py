@@ -80,8 +80,8 @@ def _convolution(layer, low, norm=None):
         weight, bias = (t.to(weight.dtype) for t in (own(weight) * scale[:, None, None, None], shift))
     weight, bias = _constant(weight, low), _constant(bias, low)
     plain = (layer.stride, layer.dilation, layer.padding_mode) == ((1, 1), (1, 1), "zeros")
-    slow = weight.device.type == "cpu" and weight.dtype != torch.bfloat16  # what it otherwise takes
-    if plain and layer.in_channels == 1 and slow and isinstance(layer.padding, tuple):
+    here = weight.device.type == "cpu" and weight.dtype != torch.bfloat16  # where `_OneChannel` is the faster one
+    if plain and layer.in_channels == 1 and here and isinstance(layer.padding, tuple):
         return lambda h: _OneChannel.apply(h, weight, bias, layer.padding)
     return lambda h: layer._conv_forward(h.to(weight.dtype), weight, bias)
 

@@ -60,7 +60,7 @@ class Book:
             self.folder = ROOT / "build" / "mine" / "figures"
         self.started, self.last = compute.clock(), ""
         self.rows = {"claims": [], "answers": [], "checks": []}
-        compute.fix_arithmetic()
+        compute.fix_threads()
         runs.journal.clear()
         mpl.rcdefaults()  # not what the reader's matplotlibrc says
         sns.set_theme("paper", "whitegrid", "colorblind", rc={"figure.constrained_layout.use": True})

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from . import models, schedules
 from .attacks import begin, pgd
-from .captured import Captured, measured
+from .captured import Captured, loss_at, measured
 from .certify import worst_margins
-from .checks import NORMS, STARTS, check_choice, check_count, check_eps
-from .compute import clock, device, fast_dtype, made
+from .checks import NORMS, STARTS, check_choice, check_count, check_eps, check_inputs
+from .compute import clock, device, exact_convolutions, made
 from .differentiate import differentiating
 from .evaluation import evaluate, predict
 from .fast import channels_last
@@ -89,7 +89,9 @@ class TrainConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            object.__setattr__(self, field.name, _plain(field.name, getattr(self, field.name)))
+            value = _plain(field.name, getattr(self, field.name))
+            whole = type(value) is int and field.type in (float, float | None)  # 1 names the run that 1.0 names
+            object.__setattr__(self, field.name, float(value) if whole else value)
         for name, choices in (("norm", NORMS), ("objective", ("attack", "interval")), ("optimizer", OPTIMIZERS)):
             check_choice(name, getattr(self, name), choices)
         check_choice("random_start", self.start, STARTS)
@@ -101,12 +103,12 @@ class TrainConfig:
             raise ValueError(f"interval training is for a linf ball of eps > 0, got {self.norm} and eps {self.eps}")
         for name in ("epochs", "batch_size", "eval_every", "eval_images", "num_steps", "width", "keep_every", "seed"):
             check_count(0 if name in ("keep_every", "seed") else 1, **{name: getattr(self, name)})
-        if type(self.lr) not in (int, float) or not 0 < self.lr < math.inf:
+        if type(self.lr) is not float or not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be a positive number, got {self.lr!r}")
         if not isinstance(self.augment, bool):
             raise ValueError(f"augment must be True or False, got {self.augment!r}")
         for name in ("momentum", "weight_decay"):
-            if type(value := getattr(self, name)) not in (int, float) or not 0 <= value < math.inf:
+            if type(value := getattr(self, name)) is not float or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a number that is not negative, got {value!r}")
         if any(not 0 < drop < 1 for drop in self.lr_drops):
             raise ValueError(f"lr_drops must lie between 0 and 1, the ends of a period, got {self.lr_drops}")
@@ -206,6 +208,7 @@ class Run:
 
 
 @differentiating()
+@exact_convolutions()
 def train(config, data, *, folder, quiet=False):
     """Train by the config, or go on with a run that was cut off, or read a finished one.
 
@@ -276,9 +279,11 @@ class _State:
         self.budget = config.budget()
         self.epoch, self.history, self.steps, self.seconds = 0, [], [], 0.0
         self.optimizer = OPTIMIZERS[config.optimizer](self.model.parameters(), config)
-        plain = config.eps > 0 and config.norm == "linf" and config.objective == "attack"
-        captured = self.device.type != "cpu" and plain
-        self.captured = Captured(self.model, self.loss_at, config.num_steps) if captured else None
+        self.captured = Captured(self.model, config.num_steps) if capturable(config, self.device) else None
+        if self.captured and isinstance(self.x, torch.Tensor):  # else `pgd` asks, batch by batch
+            check_inputs(self.x, self.y)
+            if self.y.min() < 0:
+                raise ValueError(f"labels run from {self.y.min()}, below 0")
         try:
             predict(self.model, self.test[0][:1])
         except (ValueError, RuntimeError) as error:
@@ -302,13 +307,19 @@ class _State:
             budgets.append(self.budget(now))
             lr = self.optimizer.param_groups[0]["lr"] = config.learning_rate(now)
             found.append(self.step(x, y, budgets[-1], generator))
-        for eps, (loss, wrong, norm) in zip(budgets, torch.stack(found).tolist(), strict=True):  # a GPU is read once
-            if not math.isfinite(loss + norm):
-                raise ValueError(f"it diverged: loss {loss}, gradient norm {norm}")
-            self.steps.append([eps, loss, wrong, norm])
+            if self.device.type == "cpu" or i == len(batches) - 1:  # what a GPU does is read once an epoch
+                self.note(budgets, found)
         self.epoch += 1
         if self.epoch % config.eval_every == 0 or self.epoch == config.epochs:
             self.history.append({"epoch": self.epoch, "eps": self.budget(self.epoch), "lr": lr, **self.evaluate()})
+
+    def note(self, budgets, found):
+        """Move what is known of the latest mini-batches to the run's record. Raises ValueError if one diverged."""
+        for eps, (loss, wrong, norm) in zip(budgets, torch.stack(found).tolist(), strict=True):
+            if not math.isfinite(loss + norm):
+                raise ValueError(f"it diverged: loss {loss}, gradient norm {norm}")
+            self.steps.append([eps, loss, wrong, norm])
+        budgets.clear(), found.clear()
 
     def step(self, x, y, eps, generator):
         """One mini-batch: worst case, gradient, update. Returns loss, robust error and gradient norm, a tensor.
@@ -316,36 +327,31 @@ class _State:
         Under interval training the robust error is the share of inputs that are not proved robust.
         """
         config = self.config
-        step_size = config.step_size * eps / config.eps if config.eps else 0.0
         if self.captured:
-            start = config.start if eps else False
+            start, step_size = config.start if eps else False, config.step_size * eps / config.eps
             x_adv, limits = begin(x.contiguous(), eps, step_size, config.norm, start, generator)
             found = self.captured(x_adv, y, *limits, step_size)
         else:
-            loss, logits = self.interval(x, y, eps) if config.objective == "interval" else self.loss_at(
-                pgd(self.model, x, y, eps=eps, step_size=step_size, norm=config.norm, num_steps=config.num_steps,
-                    random_start=config.start, generator=generator) if eps else x, y)  # fmt: skip
+            loss, logits = (self.interval if config.objective == "interval" else self.attack)(x, y, eps, generator)
             self.optimizer.zero_grad()
             loss.backward()
             found = measured(self.model, loss, logits, y)
         self.optimizer.step()
         return found
 
-    def loss_at(self, x, y):
-        """The loss at these inputs, and the logits there."""
-        logits = self.logits(x)
-        return F.cross_entropy(logits, y), logits
+    def attack(self, x, y, eps, generator):
+        """The loss at attacked inputs, and the logits there."""
+        c = self.config
+        if eps > 0:
+            x = pgd(self.model, x, y, eps=eps, step_size=c.step_size * eps / c.eps, norm=c.norm, num_steps=c.num_steps,
+                    random_start=c.start, generator=generator)  # fmt: skip
+        return loss_at(self.model, x, y)
 
-    def interval(self, x, y, eps):
+    def interval(self, x, y, eps, _generator):
         """The loss at clean inputs mixed with that of the worst margins, and these margins."""
         kappa = 1 - eps / (2 * self.config.eps)
         worst = worst_margins(self.model, channels_last(x), y, eps=eps)
-        return kappa * F.cross_entropy(self.logits(x), y) + (1 - kappa) * F.cross_entropy(worst, y), worst
-
-    def logits(self, x):
-        low = fast_dtype(self.device)
-        with torch.autocast(self.device.type, dtype=low, enabled=low is not None, cache_enabled=False):
-            return self.model(channels_last(x)).float()
+        return kappa * loss_at(self.model, x, y)[0] + (1 - kappa) * F.cross_entropy(worst, y), worst
 
     def evaluate(self):
         c = self.config
@@ -381,6 +387,11 @@ class _State:
                 _, i, key = name.split(".")
                 state.setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def capturable(config, where):
+    """Whether a step of this training can be captured there: not l2 (its projection uses eps), and not bounds."""
+    return where.type != "cpu" and config.eps > 0 and config.norm == "linf" and config.objective == "attack"
 
 
 def augment(x, generator, border=4):

@@ -482,9 +482,11 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             pgd(Wrong(self.model), self.x, self.y, eps=0.1, step_size=0.1, num_steps=1)
 
-    def test_labels_are_checked_without_steps_too(self):
+    @pytest.mark.parametrize("change", [{"num_steps": 0, "num_restarts": 2}, {"num_steps": 0}, {"eps": 0}])
+    def test_labels_are_checked_where_nothing_moves(self, change):
+        settings = {"eps": 0.1, "step_size": 0.1, "num_steps": 1} | change
         with pytest.raises(ValueError, match="labels run from"):
-            pgd(self.model, self.x, self.y + 1, eps=0.1, step_size=0.1, num_steps=0, num_restarts=2)
+            pgd(self.model, self.x, self.y + 1, **settings)
 
 
 def test_the_ball_start_is_anywhere_in_the_ball():

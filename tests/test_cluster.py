@@ -45,7 +45,7 @@ def alone(digits, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUNS_DIR", str(tmp_path_factory.mktemp("alone")))
         patch.setenv("OMP_NUM_THREADS", "1")  # as the workers have
-        compute.fix_arithmetic()
+        compute.fix_threads()
         return [weights(run) for run in runs.grid(CONFIGS, digits)]
 
 
@@ -64,7 +64,7 @@ def weights(run):
 
 
 def asked(**options):
-    return Namespace(**{"workers": None, "per_gpu": 1, "slurm": None, "scheduler": None} | options)
+    return Namespace(**{"workers": None, "per_gpu": None, "slurm": None, "scheduler": None} | options)
 
 
 class Watched:
@@ -292,6 +292,7 @@ def test_an_address_nobody_answers_is_said_within_ten_seconds(address, capsys):
         (dict(slurm="short", workers=2), "list of name=value"),
         (dict(slurm="partition=", workers=2), "list of name=value"),
         (dict(workers=2), "there are 1 GPUs here, for 1 workers each; --per-gpu 2 lets"),
+        (dict(slurm="partition=short", workers=2, per_gpu=2), "--per-gpu is for --workers of this machine"),
         (dict(workers=5, per_gpu=3), "there are 1 GPUs here, for 3 workers each; --per-gpu 5 lets"),
     ],
 )
@@ -301,12 +302,16 @@ def test_what_was_asked_for_is_refused(options, said, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize(
-    ("gpus", "per_gpu", "seen"), [(0, 1, [None] * 3), (3, 1, ["0", "1", "2"]), (2, 2, ["0", "0", "1"])]
-)
-def test_each_worker_is_given_a_gpu_or_its_part_of_one(gpus, per_gpu, seen, monkeypatch):
+@pytest.mark.parametrize(("gpus", "per_gpu", "visible", "seen"), [
+    (0, 1, None, [None] * 3), (3, 1, None, ["0", "1", "2"]), (2, 2, None, ["0", "1", "0"]),
+    (2, 2, "5,3", ["5", "3", "5"]),
+])  # fmt: skip
+def test_each_worker_is_given_a_gpu_or_its_part_of_one(gpus, per_gpu, visible, seen, monkeypatch):
     import distributed
 
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(distributed, "SpecCluster", lambda workers, **_: workers)
     spec = clusters.local(3, per_gpu)

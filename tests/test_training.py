@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import attacks, compute, files, models, training
+from lib import attacks, captured, compute, files, models, runs, training
 from lib.data import Data
 from lib.training import TrainConfig, augment, train
 
@@ -40,7 +40,7 @@ def stripes(n_train=200, n_test=40):
 
 
 def train_both(folder):
-    compute.fix_arithmetic()
+    compute.fix_threads()
     for name, config in RUNS.items():
         train(config, stripes(), folder=folder / name)
 
@@ -133,7 +133,7 @@ class TestKilled:
 class TestAgainstLoops:
     @pytest.fixture(autouse=True)
     def float32(self, monkeypatch):
-        for module in (training, attacks):
+        for module in (captured, attacks):
             monkeypatch.setattr(module, "fast_dtype", lambda _device: None)
 
     def batches(self, config, data, epoch):
@@ -319,6 +319,9 @@ def test_numbers_of_all_kinds_name_the_same_run():
     others = {"eps": np.float32(0.3).astype(float), "lr": torch.tensor(0.5), "seed": np.int64(3)}
     assert replace(BASE, **others | {"eps": 0.1 + 0.2, "lr_drops": [np.float64(0.1), 0.5]}) == plain
     assert type(replace(plain, seed=np.int64(3)).seed) is int
+    whole = {"eps": 1, "lr": 1, "weight_decay": 0, "momentum": 0, "schedule_start": 0, "schedule_stop": 1}
+    written = replace(BASE, **whole), replace(BASE, **{name: float(value) for name, value in whole.items()})
+    assert len({runs.key(config, stripes()) for config in written}) == 1  # in JSON 1 and 1.0 differ
 
 
 def test_the_rate_falls_in_the_epoch_that_is_written():

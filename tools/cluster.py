@@ -18,7 +18,7 @@ def environment() -> dict:
     return {name: os.environ[name] for name in names if os.environ.get(name)} | MEMORY | {"PYTHONNOUSERSITE": "1"}
 
 
-def local(workers: int, per_gpu: int = 1):
+def local(workers: int, per_gpu: int):
     """A scheduler and so many workers on this machine, each in a process of its own; so many of them share a GPU."""
     import dask
     import torch
@@ -29,7 +29,9 @@ def local(workers: int, per_gpu: int = 1):
         some = f"there are {gpus} GPUs here, for {per_gpu} workers each"
         raise ClusterError(f"--workers {workers}: {some}; --per-gpu {-(-workers // gpus)} lets more of them share one")
     common = {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL, "host": "127.0.0.1"}
-    own = [environment() | ({"CUDA_VISIBLE_DEVICES": str(i // per_gpu)} if gpus else {}) for i in range(workers)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = visible.split(",") if visible else [str(i) for i in range(gpus)]
+    own = [environment() | ({"CUDA_VISIBLE_DEVICES": cards[i % gpus]} if gpus else {}) for i in range(workers)]
     spec = {i: {"cls": Nanny, "options": common | {"env": env}} for i, env in enumerate(own)}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
     with dask.config.set({"distributed.nanny.pre-spawn-environ": environment()}):
@@ -74,13 +76,15 @@ def started(args):
         return
     if (args.scheduler and (args.workers or args.slurm)) or (args.slurm and not args.workers):
         raise ClusterError("--workers N, or --slurm SETTINGS --workers N, or --scheduler ADDRESS")
+    if args.per_gpu and (args.scheduler or args.slurm):
+        raise ClusterError("--per-gpu is for --workers of this machine")
     try:
         if args.scheduler:
             with _named(args.scheduler):
                 connect().close()  # that it answers
                 yield
             return
-        made = slurm(args.slurm, args.workers) if args.slurm else local(args.workers, args.per_gpu)
+        made = slurm(args.slurm, args.workers) if args.slurm else local(args.workers, args.per_gpu or 1)
     except ImportError as error:
         raise ClusterError(MISSING) from error
     with made, _named(made.scheduler_address):

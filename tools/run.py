@@ -130,7 +130,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", default=profiles.QUICK, help="size of the experiments (default: quick), or a file")
     parser.add_argument("-j", "--jobs", type=int, default=2, metavar="N", help="notebooks side by side (default: 2)")
     parser.add_argument("--workers", type=int, metavar="N", help="train on N workers of this machine (or of --slurm)")
-    parser.add_argument("--per-gpu", type=int, default=1, metavar="K", help="how many of them share a GPU (default: 1)")
+    parser.add_argument("--per-gpu", type=int, metavar="K", help="how many of them share a GPU (default: 1)")
     parser.add_argument("--slurm", metavar="SETTINGS", help="the workers are jobs of Slurm: partition=short,gres=gpu:1")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="train on the workers of this dask scheduler")
     parser.add_argument("--timeout", type=int, metavar="S", help="seconds a cell may take")
@@ -143,6 +143,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for option in ("jobs", "timeout", "workers", "per_gpu"):
         if (value := getattr(args, option)) is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} {value}: it must be at least 1")
+    if args.per_gpu and not args.workers:
+        parser.error("--per-gpu says how --workers share GPUs: say how many there are")
     return args
 
 
