@@ -270,15 +270,28 @@ def compare(rule, rows, first, second, unless=""):
     return rule(a, b, unless=unless) if seeds else none
 
 
+def places(rows, first, second):
+    """Where two arms of a row, each as (arm, lr), were made, as a text; empty if each seed's two were in one place."""
+    made = [rows[(rows["arm"] == arm) & (rows["lr"] == lr)].groupby("seed")["device"].first().to_dict()
+            for arm, lr in (first, second)]  # fmt: skip
+    common = made[0].keys() & made[1].keys()
+    if all(made[0][seed] == made[1][seed] for seed in common):
+        return ""
+    where = [" and ".join(sorted({of_arm[seed] for seed in common})) for of_arm in made]
+    return "; ".join(f"{spelt(arm)} on {there}" for (arm, _), there in zip((first, second), where, strict=True))
+
+
 def differences(rows, rules, lr):
-    """A line for each question of `QUESTIONS` that has a rule and cells at a learning rate: mean, half, outcome, n."""
+    """A line for each question of `QUESTIONS` that has a rule and cells at a learning rate: mean, half, outcome, n, and
+    where the two were made if not in one place."""
     for what, rule in rules.items():
         (arm, network), (other, end) = QUESTIONS[what]
         a, b, seeds = pair(masks(rows, arm, lr, network), masks(rows, other, lr, end))
         if seeds:
             mean, half = inference.interval(a, b)
             yield {"difference": what, "lr": lr, "mean": mean, "half": half if np.isfinite(half) else None,
-                   "seeds": len(seeds), "images": a.shape[1], "outcome": rule(a, b).outcome}  # fmt: skip
+                   "seeds": len(seeds), "images": a.shape[1], "outcome": rule(a, b).outcome,
+                   "places": places(rows, (arm, lr), (other, lr))}  # fmt: skip
 
 
 def rates(rows, arm):

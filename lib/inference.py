@@ -240,10 +240,10 @@ def _half(shape, seed_error, image_error, level):
 
 
 def _mcnemar(d):
-    """For these very networks: the exact sign test on all pairs of network and image in which the two arms differ."""
-    more, less = int((d > 0).sum()), int((d < 0).sum())
+    """For these very networks: the exact sign test over the images, on each of which their differences add up."""
+    more, less = (int((sign * d.sum(0) > 0).sum()) for sign in (1, -1))
     p = stats.binomtest(more, more + less).pvalue if more + less else 1.0
-    return f"these networks: {more} against {less} of {d.size:,} differ that way, p = {_p(p)}"
+    return f"these networks: more errors on {more:,} images, fewer on {less:,} of {d.shape[1]:,}, p = {_p(p)}"
 
 
 def _why_no_difference(d, mean, half, errors, margin, level):

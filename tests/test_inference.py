@@ -120,6 +120,28 @@ class TestDifference:
         bootstrap = np.var([d[np.ix_(r, c)].mean() for r, c in zip(rows, columns, strict=True)])
         assert from_seeds**2 + from_images**2 == pytest.approx(bootstrap, rel=0.25)
 
+    @pytest.mark.parametrize("copies", [1, 2, 5])
+    def test_the_p_of_these_networks_is_of_images_however_often_a_network_is_repeated(self, copies):
+        """Networks on one set of images are no independent samples of images: copies of one add nothing."""
+        a, b = np.zeros((2, 40), bool)
+        a[:9], b[9:12] = True, True
+        p = stats.binomtest(9, 12).pvalue
+        found = difference("x", margin=0.01)(*(np.tile(v, (copies, 1)) for v in (a, b))).measured
+        assert f"more errors on 9 images, fewer on 3 of 40, p = {p:.1g}" in found
+
+    def test_the_p_of_these_networks_keeps_its_level_where_images_decide(self):
+        rng = np.random.default_rng(0)
+        below = 0
+        for _ in range(DRAWS):
+            side = rng.choice([-1, 0, 1], 60, p=[0.2, 0.6, 0.2])  # of an image, for all seeds alike: no true difference
+            low = [np.tile(side == sign, (4, 1)) & (rng.random((4, 60)) < 0.8) for sign in (1, -1)]
+            d = low[0].astype(int) - low[1]
+            more, less = (int((s * d.sum(0) > 0).sum()) for s in (1, -1))
+            found = difference("x", margin=0.01)(*low).measured
+            assert f"more errors on {more} images, fewer on {less}" in found
+            below += stats.binomtest(more, more + less).pvalue <= LEVEL
+        assert below <= MOST
+
     def test_values_of_seeds_are_students_test(self):
         a, b = np.array([1.0, 2, 4, 3]), np.array([0.5, 1, 3.4, 2])
         low, high = stats.ttest_rel(a, b).confidence_interval(1 - LEVEL)
