@@ -56,7 +56,8 @@ def epochs(state, captured, turns=TURNS, deterministic=True):
     if not captured:
         state.captured = None
     seconds = []
-    with torch.backends.cudnn.flags(enabled=True, deterministic=deterministic, allow_tf32=False):
+    with compute.exact_convolutions():
+        torch.backends.cudnn.deterministic = deterministic  # the context puts it back
         state.train_epoch()
         for _ in range(turns):
             torch.cuda.synchronize()

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import time
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -61,10 +62,17 @@ def fix_threads():
     torch.set_num_threads(int(first))
 
 
+@contextmanager
 def exact_convolutions():
     """A context, or a decorator, in which a GPU's float32 convolutions are float32 (PyTorch would take 10 bits of the
-    23) and cuDNN keeps to algorithms that give the same bits twice."""
-    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    23) and cuDNN keeps to algorithms that give the same bits twice. The caller's settings are put back."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision
+    try:
+        cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = True, False, "ieee"
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = before
 
 
 def versions():

@@ -92,6 +92,30 @@ def test_a_state_is_gone_with_its_last_reference(monkeypatch):
     assert state() is None
 
 
+@pytest.fixture
+def convolutions():
+    """cuDNN's settings, to be changed."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision
+    yield cudnn
+    cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = before
+
+
+@pytest.mark.parametrize("mine", ["none", "ieee", "tf32"])
+def test_the_callers_settings_of_convolutions_are_put_back(mine, convolutions):
+    def settings():
+        return convolutions.deterministic, convolutions.benchmark, convolutions.conv.fp32_precision
+
+    seen = []
+    # By the new names, which PyTorch's own context refuses to read together with the old ones.
+    convolutions.benchmark, convolutions.conv.fp32_precision = True, mine
+    with pytest.raises(KeyboardInterrupt), compute.exact_convolutions():
+        compute.exact_convolutions()(lambda: seen.append(settings()))()
+        seen.append(settings())
+        raise KeyboardInterrupt
+    assert seen == [(True, False, "ieee")] * 2 and settings() == (False, True, mine)
+
+
 WAYS = [("cpu", "cpu"), *(pytest.param(*way, marks=needs_gpu) for way in (("cpu", "cuda"), ("cuda", "cpu")))]
 
 
