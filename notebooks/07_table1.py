@@ -110,7 +110,8 @@ if len(set(names.values())) < len(names):  # cells of one profile that do not be
 def trained(part):
     """How the networks of a row were trained, as their recipe says."""
     of_row = recipes.get(part["recipe"].iloc[0], changes)
-    images = "all images" if of_row["images"][0] is None else f"{of_row['images'][0] - of_row['set_aside']:,} images"
+    few = of_row["images"][0]
+    images = f"{few - of_row['set_aside']:,} images" if few else f"all images but {of_row['set_aside']:,}"
     return f"w={of_row['width']}, {images}, {of_row['epochs']} epochs, PGD-{of_row['num_steps']}"
 
 
@@ -414,8 +415,8 @@ seen = [f"{line.row}: {100 * half:.1f} points ({line.difference}) with {line.see
 book.answer(
     "Is a gain of 1 to 2 percentage points more than noise?",
     f"The least difference between two arms that would be seen here: {'; '.join(seen) or 'none yet, with one seed'}. "
-    + "; ".join(f"a gain of {points} can be told from noise in {(halves < points / 100).sum()} of {len(halves)} "
-                "comparisons" for points in (1, 2)) + ".",
+    + "; ".join(f"a gain of {what} can be told from noise in {(halves < points).sum()} of {len(halves)} comparisons"
+                for what, points in (("1 point", 0.01), ("2 points", 0.02))) + ".",
     reviewer="Reviewers 1 and 4", n=shown_count, source=shown_sources,
 )  # fmt: skip
 
