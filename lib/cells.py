@@ -242,9 +242,14 @@ def spelt(text):
 
 def title(rows):
     """What a row of cells is called: "VGG16, CIFAR-10, eps 8/255"."""
-    (recipe, eps), pixels = rows[["recipe", "eps"]].iloc[0], 255 * rows["eps"].iloc[0]
-    text = f"{round(pixels)}/255" if eps < 0.2 and abs(pixels - round(pixels)) < 1e-3 else f"{eps:g}"
-    return f"{spelt(recipe.replace(' on ', ', '))}, eps {text}"
+    recipe, eps = rows[["recipe", "eps"]].iloc[0]
+    return f"{spelt(recipe.replace(' on ', ', '))}, eps {budget(eps)}"
+
+
+def budget(eps):
+    """An eps as it is written: "8/255" where it is so many of 255 shades, else "0.1"."""
+    shades = 255 * eps
+    return f"{round(shades)}/255" if 0 < eps < 0.2 and abs(shades - round(shades)) < 1e-3 else f"{eps:g}"
 
 
 def masks(rows, arm, lr, network="end", part="test", kind="PGD"):

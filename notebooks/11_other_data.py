@@ -24,7 +24,8 @@
 # If the effect comes from the digits alone, a constant budget should stall nowhere on other pictures, or a rising one
 # should not help there. If it comes from the network, it should do so on every set, at an eps of each set's own. The
 # two sets that every clone has show the same digits, on black and on photographs: of other pictures they say nothing
-# yet, which the profile overnight does (CIFAR-10, Fashion-MNIST).
+# yet, which the profile overnight does (CIFAR-10; Fashion-MNIST where it is found):
+# [its figure](../figures/overnight/11_stalls.png).
 #
 # **To use images of your own**, add the path of a folder `{train,test}/<class>/*.png|jpg` to `datasets`.
 
@@ -144,7 +145,7 @@ for ax, name in zip(axes[0], sets):
             ax.plot(places, mean, "o", color=SCHEDULE_COLOURS[arm], label=f"{arm}, {kind}", **style)
     ax.axhline(stalled, color="grey", linestyle=":")
     ax.set(title=name, xlabel="eps", xscale="log", ylim=(0, 1.03))
-    ax.set_xticks(eps_grid, [f"{eps:g}" for eps in eps_grid])
+    ax.set_xticks(eps_grid, [cells.budget(eps) for eps in eps_grid])
     ax.minorticks_off()
 axes[0, 0].set_ylabel("error on test images")
 fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -163,7 +164,7 @@ def from_which(name, arm):
     least = next((eps for eps in mean.index if (mean[mean.index >= eps] >= stalled).all()), None)
     if least is None:
         return "nowhere on the grid"
-    return f"from {least:g}" + " (the smallest tried)" * bool(least == min(eps_grid))
+    return f"from {cells.budget(least)}" + " (the smallest tried)" * bool(least == min(eps_grid))
 
 
 def all_budgets(name, arm):
@@ -195,9 +196,10 @@ book.answer(
     "Does the effect come from the data or from the network?",
     "With one network and equal steps, a constant budget stalls "
     + "; ".join(f"on {name} {by['constant']}, a cosine {by['cosine']}" for name, by in stalls.items())
-    + f". In clean error over the grid a rising budget {helps} on every set tried. Robust errors at eps {largest:g}, "
-    "cosine and constant: " + "; ".join(f"{robust[name, 'cosine']:.3f} and {robust[name, 'constant']:.3f} on {name}"
-                                        for name in sets) + "." + same,
+    + f". In clean error over the grid a rising budget {helps} on every set tried. "
+    f"Robust errors at eps {cells.budget(largest)}, cosine and constant: "
+    + "; ".join(f"{robust[name, 'cosine']:.3f} and {robust[name, 'constant']:.3f} on {name}" for name in sets) + "."
+    + same,
     reviewer="Reviewer 3", n=count, source=sources,
 )  # fmt: skip
 

@@ -12,7 +12,21 @@ from torch import nn
 
 from lib import cells, inference, recipes, training
 from lib.attacks import pgd
-from lib.cells import compare, masks, mistakes, notation, pair, path_of, rates, read, stuck, table, write
+from lib.cells import (
+    budget,
+    compare,
+    masks,
+    mistakes,
+    notation,
+    pair,
+    path_of,
+    places,
+    rates,
+    read,
+    stuck,
+    table,
+    write,
+)
 from lib.evaluation import error, predict, robust_error
 from lib.models import Ensemble
 from lib.runs import run
@@ -220,3 +234,21 @@ def test_a_cell_holds_what_its_networks_do(folder, tmp_path, monkeypatch):
     chosen = rows[(rows.network == "best") & (rows.kind == "PGD")]["epochs"].iloc[0]
     assert errors[chosen[0]] == min(errors.values())
     assert set(rows[rows.part == "strong"]["kind"]) == {"clean", "APGD CE", "APGD DLR", "Square"}
+
+
+def test_a_budget_is_written_as_people_write_it():
+    assert [budget(e) for e in (8 / 255, 0.0313725490196, 16 / 255, 0.1, 0.4, 51 / 255, 0.0, 2.0)] == [
+        "8/255", "8/255", "16/255", "0.1", "0.4", "0.2", "0", "2",
+    ]  # fmt: skip
+
+
+def test_where_two_arms_were_made_is_said_unless_each_seed_was_in_one_place():
+    def rows(**devices):
+        return pd.DataFrame([{"arm": arm, "lr": 0.1, "seed": seed, "device": device}
+                             for arm, row in devices.items() for seed, device in enumerate(row) if device])  # fmt: skip
+
+    asked = ("cosine", 0.1), ("constant", 0.1)
+    assert places(rows(cosine="AB", constant="AB"), *asked) == ""
+    assert places(rows(cosine="AA", constant="AB"), *asked) == "cosine on A; constant on A and B"
+    assert places(rows(cosine="AB", constant="BA"), *asked) == "cosine on A and B; constant on A and B"
+    assert places(rows(cosine=["A", "B"], constant=["A", None]), *asked) == ""  # there is no second pair
