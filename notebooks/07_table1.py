@@ -425,8 +425,8 @@ book.answer(
 #
 # Cells of a row come from processors, in float32, and from a GPU, in bfloat16; they are named by what was asked for and
 # not by where it was done. Where the two arms of a comparison were not made in one place, the ledger says so, and a
-# star in the figure. Some cells were made in both places, with the same weights at the start (each place draws its
-# own mini-batches).
+# star in the figure. Cells made in both places, with the same weights at the start (each place draws its own
+# mini-batches), say how much that may be.
 
 # %%
 same = inference.difference("robust error under PGD, GPU minus processor", margin=margin, expect="no difference")
@@ -435,7 +435,7 @@ same
 # %%
 twins, _ = cells.read({"twins": cells.FIGURES / "overnight" / "twins"})
 twins = twins[twins["profile"] == "twins"]
-print(f"{twins.groupby(['row', 'arm', 'lr', 'seed']).ngroups} cells were made in both places.")
+print(f"Cells made in both places: {twins.groupby(['row', 'arm', 'lr', 'seed']).ngroups}")
 for (row, arm, lr), part in twins.groupby(["row", "arm", "lr"]):
     here = of.get(f"overnight-{row[-6:]}", found[:0])
     on_gpu = "NVIDIA" in part["device"].iloc[0]
@@ -447,7 +447,7 @@ for (row, arm, lr), part in twins.groupby(["row", "arm", "lr"]):
             f"{cells.title(part)}, {cells.spelt(arm)}, learning rate {lr:g}",
             f"Robust error, the former minus the latter: {finding.outcome}, {finding.measured}"
             f"{f'; {finding.why}' * bool(finding.why)}.",
-            reviewer="Our own question", n=f"{len(both)} seeds, {a.shape[1]:,} test images",
+            reviewer="Our own question", n=f"{len(both)} seed{'s' * (len(both) > 1)}, {a.shape[1]:,} test images",
             source=part["source"].iloc[0],
         )  # fmt: skip
 
