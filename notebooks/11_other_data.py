@@ -24,8 +24,8 @@
 # If the effect comes from the digits alone, a constant budget should stall nowhere on other pictures, or a rising one
 # should not help there. If it comes from the network, it should do so on every set, at an eps of each set's own. The
 # two sets that every clone has show the same digits, on black and on photographs: of other pictures they say nothing
-# yet, which the profile overnight does (CIFAR-10; Fashion-MNIST where it is found):
-# [its figure](../figures/overnight/11_stalls.png).
+# yet, which the profile overnight does (CIFAR-10, and Fashion-MNIST where it is found): its figure is
+# `figures/overnight/11_stalls.png`.
 #
 # **To use images of your own**, add the path of a folder `{train,test}/<class>/*.png|jpg` to `datasets`.
 
