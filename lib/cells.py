@@ -306,6 +306,11 @@ def rates(rows, arm):
     return {lr: {s: float(part[lr, s].mean()) for s in part[lr].index} for lr in part.index.unique("lr")}
 
 
+def means(rows, arm):
+    """{learning rate: mean of its `rates` over the seeds}: the arm's best rate is that of the least one."""
+    return {lr: float(np.mean(list(errors.values()))) for lr, errors in rates(rows, arm).items()}
+
+
 def stuck(rows, arm, lr):
     """Seeds whose run of an arm is on the plateau: it errs on four images in five, and no attack changes that."""
     clean, attacked = (masks(rows, arm, lr, kind=kind) for kind in ("clean", "PGD"))

@@ -347,14 +347,10 @@ def masks_at(row, lr):
             for arm in ("cosine", "constant")}  # fmt: skip
 
 
-def best_rate(row, arm="cosine"):
-    errors = {lr: np.mean(list(by_seed.values())) for lr, by_seed in cells.rates(of[row], arm).items()}
-    return min(errors, key=errors.get, default=None)
-
-
 # %%
 for (name, row), best in product(claimed.items(), (False, True)):
-    lr = best_rate(row) if best else usual[name]
+    errors = cells.means(of[row], "cosine")
+    lr = min(errors, key=errors.get, default=None) if best else usual[name]
     runs_of = masks_at(row, lr)
     pairs = {kind: cells.pair(*({seed: by[kind] for seed, by in of_arm.items()} for of_arm in runs_of.values()))
              for kind in ("worst", "PGD")}  # fmt: skip
