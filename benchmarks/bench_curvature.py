@@ -2,6 +2,8 @@
 
 1. The top 20 Hessian eigenpairs: Lanczos (ours) against power iteration with deflation by double backward
    (50 iterations at most, tolerance 1e-3), the same by pyhessian, and against ARPACK (scipy) on curvlinops' Hessian.
+   Power iteration ends at residuals of some 3e-2 of the largest eigenvalue. So ours takes two turns, asked for 2e-2 and
+   for 1e-3, and a peer is compared with the one of the two that is no less exact than it is.
 2. A plane of 21 x 21 points of the adversarial loss, the attack made anew at each: ours against a deep copy of the
    model and a float32 textbook attack at each point; and how far the values differ with bfloat16 off.
 
@@ -31,6 +33,8 @@ from lib.attacks import pgd
 from lib.curvature import Hessian, top_eigenpairs
 from lib.files import write_json
 from lib.landscape import flat, random_directions, surface
+
+OURS = {"ours, coarse": 2e-2, "ours": 1e-3}  # the tolerance that is asked for
 
 
 def trained(digits, width, epochs, eps):
@@ -85,7 +89,7 @@ def by_curvlinops(model, x, y, k, batch_size):
         return (hessian @ torch.as_tensor(v.ravel())).numpy()
 
     start = np.random.default_rng(0).standard_normal(n).astype(np.float32)
-    values, vectors = eigsh(LinearOperator((n, n), product, dtype=np.float32), k, which="LA", v0=start, tol=1e-2)
+    values, vectors = eigsh(LinearOperator((n, n), product, dtype=np.float32), k, which="LA", v0=start, tol=3e-2)
     return torch.tensor(values[::-1].copy()), torch.tensor(vectors.T[::-1].copy())
 
 
@@ -125,14 +129,18 @@ def relative_residual(hessian, values, vectors):
 
 
 def bench_eigenpairs(model, x, y, k, batch_size, repeats):
-    """A row for each method: CPU seconds, residual and how many times ours is faster."""
+    """A row for each method: CPU seconds, residual and how many times ours is faster, asked for either tolerance."""
     exact = Hessian(model, x, y, dtype=torch.float64, batch_size=batch_size, kept_batches=0)
-    methods = {"ours": partial(top_eigenpairs, tolerance=1e-3, batch_size=batch_size)}
-    others = {"power iteration": power_iteration, "pyhessian": by_pyhessian, "ARPACK on curvlinops": by_curvlinops}
-    methods |= {name: partial(method, batch_size=batch_size) for name, method in others.items()}
-    found, turns = in_turns({name: partial(method, model, x, y, k) for name, method in methods.items()}, repeats)
-    return [{"against": name, **spread(turns, name), "residual": relative_residual(exact, *found[name][:2])}
-            for name in methods]  # fmt: skip
+    methods = {name: partial(top_eigenpairs, tolerance=tolerance) for name, tolerance in OURS.items()}
+    methods |= {"power iteration": power_iteration, "pyhessian": by_pyhessian, "ARPACK on curvlinops": by_curvlinops}
+    calls = {name: partial(method, model, x, y, k, batch_size=batch_size) for name, method in methods.items()}
+    found, turns = in_turns(calls, repeats)
+    coarse, fine = OURS
+    for name in methods:
+        residual = relative_residual(exact, *found[name][:2])
+        as_exact = fine if residual <= OURS[fine] else coarse  # of the two of ours, the one that is no less exact
+        yield {"against": name, "ours": as_exact, "residual": residual, **spread(turns, name, ours=as_exact),
+               "ratio_fine": spread(turns, name, ours=fine)["ratio_median"]}  # fmt: skip
 
 
 def bench_plane(model, x, y, points, settings):
@@ -159,12 +167,13 @@ def tables(record):
         f"LeNet of {record['parameters']:,} parameters. CPU seconds.",
         "",
         f"| top 20 eigenpairs, {record['images']} images | seconds | largest residual "
-        "| ours is faster by: median (min to max) |",
-        "|---|---|---|---|",
+        "| as exact, ours is faster by: median (min to max) | ours at 1e-3 by |",
+        "|---|---|---|---|---|",
     ]
     for r in record["eigenpairs"]:
         ratio = f"{r['ratio_median']:.1f} ({r['ratio_min']:.1f} to {r['ratio_max']:.1f})"
-        lines.append(f"| {r['against']} | {r['seconds_peer']:.1f} | {r['residual']:.1e} | {ratio} |")
+        cells = [r["against"], f"{r['seconds_peer']:.1f}", f"{r['residual']:.1e}", ratio, f"{r['ratio_fine']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         f"| plane of {record['points']} x {record['points']}, {record['plane_images']} images, "
@@ -194,16 +203,18 @@ def main():
     record = vars(given) | {
         "attack": settings, "source": digits.source, "parameters": flat(model).numel(),
         "hardware": compute.hardware(), "versions": compute.versions(),
-        "eigenpairs": bench_eigenpairs(model, x_adv, y[: given.images], 20, 250, given.repeats),
+        "eigenpairs": list(bench_eigenpairs(model, x_adv, y[: given.images], 20, 250, given.repeats)),
     }  # fmt: skip
     print(json.dumps(record["eigenpairs"], indent=1), flush=True)
     record["plane"] = bench_plane(model, x[: given.plane_images], y[: given.plane_images], given.points, settings)
     print(json.dumps(record["plane"], indent=1))
     write_json(HERE / "curvature.json", record)
     write_part("curvature", tables(record))
-    (ours, power, *_), (_, auto, full) = record["eigenpairs"], record["plane"]
+    of, (_, auto, full) = {row["against"]: row for row in record["eigenpairs"]}, record["plane"]
+    power, ours = of["power iteration"], of["ours"]
     goals = {
-        f"top 20 {power['ratio_median']:.1f} times faster than power iteration (goal 15)": power["ratio_median"] >= 15,
+        f"top 20 {power['ratio_median']:.1f} times faster than power iteration, no less exact (goal 15)":
+            power["ratio_median"] >= 15,
         f"largest relative residual {ours['residual']:.1e} (goal 1e-3)": ours["residual"] < 1e-3,
         f"plane {auto['ratio']:.1f} times faster than the textbook (goal 3)": auto["ratio"] >= 3,
         f"largest relative difference of the float32 plane {full['difference']:.1e} (goal 1e-3)":

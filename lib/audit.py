@@ -124,7 +124,7 @@ def worst_case(masks):
 def signs(reported, rivals, by_eps, flat):
     """The usual signs of gradient masking, each as the images that show it: `inference.at_most` judges their share.
 
-    A rival that should be weaker breaks an image that the reported attack does not. An image that falls at one eps
+    A rival that should be weaker breaks an image that the reported attack leaves. An image that falls at one eps
     stands at the next one. An image stands at the largest eps. The loss is flat at an image.
 
     Args:
@@ -134,7 +134,8 @@ def signs(reported, rivals, by_eps, flat):
         by_eps: masks of the gradient attack by eps; at the largest eps the ball should hold the whole box.
         flat: the mask of `flat`.
     Returns:
-        {sign: mask}; of the steps from one eps to the next, only that with the most images.
+        {sign: mask}, over all images but for the rivals: theirs is over those that the reported attack leaves. Of the
+        steps from one eps to the next, only that with the most images.
     Raises:
         ValueError: masks of unequal length, no rivals, or fewer than two eps.
     """
@@ -142,7 +143,8 @@ def signs(reported, rivals, by_eps, flat):
         raise ValueError(f"needs at least one rival and two eps, got {len(rivals)} and {len(by_eps)}")
     grid = sorted(by_eps)
     flat, reported, *curve = np.array([flat, reported, *(by_eps[e] for e in grid)], bool)
-    found = {f"only {name} breaks it": np.array(mask) & ~reported[: len(mask)] for name, mask in rivals.items()}
+    left = {name: ~reported[: len(mask)] for name, mask in rivals.items()}
+    found = {f"only {name} breaks it": (np.array(mask) & left[name])[left[name]] for name, mask in rivals.items()}
     found["it stands again at a larger eps"] = max((a & ~b for a, b in pairwise(curve)), key=np.sum)
     return found | {f"it stands at eps {grid[-1]:g}": ~curve[-1], "its loss is flat": flat}
 

@@ -167,9 +167,9 @@ def difference(what, *, margin, expect="smaller", level=LEVEL, over="seeds and i
     _one_of("expect", expect, ("smaller", "larger", "no difference"))
     if not margin > 0:
         raise ValueError(f"the margin must be positive, got {margin}")
-    text = (f"{_upper(what)}: {expect}, by the {1 - level:.0%} interval over {over}, paired. *Smaller* or "
-            f"*larger* if the interval leaves out 0; *no difference beyond the margin* if it lies within "
-            f"±{margin:g}; else undecided.")  # fmt: skip
+    text = (f"{_upper(what)}: {expect}, by the {1 - level:.0%} interval over {over}, paired. *No difference beyond "
+            f"the margin* if the interval lies within ±{margin:g}; if not, *smaller* or *larger* if it leaves out 0; "
+            "else undecided.")  # fmt: skip
 
     def test(a, b):
         d = _differences(a, b)
@@ -269,7 +269,7 @@ def at_most(what, *, bound, level=LEVEL):
 
     Returns:
         A Rule for (count, n), whole numbers. It holds if the upper bound of the share is at most `bound`, and does not
-        if the lower one is above it.
+        if the lower one is above it. Of no cases at all it is undecided.
     """
     if not 0 < bound < 1:
         raise ValueError(f"the bound of a share lies between 0 and 1, got {bound}")
@@ -281,9 +281,11 @@ def at_most(what, *, bound, level=LEVEL):
         return stats.beta.isf(level, k + 1, n - k) if k < n else 1.0
 
     def test(count, n):
-        if not (float(count).is_integer() and float(n).is_integer() and 0 <= count <= n and n >= 1):
-            raise ValueError(f"a share needs a whole count between 0 and n, n >= 1: got {count} of {n}")
+        if not (float(count).is_integer() and float(n).is_integer() and 0 <= count <= n):
+            raise ValueError(f"a share needs a whole count between 0 and n: got {count} of {n}")
         k, n = int(count), int(n)
+        if n == 0:
+            return Finding("undecided", None, "0 of 0", f"there is no case to count; {least} at least")
         high, low = upper(k, n), stats.beta.ppf(level, k, n - k + 1) if k else 0.0
         measured = f"{k} of {n:,}, that is {low:.3g} to {high:.3g}"
         if high <= bound:

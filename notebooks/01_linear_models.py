@@ -566,15 +566,16 @@ for kind, name in NORMS.items():
 # The theorem is about the best classifier. Does SGD see it? A linear classifier of two digits, small random weights at
 # the start, mini-batches of 100, the exact worst-case inputs, learning rate falling from 0.01 to 0. What decides is the
 # loss: a constant classifier has log 2, and a classifier that is of any use has less. (A norm above zero proves
-# nothing: SGD may have weights that do harm.) At eps = eps_bar itself the loss is flat to first order along one
-# direction, so that SGD gets to zero only slowly there.
+# nothing: SGD may have weights that do harm.) Half a thousandth of a nat is the margin on both sides: less than what
+# the best classifier gains at 0.9 eps_bar. At eps = eps_bar itself the loss is flat to first order along one direction,
+# so that SGD gets to zero only slowly there.
 
 # %%
 nearest = max((r for r in sgd_ratios if r < 1), default=None)
 beyond = min((r for r in sgd_ratios if r > 1), default=None)
-useful = inference.difference(f"robust loss after SGD at {nearest} eps_bar minus log 2, nats", margin=1e-4,
+useful = inference.difference(f"robust loss after SGD at {nearest} eps_bar minus log 2, nats", margin=5e-4,
                               over="seeds")  # fmt: skip
-constant = inference.difference(f"the same at {beyond} eps_bar", margin=1e-3, expect="no difference", over="seeds")
+constant = inference.difference(f"the same at {beyond} eps_bar", margin=5e-4, expect="no difference", over="seeds")
 display(useful, constant)
 
 
@@ -614,24 +615,25 @@ trained = pd.DataFrame(
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(7, 3))
-for ax, column in zip(axes, ["norm of w", "robust loss"]):
+trained["gain"] = trained["robust loss"] - np.log(2)
+for ax, column in zip(axes, ["norm of w", "gain"]):
     sns.lineplot(trained, x="eps", y=column, hue="digits", style="digits", markers=True, dashes=False,
                  errorbar=("pi", 100), ax=ax)  # fmt: skip
     for i, limit in enumerate(trained.eps_bar.unique()):
         ax.axvline(limit, color=sns.color_palette()[i], linestyle=":")
     ax.set(xlabel="eps (fraction of the pixel range)")
 axes[0].set(ylabel="||w|| after training")
-axes[1].set(ylabel="robust loss (nats)")
-axes[1].axhline(np.log(2), color="k", linewidth=1)
-axes[1].annotate("log 2", (0.0, np.log(2)), xytext=(0, -10), textcoords="offset points")
+axes[1].set(ylabel="robust loss - log 2 (nats)")
+axes[1].set_yscale("symlog", linthresh=1e-3)
+axes[1].axhline(0, color="k", linewidth=1)
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(pairs), title="digits")
 for ax in axes:
     ax.get_legend().remove()
 book.save(
     fig, "01_sgd_digits", trained, source=digits.source, seeds=seeds,
     caption=f"Linear classifiers of two digits after {sgd_steps:,} steps of SGD against the exact attack; mean and "
-    f"range of {len(seeds)} seed{'s' * (len(seeds) > 1)}, all training images. Dotted: eps_bar of each pair by the "
-    "formula.",
+    f"range of {len(seeds)} seed{'s' * (len(seeds) > 1)}, all training images. Right: less than 0 is of use; even "
+    "steps up to a thousandth of a nat, powers of ten beyond. Dotted: eps_bar of each pair by the formula.",
 )  # fmt: skip
 
 

@@ -177,8 +177,8 @@ def signs_of_masking(network, x, y, eps, found):
 
 # %%
 def label(family, arm=""):
-    """What a family, and an arm of it, are called: "LeNet, MNIST, constant"."""
-    parts = [*family.split("_"), *([arm.replace("_", " ")] if arm else [])]
+    """What a family, or else our own recipe, and an arm of it are called: "LeNet, MNIST, constant"."""
+    parts = [*(family.split("_") if theirs else recipe.split(" on ")), *([arm.replace("_", " ")] if arm else [])]
     return ", ".join(cells.spelt(part) for part in parts)
 
 
@@ -202,7 +202,7 @@ def measured(network, pictures, eps):
     weights = hashlib.sha256(b"".join(t.numpy().tobytes() for t in network.state_dict().values()))
     facts = {"weights": weights.hexdigest(), "data": pictures.fingerprint, "images": images, "eps": eps,
              "sharp_images": sharp_images, "attacks": attacks}  # fmt: skip
-    return runs.remember("released", facts, lambda: measure(network, x, y, eps))
+    return runs.remember("released", facts, lambda: measure(network, x, y, eps), version=2)
 
 
 # %%
@@ -247,10 +247,10 @@ book.save(
 # %% [markdown]
 # ## The audit
 #
-# The signs of gradient masking of notebook 8: an attack that should be weaker (Square, which sees no gradient, or a
-# single step) breaks images that PGD does not; an image falls at one eps and stands at a larger one; it stands at eps
-# 1, where the ball holds every image there is; its gradient is exactly zero. All networks of an arm count together; an
-# arm that guesses has nothing to mask.
+# The signs of gradient masking of notebook 8: of the images that PGD leaves, an attack that should be weaker (Square,
+# which sees no gradient, or a single step) breaks many; an image falls at one eps and stands at a larger one; it stands
+# at eps 1, where the ball holds every image there is; its gradient is exactly zero. Each network is judged, since those
+# of an arm see the same images; an arm that guesses has nothing to mask.
 
 # %%
 better = inference.difference("worst-case error, cosine minus constant", margin=margin)
@@ -266,10 +266,10 @@ for family, arm in arms.values:
     if guesses[family, arm]:
         print(f"{label(family, arm)}: it guesses, so there is nothing to mask")
         continue
-    of = [shown for (f, a, _), shown in signs.items() if (f, a) == (family, arm)]
-    for kind in of[0]:
-        count = np.concatenate([shown[kind] for shown in of])
-        rows.append({"network": label(family, arm), "sign": kind, "finding": sign(count.sum(), len(count))})
+    of = {str(number): shown for (f, a, number), shown in signs.items() if (f, a) == (family, arm)}
+    for kind in next(iter(of.values())):
+        each = {number: sign(shown[kind].sum(), len(shown[kind])) for number, shown in of.items()}
+        rows.append({"network": label(family, arm), "sign": kind, "finding": inference.together(each)})
 rows = pd.DataFrame(rows, columns=["network", "sign", "finding"])  # none, where all arms guess
 rows.assign(finding=[f"{f.outcome}: {f.measured}" for f in rows["finding"]]).pivot(
     index="network", columns="sign", values="finding")  # fmt: skip
@@ -289,7 +289,7 @@ if theirs:
         if common:
             book.claim(f"In the released networks a rising budget has the smaller worst-case error: {label(family)}",
                        section="5, Table 1", holds=better(a, b), n=count, source=source, believe=True)  # fmt: skip
-    seen = [f"{row.network}: {row.sign}" for row in rows.itertuples() if row.finding.holds is False]
+    seen = [f"{row.network}: {row.sign}" for row in rows.itertuples() if row.finding.holds in (False, "partly")]
     open_ = sum(finding.holds is None for finding in rows["finding"])
     book.answer("Are the robust errors of Table 1 real, or are gradients masked?",
                 f"Signs of masking in more than {bound:.0%} of the images: {'; '.join(seen) or 'none'}"

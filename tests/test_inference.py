@@ -208,7 +208,11 @@ class TestAtMost:
         wanted = int(found.why.split("about ")[1].split()[0].replace(",", ""))
         assert at_most("x", bound=0.05)(math.ceil(wanted / 60), wanted).holds is True
 
-    @pytest.mark.parametrize("case", [(3, 2), (-1, 5), (0, 0)])
+    def test_without_a_case_nothing_is_decided(self):
+        found = at_most("x", bound=0.1)(0, 0)
+        assert found.holds is None and found.why == "there is no case to count; 44 at least"
+
+    @pytest.mark.parametrize("case", [(3, 2), (-1, 5), (0.5, 5)])
     def test_refuses(self, case):
         with pytest.raises(ValueError, match="a share needs"):
             at_most("x", bound=0.1)(*case)

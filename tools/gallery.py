@@ -38,8 +38,9 @@ Each notebook writes its figures here, one folder per profile: the picture, the 
 (`.json`) with parameters, seeds, data, versions and hardware. Below: what to believe; three ledgers (what
 the paper claims, what its reviewers asked, what checks this companion itself); the figures. A verdict is computed by
 the notebook from its run, by a rule stated before its figure, at the level of one in a hundred; "undecided" says why,
-and which n would decide. The profile is the size of the run: `quick` is minutes on two cores, `overnight` a night. This
-page is written by `tools/gallery.py`: change the notebooks, not the page.
+and which n would decide. Where a first look left a question open, n was raised: the level is then that of each look,
+and a verdict of the third errs in up to three of a hundred. The profile is the size of the run: `quick` is minutes on
+two cores, `overnight` a night. This page is written by `tools/gallery.py`: change the notebooks, not the page.
 """
 
 
@@ -207,9 +208,14 @@ def page(layout: Layout) -> str:
     return "\n".join(parts)
 
 
+def _latest(records: list[dict]) -> dict[str, dict]:
+    """Rows of the claims by claim: of each that of the largest profile."""
+    return {row["claim"]: row for row, _ in _rows(records, "claims")}
+
+
 def _counts(records: list[dict]) -> str:
     """How many of the claims have which verdict, and how many questions an answer."""
-    counts = Counter(row["verdict"] for row, _ in _rows(records, "claims"))
+    counts = Counter(row["verdict"] for row in _latest(records).values())
     answered = len({row["question"] for row, _ in _rows(records, "answers")})
     said = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]]
     return ", ".join(said + [f"{answered} answered"] * bool(answered)) or "-"
@@ -217,8 +223,8 @@ def _counts(records: list[dict]) -> str:
 
 def _notebook(records: list[dict], seconds: float) -> list[str]:
     """A notebook's line in README.md: the claims that it marks, else its first claim, else its first question."""
-    rows = {row["claim"]: row for row, _ in _rows(records, "claims")}  # of each the verdict of the largest profile
-    shown = [row for row in rows.values() if row.get("believe")] or list(rows.values())[:1]
+    rows = list(_latest(records).values())
+    shown = [row for row in rows if row.get("believe")] or rows[:1]
     lines = [f"{_words(row['claim'])}: **{row['verdict']}**" for row in shown]
     lines = lines or [_words(row["question"]) for row, _ in _rows(records, "answers")[:1]] or [NOTHING]
     name, title = records[0]["notebook"], " ".join(records[0]["title"].split())
