@@ -325,7 +325,7 @@ def _png(fig):
     buffer = io.BytesIO()
     fig.savefig(buffer, dpi=DPI, metadata={"Software": None})
     whole = Image.open(buffer).convert("RGB")
-    few = whole.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few = whole.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
     furthest = max(high for _, high in ImageChops.difference(whole, few.convert("RGB")).getextrema())
     out = io.BytesIO()
     (few if furthest <= 24 else whole).save(out, "png", optimize=True)
