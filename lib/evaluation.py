@@ -118,30 +118,23 @@ def unit_activity(model, x, *, batch_size=500):
     low, high, used = {}, {}, []
 
     def note(name, values):
+        used.append(name)
+        name += " again" * (used.count(name) - 1)
         low[name] = torch.minimum(low.get(name, values), values).amin(0, keepdim=True)
         high[name] = torch.maximum(high.get(name, values), values).amax(0, keepdim=True)
 
-    def watch(name):
-        def hook(_module, _inputs, output):
-            used.append(name)
-            note(name + " again" * (used.count(name) - 1), output.detach())
-
-        return hook
-
     model = as_module(model)
-    kinds = tuple(ACTIVATIONS.values())
-    hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
-    hooks.append(model.register_forward_pre_hook(lambda *_: used.clear()))
+    hooks = [model.register_forward_pre_hook(lambda *_: used.clear())]
+    for name, m in model.named_modules():
+        if isinstance(m, tuple(ACTIVATIONS.values())):
+            hooks.append(m.register_forward_hook(lambda _m, _x, output, name=name: note(name, output.detach())))
     try:
-        logits = predict(model, x, batch_size=batch_size)
+        note("logits", predict(model, x, batch_size=batch_size))
     finally:
         for hook in hooks:
             hook.remove()
-    note("logits", logits)
-    return [_activity(name, low[name], high[name]) for name in low]
-
-
-def _activity(name, low, high):
-    dead = ((low == 0) & (high == 0)).double().mean().item()
-    constant = (high - low <= 1e-6).double().mean().item()
-    return {"layer": name, "units": low.numel(), "dead": dead, "constant": constant}
+    found = []
+    for name in low:
+        dead, constant = (low[name] == 0) & (high[name] == 0), high[name] - low[name] <= 1e-6
+        found.append({"layer": name, "units": dead.numel(), "dead": share(dead), "constant": share(constant)})
+    return found
