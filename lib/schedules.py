@@ -55,15 +55,13 @@ def cosine_misread(start, stop, epochs, *, clip=None, norm="linf"):
 
 
 def _rise(start, stop, epochs, clip, norm, shape):
-    check_eps(start, name="start", norm=norm)
-    check_eps(stop, name="stop", norm=norm)
+    clip = stop if clip is None else clip
+    for name, value in (("start", start), ("stop", stop), ("clip", clip)):
+        check_eps(value, name=name, norm=norm)
     if stop < start:
         raise ValueError(f"the schedule runs backwards: it starts at {start} and stops at {stop}")
     if not epochs > 0:
         raise ValueError(f"the schedule runs backwards: epochs must be positive, got {epochs}")
-    if clip is None:
-        clip = stop
-    check_eps(clip, name="clip", norm=norm)
 
     def eps(epoch):
         if not epoch >= 0:
