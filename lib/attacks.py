@@ -119,7 +119,7 @@ def pgd(
             x_adv, limits = begin(x, eps, step_size, norm, random_start, generator)
             left = slice(None)
             if stop_early and best:
-                x_adv, left = torch.where(_wide(best[1], x), best[0], x_adv), (~best[1]).nonzero().squeeze(1)
+                x_adv, left = torch.where(best[1].view(-1, 1, 1, 1), best[0], x_adv), (~best[1]).nonzero().squeeze(1)
                 if not len(left):
                     break
             x_adv[left] = ascend(x_adv[left], y[left], [t[left] for t in limits])
@@ -169,7 +169,7 @@ def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
             moved = _into(moved, [t[i] for t in limits], eps, norm)
             score, right = look(moved, y[i])
             falls = score < best[i]
-            x_adv[i], best[i] = torch.where(_wide(falls, x), moved, x_adv[i]), torch.minimum(score, best[i])
+            x_adv[i], best[i] = torch.where(falls.view(-1, 1, 1, 1), moved, x_adv[i]), torch.minimum(score, best[i])
             standing[i] = right | ~falls
             turn[i] += torch.where(falls & (turn[i] % 2 == 0), 2, 1)  # a step up that is kept needs no step down
     return x_adv
@@ -321,13 +321,13 @@ def _start(x, radius, norm, generator):
         return torch.empty_like(x).uniform_(-radius, radius, generator=generator)
     direction = torch.empty_like(x).normal_(generator=generator)
     shrink = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype) ** (1 / x[0].numel())
-    return _unit(direction) * radius * _wide(shrink, x)
+    return _unit(direction) * radius * shrink.view(-1, 1, 1, 1)
 
 
 def _stronger(old, new):
     """Image by image the better of two (x_adv, misclassified, loss): misclassified first, then the larger loss."""
     better = (new[1] & ~old[1]) | ((new[1] == old[1]) & (new[2] > old[2]))
-    return tuple(torch.where(_wide(better, n), n, o) for o, n in zip(old, new, strict=True))
+    return tuple(torch.where(better.view(-1, *[1] * (n.dim() - 1)), n, o) for o, n in zip(old, new, strict=True))
 
 
 def _margin(logits, y):
@@ -356,14 +356,13 @@ def frozen(model, x, precision="auto"):
     kind = "{0.dtype} on {0.device}".format
     others = {kind(t) for t in tensors.values() if t.is_floating_point()} - {kind(x)}
     mismatch = f"a model of {' and '.join(sorted(others))} does not take images of {kind(x)}"
-    modes = []
+    modes = [(m, m.training) for m in model.modules()]
     if any_layout(model):
         if others:
             raise ValueError(mismatch)
         low = fast_dtype(x.device) if precision == "auto" and x.dtype == torch.float32 else None
         run = as_function(model, low)
     else:
-        modes = [(m, m.training) for m in model.modules()]
         run = partial(functional_call, model, tensors)
 
     def logits_of(inputs):
@@ -378,16 +377,11 @@ def frozen(model, x, precision="auto"):
         return logits.to(x.dtype) if x.dtype.is_floating_point else logits
 
     try:
-        if modes:
-            model.eval()
+        model.eval()
         yield logits_of
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _wide(t, x):
-    return t.view(-1, *[1] * (x.dim() - 1))
 
 
 def _l2(t):
