@@ -95,8 +95,8 @@ class TrainConfig:
         for name, choices in (("norm", NORMS), ("objective", ("attack", "interval")), ("optimizer", OPTIMIZERS)):
             check_choice(name, getattr(self, name), choices)
         check_choice("random_start", self.start, STARTS)
-        check_eps(self.eps, norm=self.norm)
-        check_eps(self.step_size, name="step_size", norm=self.norm)
+        for name in ("eps", "step_size", "momentum", "weight_decay"):
+            check_eps(getattr(self, name), name=name, norm=self.norm if name in ("eps", "step_size") else "l2")
         if self.objective == "interval" and self.model != "lenet":
             raise ValueError(f"interval training is for lenet: batch normalisation mixes the inputs of {self.model}")
         if self.objective == "interval" and (self.norm != "linf" or self.eps == 0):
@@ -107,9 +107,6 @@ class TrainConfig:
             raise ValueError(f"lr must be a positive number, got {self.lr!r}")
         if not isinstance(self.augment, bool):
             raise ValueError(f"augment must be True or False, got {self.augment!r}")
-        for name in ("momentum", "weight_decay"):
-            if type(value := getattr(self, name)) is not float or not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be a number that is not negative, got {value!r}")
         if any(not 0 < drop < 1 for drop in self.lr_drops):
             raise ValueError(f"lr_drops must lie between 0 and 1, the ends of a period, got {self.lr_drops}")
         if not all(isinstance(r, int) for r in self.restarts):
@@ -311,7 +308,9 @@ class _State:
                 self.note(budgets, found)
         self.epoch += 1
         if self.epoch % config.eval_every == 0 or self.epoch == config.epochs:
-            self.history.append({"epoch": self.epoch, "eps": self.budget(self.epoch), "lr": lr, **self.evaluate()})
+            errors = evaluate(self.model, *self.test, eps=config.eps, step_size=config.step_size, norm=config.norm,
+                              num_steps=config.num_steps, seed=config.seed, batch_size=config.batch_size)  # fmt: skip
+            self.history.append({"epoch": self.epoch, "eps": self.budget(self.epoch), "lr": lr, **errors})
 
     def note(self, budgets, found):
         """Move what is known of the latest mini-batches to the run's record. Raises ValueError if one diverged."""
@@ -353,21 +352,14 @@ class _State:
         worst = worst_margins(self.model, channels_last(x), y, eps=eps)
         return kappa * loss_at(self.model, x, y)[0] + (1 - kappa) * F.cross_entropy(worst, y), worst
 
-    def evaluate(self):
-        c = self.config
-        return evaluate(self.model, *self.test, eps=c.eps, step_size=c.step_size, num_steps=c.num_steps, norm=c.norm,
-                        seed=c.seed, batch_size=c.batch_size)  # fmt: skip
-
     def keep(self, folder):
         """Keep the model of this moment for good."""
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
-        _save(folder / f"model-{self.epoch}.safetensors", tensors, {"model": self.model_settings})
+        _save(folder / f"model-{self.epoch}.safetensors", self.model.state_dict(), {"model": self.model_settings})
 
     def save(self, path):
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         for i, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items() if v is not None}
-        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         _save(path, tensors, {"config": asdict(self.config)} | {name: getattr(self, name) for name in self.KEPT})
 
     def restore(self, path):
@@ -407,6 +399,7 @@ def augment(x, generator, border=4):
 
 
 def _save(path, tensors, about):
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     text = json.dumps(about, sort_keys=True)
     # The format has no checksum; one key, because the order of several is not fixed.
     write_bytes(path, save(tensors, metadata={"about": f"{_sha256(tensors, text)} {text}"}))
