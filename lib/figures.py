@@ -1,8 +1,8 @@
 """What a notebook leaves: figures with the numbers drawn and their provenance, and rows of the ledgers."""
 
-import ast
 import base64
 import copy
+import dis
 import hashlib
 import html
 import io
@@ -276,7 +276,7 @@ def _cells(name):
 
 def _parameter_names(name):
     cells = [source for _, tags, source in _cells(name) if "parameters" in tags]
-    names = list(_assigned(cells[0])) if len(cells) == 1 else []
+    names = _assigned(cells[0]) if len(cells) == 1 else []
     if "profile" not in names:
         raise ValueError(f"{name} needs one cell tagged `parameters`, which assigns `profile`")
     return names
@@ -295,13 +295,8 @@ def _assigned_in(name):
 
 
 def _assigned(source):
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            yield node.name
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            yield from ((alias.asname or alias.name).split(".")[0] for alias in node.names)
+    """Names that a cell leaves behind: not those inside its functions and comprehensions."""
+    return [step.argval for step in dis.get_instructions(source) if step.opname == "STORE_NAME"]
 
 
 def _write_record(path, record):

@@ -28,7 +28,7 @@ SOURCE = """# %% [markdown]
 # %% tags=["parameters"]
 profile = "quick"
 seeds, eps = [0, 1], 0.4
-restarts = (1, 2)
+restarts = [n for n in (1, 2)]
 settings = {"a": None}
 
 # %% [markdown]
