@@ -22,7 +22,7 @@ import torch
 from . import cluster, compute, inference, recipes, runs, training
 from .attacks import autoattack, pgd
 from .evaluation import wrong
-from .files import checksum, read_json, write_json
+from .files import checksum, read_if_whole, read_json, write_json
 from .models import Ensemble
 
 NAMES = {"lenet": "LeNet", "vgg": "VGG16", "vgg16": "VGG16", "resnet": "ResNet18", "resnet18": "ResNet18",
@@ -146,7 +146,7 @@ def path_of(folder, cell):
 def write(folder, cell):
     """Write a cell; one that stands there and differs only in where it was made stays as it is. Returns its path."""
     path = path_of(folder, cell)
-    if _there(path) != {**cell, "made": None}:
+    if {**read_if_whole(path), "made": None} != {**cell, "made": None}:
         write_json(path, cell)
     return path
 
@@ -154,15 +154,8 @@ def write(folder, cell):
 def stands(folder, recipe, settings, arm, data, **changes):
     """Whether the folder has a cell of just this config, data and plan, wherever it was made (as for `make`)."""
     asked = _asked(recipe, arm, configure(settings, arm, **changes), data, settings)
-    there = _there(path_of(folder, asked))
+    there = read_if_whole(path_of(folder, asked))
     return {key: there.get(key) for key in asked} == asked
-
-
-def _there(path):
-    try:
-        return read_json(path) | {"made": None}
-    except (OSError, ValueError):
-        return {}  # missing or corrupted: made again
 
 
 def read(folders=None):

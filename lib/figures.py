@@ -22,7 +22,7 @@ from IPython.display import Image as Shown
 from PIL import Image, ImageChops
 
 from . import claims, compute, recipes, runs
-from .files import folder_from_environment, read_json, write_bytes, write_json
+from .files import folder_from_environment, read_if_whole, read_json, write_bytes, write_json
 from .settings import SettingError, differing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -301,11 +301,7 @@ def _assigned(source):
 
 def _write_record(path, record):
     """Keep the record that stands if it differs only in when and how fast it was made: repeating changes no byte."""
-    try:
-        old = read_json(path)
-    except (OSError, ValueError):
-        old = None  # missing or corrupted: made again here
-    if old is None or _timeless(old) != _timeless(record):
+    if _timeless(read_if_whole(path)) != _timeless(record):
         write_json(path, record)
 
 

@@ -66,6 +66,14 @@ def read_json(path):
         raise ValueError(f"{path} is truncated or corrupted: delete it and run again ({error})") from error
 
 
+def read_if_whole(path):
+    """The dict in a JSON file; an empty one where it is missing or corrupted, so that it is made again."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return {}
+
+
 def checksum(value):
     """Hash of a JSON value, 16 hexadecimal digits: equal values have equal ones. NaN is refused (ValueError)."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
