@@ -56,14 +56,8 @@ def get(name, changes=None):
     Returns:
         A dict of settings, new each time.
     Raises:
-        SettingError: as for `check`.
+        SettingError: a recipe or setting that does not exist, here or in changes, or another type of value.
     """
-    check(name, changes)
-    return RECIPES[name] | (changes or {}).get(name, {})
-
-
-def check(name, changes=None):
-    """Raise SettingError for a recipe or setting that does not exist, here or in changes, or another type of value."""
     for recipe, settings in {name: {}, **(changes or {})}.items():
         if recipe not in RECIPES:
             raise SettingError(f"no recipe {recipe!r}: there are {', '.join(RECIPES)}")
@@ -71,6 +65,7 @@ def check(name, changes=None):
             if setting not in KNOWN:
                 raise SettingError(f"{recipe!r} has no setting {setting!r}: there are {', '.join(sorted(KNOWN))}")
             exactly(f"{setting} of {recipe!r}", value, RECIPES[recipe].get(setting))
+    return RECIPES[name] | (changes or {}).get(name, {})
 
 
 def load(settings):
