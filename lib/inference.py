@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
+from .checks import check_choice
+
 LEVEL = 0.01
 
 
@@ -82,7 +84,7 @@ def trend(what, *, expect, margin=0.0, level=LEVEL):
         direction is at most `level` and the change at least the margin; it does not if that of the other direction
         is, or if Student's interval for the change lies inside the margin.
     """
-    _one_of("expect", expect, ("rises", "falls"))
+    check_choice("expect", expect, ("rises", "falls"))
     sign = 1 if expect == "rises" else -1
     beyond = f", and the mean change from first to last is at least {margin:g}" if margin else ""
     none = " or the change is surely below that" if margin else ""
@@ -94,7 +96,7 @@ def trend(what, *, expect, margin=0.0, level=LEVEL):
         if v.ndim != 2 or not v.size or np.isnan(v).any():
             raise ValueError(f"a trend needs values (seeds, conditions) without NaN, got shape {v.shape}: {values}")
         seeds, k = v.shape
-        means = ", ".join(f"{_number(m)}" for m in v.mean(0))
+        means = ", ".join("never" if math.isinf(m) else f"{m:.3g}" for m in v.mean(0))
         p, against, z = (1.0, 1.0, 0.0) if min(seeds, k) < 2 else _page(sign * v)
         measured = f"means {means}; p = {_p(min(p, against))}{'' if p <= against else ' for the other direction'}"
         equal = v[:, -1] == v[:, 0]  # two infinite ones, too
@@ -164,7 +166,7 @@ def difference(what, *, margin, expect="smaller", level=LEVEL, over="seeds and i
     Returns:
         A Rule for two arrays of equal shape: masks (seeds, images), True where the network errs, or values (seeds,).
     """
-    _one_of("expect", expect, ("smaller", "larger", "no difference"))
+    check_choice("expect", expect, ("smaller", "larger", "no difference"))
     if not margin > 0:
         raise ValueError(f"the margin must be positive, got {margin}")
     text = (f"{_upper(what)}: {expect}, by the {1 - level:.0%} interval over {over}, paired. *No difference beyond "
@@ -321,17 +323,8 @@ def exact(what, *, tolerance):
     return Rule(text, test)
 
 
-def _one_of(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
 def _upper(what):
     return what[:1].upper() + what[1:]
-
-
-def _number(value):
-    return "never" if math.isinf(value) else f"{value:.3g}"
 
 
 def _p(p):
