@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from .checks import NORMS, STARTS, check_choice, check_count, check_eps, check_inputs, check_labels, check_logits
 from .compute import exact_convolutions, fast_dtype
-from .differentiate import as_module, differentiating, gradient, own
+from .differentiate import as_module, differentiating, gradient, own, unchanged
 from .fast import as_function
 from .models import any_layout
 
@@ -259,6 +259,8 @@ class _Guarded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         (g,) = gradient(ctx.logits, [ctx.x], g.to(ctx.x.dtype), keep=True)
+        if not torch.isfinite(g).all():  # AutoAttack would take it for an image that stands
+            raise ValueError("the gradient of the model's logits is NaN or infinite at some input")
         return None, None, g.float().contiguous()
 
 
@@ -352,18 +354,21 @@ def frozen(model, x, precision="auto"):
     """
     model = as_module(model)
     check_choice("precision", precision, ("auto", "full"))
-    tensors = {k: own(t) for k, t in (*model.named_parameters(), *model.named_buffers())}
+    constants = {id(t): own(t) for t in model.parameters()}
+    constants = {id(t): own(t).clone() for t in model.buffers()} | constants  # some models count in their buffers
+    tensors = {k: constants[id(t)] for k, t in (*model.named_parameters(), *model.named_buffers())}
     kind = "{0.dtype} on {0.device}".format
     others = {kind(t) for t in tensors.values() if t.is_floating_point()} - {kind(x)}
     mismatch = f"a model of {' and '.join(sorted(others))} does not take images of {kind(x)}"
-    modes = [(m, m.training) for m in model.modules()]
     if any_layout(model):
         if others:
             raise ValueError(mismatch)
         low = fast_dtype(x.device) if precision == "auto" and x.dtype == torch.float32 else None
         run = as_function(model, low)
     else:
-        run = partial(functional_call, model, tensors)
+
+        def run(inputs):
+            return functional_call(model, tensors, inputs.clone())  # some models write to what they get
 
     def logits_of(inputs):
         try:
@@ -376,12 +381,9 @@ def frozen(model, x, precision="auto"):
         check_logits(logits, len(inputs))
         return logits.to(x.dtype) if x.dtype.is_floating_point else logits
 
-    try:
+    with unchanged(model):
         model.eval()
         yield logits_of
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _l2(t):

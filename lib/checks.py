@@ -34,10 +34,17 @@ def check_eps(eps, *, name="eps", norm="linf"):
     return float(eps)
 
 
-def check_targets(x, y):
-    """Raise ValueError unless y is a tensor (N,) of int64, one label for each of N >= 1 inputs."""
+def check_data(x):
+    """Raise ValueError unless x is a tensor, or stands for one (`data.Images`), of N >= 1 inputs."""
+    if not hasattr(x, "split"):
+        raise ValueError(f"x must be a tensor, got {type(x).__name__}: torch.as_tensor makes one")
     if len(x) == 0:
         raise ValueError("no data: there is not a single input")
+
+
+def check_targets(x, y):
+    """Raise ValueError unless y is a tensor (N,) of int64, one label for each of N >= 1 inputs."""
+    check_data(x)
     if not isinstance(y, torch.Tensor) or y.dtype != torch.int64 or tuple(y.shape) != (len(x),):
         got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, torch.Tensor) else type(y).__name__
         raise ValueError(f"y must be int64 labels of shape ({len(x)},), got {got}")
@@ -57,7 +64,7 @@ def check_inputs(x, y, eps=0, norm="linf"):
         raise ValueError(f"x must be float32 or float64 with pixels in [0, 1], got {x.dtype}: {advice}")
     low, high = x.aminmax()
     if not (low >= 0 and high <= 1):
-        raise ValueError(f"x must lie in [0, 1], got values from {low:.4g} to {high:.4g}")
+        raise ValueError(f"x must lie in [0, 1], got values from {low:.9g} to {high:.9g}")
     check_targets(x, y)
     return own(x).contiguous(), own(y).contiguous(), eps
 

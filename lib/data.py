@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from .files import folder_from_environment
 
@@ -33,6 +33,9 @@ MNIST_SHA256 = {  # of the unpacked files
 }
 CPU = torch.device("cpu")
 HELD_BYTES = 2 * 2**30  # a folder whose images are larger than this, as float32, is read from disk batch by batch
+TURN = Image.Transpose
+TURNS = {1: None, 2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
+         6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by the orientation of EXIF  # fmt: skip
 KINDS = {".png": "lossless copies", ".jpg": "JPEG copies", ".jpeg": "JPEG copies"}
 
 
@@ -330,7 +333,8 @@ def image_folder(path, *, title=None, size=None, held_bytes=HELD_BYTES):
         _read(_shown_size, files)  # says which
     kinds = {KINDS.get(suffix, f"{suffix} files") for suffix in {Path(file).suffix.lower() for file in files}}
     crop = f", cut to {size} x {size}" if size else ""
-    name = f"{title or path.name} ({' and '.join(sorted(kinds))}, {len(y_train):,} + {len(y_test):,}{crop})"
+    named = title or os.fsencode(path.name).decode(errors="replace")  # file systems take names that are no text
+    name = f"{named} ({' and '.join(sorted(kinds))}, {len(y_train):,} + {len(y_test):,}{crop})"
     return Data(x_train, y_train, x_test, y_test, name)
 
 
@@ -344,12 +348,17 @@ def _part(folder, size):
 
     try:
         classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
-        samples = make_dataset(folder, {name: k for k, name in enumerate(classes)}, is_valid_file=valid)
+        samples = _once(make_dataset(folder, {name: k for k, name in enumerate(classes)}, is_valid_file=valid))
     except (OSError, ValueError) as error:
         what = DataCorrupted if folder.parent.is_dir() else DataNotFound
         raise what(f"{folder} should hold <class>/*.png or *.jpg: {_line(error)}") from error
     files, labels = zip(*(samples[i] for i in _order(samples)), strict=True)
     return Images(files, size), torch.tensor(labels), classes
+
+
+def _once(samples):
+    """Each file once, although links may lead to it in a circle."""
+    return list({(os.path.realpath(file), label): (file, label) for file, label in reversed(samples)}.values())[::-1]
 
 
 def _order(samples):
@@ -399,16 +408,30 @@ def _shown_size(file):
     """Width and height of the upright picture, by its header."""
     # The getexif of PNG would decode it all, and the size of TIFF is that of the upright picture.
     with _open(file) as image:
-        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5 and image.format != "TIFF"
+        turned = _orientation(image, Image.Image.getexif) >= 5 and image.format != "TIFF"
         return image.size[::-1] if turned else image.size
+
+
+def _orientation(image, getexif):
+    """1 to 8; 1 where there is none to be read. Not by Pillow's exif_transpose, which writes all other entries anew and
+    fails where one of them is damaged, of which viewers take no notice."""
+    try:
+        found = getexif(image).get(ExifTags.Base.Orientation, 1)
+    except SyntaxError:
+        return 1
+    return found if found in TURNS else 1
 
 
 def _shown(file):
     """The picture as a viewer shows it: see `image_folder`."""
     with _open(file) as image:
-        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        turn = TURNS[_orientation(image, lambda image: image.getexif())]
         if image.mode.startswith("I"):  # 16 bits
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            values = np.asarray(image) / 257
+            white_is_0 = image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
+            image = Image.fromarray((255 - values if white_is_0 else values).round().astype(np.uint8))
+        image = image if turn is None else image.transpose(turn)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

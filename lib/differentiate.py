@@ -1,25 +1,31 @@
 """Derivatives whatever the caller's autograd is doing: every function of this library that differentiates does it here.
 
-A caller may have switched gradients off, be in inference mode, or bring tensors and models that were made there, and a
-model may ignore some of its parameters or even its input. None of it changes a result: a function that differentiates
-runs inside `differentiating()`, on constants made by `own`, and takes its derivatives by `gradient`.
+A caller may have switched gradients off, be in inference mode or under autocast, or bring tensors and models that were
+made there, and a model may ignore some of its parameters or even its input. None of it changes a result: a function
+that differentiates runs inside `differentiating()`, on constants made by `own`, and takes its derivatives by
+`gradient`.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 @contextmanager
 def differentiating(*, twice=False):
-    """Inside, gradients are on and inference mode is off; a context and a decorator.
+    """Inside, gradients are on, inference mode and autocast are off; a context and a decorator.
 
     Args:
         twice: attention by the plain formula, since PyTorch's fused kernels have no second derivative.
     """
-    plain = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
-    with torch.inference_mode(False), torch.enable_grad(), plain:
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as more:
+        if twice:
+            more.enter_context(sdpa_kernel(SDPBackend.MATH))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                more.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 
@@ -56,10 +62,32 @@ def gradient(value, inputs, v=None, *, again=False, keep=None):
 
 
 def as_module(model):
-    """The model, without torch.compile's wrapper (same values, second derivatives too).
+    """The model, without the wrappers of torch.compile and of parallel training (same values).
 
-    Raises ValueError if it is no nn.Module.
+    Raises ValueError if it is no nn.Module, or TorchScript, the weights of which are its own.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
-    return getattr(model, "_orig_mod", model)
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        model = model.module
+    if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"model must be an nn.Module (and not TorchScript), got {type(model).__name__}")
+    return model
+
+
+@contextmanager
+def unchanged(model):
+    """Afterwards modes and flags of the model are as before, whatever was done inside. Modes are put back by the
+    modules' own `train`, which may do more than set a flag (layers of low rank merge their weights)."""
+    modes = [(m, m.training) for m in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:  # the outer ones first: they speak to the inner ones
+            if module.training != mode:
+                module.train(mode)
+        for module, mode in modes:
+            module.training = mode
+        for p, flag in flags:
+            if p.requires_grad != flag:
+                p.requires_grad_(flag)

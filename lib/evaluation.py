@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from .attacks import frozen, pgd
-from .checks import check_count, check_inputs, check_labels, check_targets
-from .differentiate import as_module, differentiating, own
+from .checks import check_count, check_data, check_inputs, check_labels, check_targets
+from .differentiate import as_module, differentiating, own, unchanged
 from .models import ACTIVATIONS
 
 
@@ -21,11 +21,9 @@ def predict(model, x, *, batch_size=500):
     Raises ValueError for no inputs at all, and for a model that returns no logits.
     """
     check_count(1, batch_size=batch_size)
-    if len(x) == 0:
-        raise ValueError("no inputs to evaluate")
+    check_data(x)
     with torch.no_grad(), frozen(model, x, "full") as logits_of:
-        parts = (own(part).clone(memory_format=torch.contiguous_format) for part in x.split(batch_size))
-        return torch.cat([logits_of(part) for part in parts])  # of copies: some models work in place
+        return torch.cat([logits_of(own(part).contiguous()) for part in x.split(batch_size)])
 
 
 @differentiating()
@@ -44,7 +42,7 @@ def wrong(model, x, y, attack=None, *, batch_size=500):
         mask = _wrong(predict(model, a), b)
         i = (~mask).nonzero().squeeze(1)
         if attack is not None and len(i):
-            mask[i] = _wrong(predict(model, attack(model, a[i], b[i])), b[i])
+            mask[i] = _wrong(predict(model, _made(attack, model, a[i], b[i])), b[i])
         masks.append(mask)
     return torch.cat(masks)
 
@@ -79,7 +77,17 @@ def share(mask):
 @differentiating()
 def attacked(model, x, y, attack, *, batch_size=500):
     """The attacked inputs (N, C, H, W), made batch by batch."""
-    return torch.cat([attack(model, a, b) for a, b in in_batches(x, y, batch_size)])
+    return torch.cat([_made(attack, model, a, b) for a, b in in_batches(x, y, batch_size)])
+
+
+def _made(attack, model, x, y):
+    """What an attack makes of a copy of x; what it does to the model's modes and flags is undone."""
+    with unchanged(as_module(model)):
+        made = attack(model, x.clone(), y)
+    if not isinstance(made, torch.Tensor) or made.shape != x.shape:
+        got = tuple(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
+        raise ValueError(f"an attack must return images {tuple(x.shape)}, got {got}")
+    return made
 
 
 def evaluate(model, x, y, *, eps, step_size, num_steps, norm="linf", seed=0, batch_size=500):

@@ -25,6 +25,8 @@ def as_function(layer, low=None):
         low: the type of convolutions and hidden layers, or None for that of the weights. The linear layer at the end
             stays in the weights' type, lest large logits lose their differences.
     """
+    if getattr(layer, "inplace", False):
+        return lambda h: layer(h.clone())
     return RULES[type(layer)](layer, low) if type(layer) in RULES else layer
 
 

@@ -11,6 +11,7 @@ are measured again (Garipov et al. 2018), at the ends too, so that all points ar
 """
 
 import math
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from .checks import check_choice, check_count
 from .curvature import check, copied, loss_gradient, top_eigenpairs
-from .differentiate import differentiating, own
+from .differentiate import differentiating, own, unchanged
 from .evaluation import attacked, predict
 
 ADVERSARIES = ("none", "frozen", "rerun")
@@ -173,9 +174,12 @@ def scatter(model, direction, distances, x, y, attack, *, symmetric=False, batch
         ValueError: as for `surface`; a direction of length 0.
     """
     x, y = check(model, x, y)
-    if not direction.norm() > 0:
-        raise ValueError("the direction must have a positive, finite length")
-    theta, v, moved, rows = flat(model), direction / direction.norm(), copied(model), []
+    theta, moved, rows = flat(model), copied(model), []
+    if not 0 < direction.norm() < math.inf or direction.numel() != len(theta):
+        raise ValueError(
+            f"the direction must be ({len(theta)},), of positive, finite length, got {tuple(direction.shape)}"
+        )
+    v = direction.reshape(-1) / direction.norm()
 
     def look(a):
         move(moved, theta + a * v)
@@ -220,6 +224,12 @@ class Curve:
         if shapes[0] != shapes[1]:
             raise ValueError("start and end must be of one architecture: names or shapes of their tensors differ")
         self.ends, self.kind = (copied(start).eval(), copied(end).eval()), kind
+        for (name, a), (_, b) in zip(*(model.named_buffers() for model in self.ends), strict=True):
+            owner = self.ends[0].get_submodule(name.rpartition(".")[0])
+            if not isinstance(owner, BatchNorm) and not torch.equal(a, b):
+                raise ValueError(
+                    f"start and end differ in the buffer {name!r}, and no curve leads from one to the other"
+                )
         self.points = torch.stack([flat(start), *bends, flat(end)])
 
     def weights(self, t):
@@ -305,14 +315,17 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
     bends = torch.nn.Parameter(curve.points[1:-1].clone())
     optimizer = torch.optim.Adam([bends], lr)
     moved, generator = copied(start).train(), torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for batch in _parts(torch.randperm(len(x), generator=generator), batch_size):
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(seed)  # of Dropout
+        orders = (torch.randperm(len(x), generator=generator) for _ in range(epochs))
+        for batch in chain.from_iterable(_parts(order, batch_size) for order in orders):
             weights = curve.weights(torch.rand((), generator=generator).item())
             inputs, labels = x[batch.to(x.device)], y[batch.to(x.device)]
             curve.points[1:-1] = bends.detach()
             move(moved, weights @ curve.points)
             if attack is not None:
-                inputs = attack(moved, inputs, labels)
+                with unchanged(moved):
+                    inputs = attack(moved, inputs, labels)
             bends.grad = torch.outer(weights[1:-1], loss_gradient(moved, inputs, labels) / len(labels))
             optimizer.step()
     curve.points[1:-1] = bends.detach()

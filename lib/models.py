@@ -14,7 +14,7 @@ import pickle
 import torch
 from torch import nn
 
-from .checks import check_choice, check_count
+from .checks import check_choice, check_count, check_logits
 
 ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus, "elu": nn.ELU}
 
@@ -118,7 +118,7 @@ class Ensemble(nn.Module):
     Args:
         members: modules x -> logits (B, classes), at least one.
     Raises:
-        ValueError: no members; when called, members with unequal numbers of classes.
+        ValueError: no members; when called, members that return no logits, or unequal numbers of classes.
     """
 
     def __init__(self, members):
@@ -128,7 +128,10 @@ class Ensemble(nn.Module):
             raise ValueError("an ensemble needs at least one member")
 
     def forward(self, x):
-        return self.mix([member(x) for member in self.members])
+        logits = [member(x) for member in self.members]
+        for z in logits:
+            check_logits(z, len(x))
+        return self.mix(logits)
 
     @staticmethod
     def mix(logits):

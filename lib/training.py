@@ -139,8 +139,8 @@ class TrainConfig:
     def learning_rate(self, epoch):
         """The learning rate at an epoch, which may be fractional."""
         begin, end = self.period(epoch)
-        # Rounded, because 0.1 * 30 epochs is more than 3 in floating point, and the rate would fall a step late.
-        return self.lr * 0.1 ** sum(epoch - begin >= round(drop * (end - begin), 9) for drop in self.lr_drops)
+        # 0.1 * 30 epochs is more than 3 in floating point, and the rate would fall a step late.
+        return self.lr * 0.1 ** sum(epoch - begin >= drop * (end - begin) - 1e-9 for drop in self.lr_drops)
 
     def describe(self):
         """A few words, for progress lines and lists."""
@@ -277,7 +277,7 @@ class _State:
         self.epoch, self.history, self.steps, self.seconds = 0, [], [], 0.0
         self.optimizer = OPTIMIZERS[config.optimizer](self.model.parameters(), config)
         self.captured = Captured(self.model, config.num_steps) if capturable(config, self.device) else None
-        if self.captured and isinstance(self.x, torch.Tensor):  # else `pgd` asks, batch by batch
+        if isinstance(self.x, torch.Tensor):  # else `pgd` asks, batch by batch
             check_inputs(self.x, self.y)
             if self.y.min() < 0:
                 raise ValueError(f"labels run from {self.y.min()}, below 0")

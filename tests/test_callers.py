@@ -17,7 +17,7 @@ from torch import nn
 
 from lib import attacks, audit, models
 from lib.attacks import autoattack, fgsm, pgd, simba
-from lib.evaluation import evaluate, predict, robust_error, unit_activity, wrong
+from lib.evaluation import attacked, evaluate, predict, robust_error, unit_activity, wrong
 
 
 def generator(seed=0):
@@ -84,6 +84,7 @@ STATES = {
     "inference mode": (torch.inference_mode, lambda t: t),
     "inference mode, tensors made there": (torch.inference_mode, inference),
     "tensors made in inference mode": (torch.enable_grad, inference),
+    "autocast": (partial(torch.autocast, "cpu", torch.bfloat16), lambda t: t),
     "images that want gradients": (torch.enable_grad, lambda t: t.clone().requires_grad_(t.is_floating_point())),
 }
 
@@ -179,6 +180,125 @@ class Keeps(Views):
     def forward(self, x):
         self.seen = super().forward(x)
         return self.seen
+
+
+class Writes(Views):
+    """It normalises in place, or not."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, x):
+        return super().forward(x.sub_(0.5).div_(0.2) if self.inplace else (x - 0.5) / 0.2)
+
+
+@every_function
+def test_models_that_write_to_what_they_get(function):
+    models_, x = [], X.clone()
+    for inplace in (True, False):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            models_.append(Writes(inplace).eval())
+    same(function(models_[1], X, Y), function(models_[0], x, Y))
+    assert torch.equal(x, X)
+
+
+def test_a_stack_that_begins_with_an_activation_in_place():
+    x, model = X - 0.5, nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(128, 5)).eval()
+    before = x.clone()
+    assert torch.allclose(predict(model, x), model(x.clone())) and torch.equal(x, before)
+
+
+class Counts(Views):
+    """Buffers that change in evaluation mode, too; and a mode that merges weights, as layers of low rank do."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.merged = nn.BatchNorm2d(2), False
+        self.register_buffer("n", torch.zeros(()))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.bn.train()
+        self.merged = not mode
+        return self
+
+    def forward(self, x):
+        self.n += 1
+        return super().forward(self.bn(x))
+
+
+@every_function
+@pytest.mark.parametrize("mode", [True, False])
+def test_buffers_and_modes_are_put_back(function, mode):
+    model = Counts().train(mode)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    function(model, X, Y)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert (model.training, model.bn.training, model.merged) == (mode, True, not mode)
+
+
+def test_a_parameter_that_is_a_buffer_too():
+    model = Views().eval()
+    model.register_buffer("again", model.f.bias)
+    assert torch.equal(predict(model, X), model(X).detach())
+
+
+def test_wrappers_of_parallel_training_and_torchscript():
+    model = network("views")
+    same(PGD(model, X, Y, generator=generator()), PGD(nn.DataParallel(model), X, Y, generator=generator()))
+    with pytest.raises(ValueError, match="not TorchScript"):
+        predict(torch.jit.trace(model, X), X)
+
+
+def test_an_attack_that_leaves_the_model_in_another_state():
+    def rude(model, x, y):
+        model.train()
+        for p in model.parameters():
+            p.requires_grad_(False)
+        return x.mul_(0.5)
+
+    model, x = network(), X.clone()
+    assert torch.equal(attacked(model, x, Y, rude), X / 2) and torch.equal(x, X)
+    assert not any(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="an attack must return images"):
+        attacked(model, x, Y, lambda m, x, y: (x, y))
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * float("nan")
+
+
+@pytest.mark.parametrize("attack", ["apgd-ce", "fab"])
+def test_a_gradient_that_is_nan_is_no_robustness(attack):
+    class Net(Views):
+        def forward(self, x):
+            return super().forward(NoGradient.apply(x))
+
+    with pytest.raises(ValueError, match=r"gradient .* is NaN"):
+        autoattack(Net().eval(), X, Y, eps=0.1, attacks=(attack,), num_steps=2, num_restarts=1)
+
+
+def test_members_of_an_ensemble_that_return_no_logits():
+    class Net(Views):
+        def forward(self, x):
+            return (super().forward(x),)
+
+    with pytest.raises(ValueError, match="the model must return logits"):
+        predict(models.Ensemble([Net().eval()]), X)
+
+
+@every_function
+def test_arrays_in_place_of_tensors(function):
+    with pytest.raises(ValueError, match="x must be a tensor"):
+        function(network(), X.numpy(), Y)
 
 
 class SecondWay(Views):

@@ -465,3 +465,13 @@ def test_probes_and_steps_out_of_range():
             spectral_density(model, x, y, **settings)
     with pytest.raises(ValueError, match="num_probes must be at least 2"):
         trace(model, x, y, num_probes=1)
+
+
+def test_bytes_and_complex_parameters_are_refused():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
+    x, y = torch.zeros(3, 1, 2, 2), torch.tensor([0, 1, 0])
+    with pytest.raises(ValueError, match="divide them by 255"):
+        trace(model, x.byte(), y)
+    model[1].weight = torch.nn.Parameter(model[1].weight.to(torch.complex64))
+    with pytest.raises(ValueError, match=r"'1.weight' is complex"):
+        trace(model, x, y)

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import http.server
+import os
 import pickle
 import socket
 import struct
@@ -472,11 +473,21 @@ def grey16(kind):
     }[kind]()
 
 
+def damaged_exif(path):
+    """Turned, and with an entry that cannot be written again: a rational of an impossible sign."""
+    picture, exif = turned(6)
+    exif[282] = (1, 3)
+    body = exif.tobytes().replace(struct.pack("<II", 1, 3), struct.pack("<iI", -1, 0))
+    save(picture, path, exif=body, quality=100, subsampling=0)
+
+
 SHOWN = {  # name of the file: how it is written, what is shown, by how much it may differ
     **{f"turned {k}.{kind}": (lambda path, k=k, how=how: save(turned(k)[0], path, exif=turned(k)[1], **how),
                               upright(), 4) for k in STORED for kind, how in EXACT.items()},
     "16.png": (grey16("png"), GREY8, 0), "16.tif": (grey16("tif"), GREY8, 0), "16 big.tif": (grey16("big"), GREY8, 0),
     "16.pgm": (grey16("pgm"), GREY8, 0), "48.png": (deep_png, upright(), 0),
+    "white is 0.tif": (lambda path: save(Image.fromarray(65535 - GREY16), path, tiffinfo={262: 0}), GREY8, 0),
+    "damaged exif.jpg": (damaged_exif, upright(), 4),
     "bits.png": (lambda path: save(Image.fromarray(GREY16 > 9999), path), 255.0 * (GREY8 > 9999 / 257), 0),
     "grey.jpg": (lambda path: save(upright()[:, :, 0], path, quality=100), upright()[:, :, :1].repeat(3, 2), 2),
     "palette.png": (lambda path: save(PALETTE, path), np.asarray(PALETTE.convert("RGB")), 0),
@@ -550,6 +561,17 @@ class TestAsShown:
         monkeypatch.setattr(Image, "open", open_)
         with pytest.raises(DataCorrupted, match=r"2 of 8 images cannot be read, the first is .*b/1\.png \('?no'?\)"):
             image_folder(path)
+
+    def test_a_folder_that_holds_itself_repeats_no_image(self, tmp_path):
+        path = make_images(tmp_path / "photos", size=(24, 16), classes=("a", "b"), n=2)
+        whole = image_folder(path)
+        (path / "train" / "a" / "again").symlink_to(path / "train" / "a")
+        assert image_folder(path).fingerprint == whole.fingerprint
+
+    def test_a_folder_the_name_of_which_is_no_text(self, tmp_path):
+        path = make_images(tmp_path / os.fsdecode(b"caf\xe9"), size=(24, 16), classes=("a", "b"), n=2)
+        assert "caf\ufffd" in image_folder(path).source
+        image_folder(path).source.encode()
 
     def test_hidden_entries_are_passed_over(self, tmp_path):
         """What notebooks, file managers and archives leave: no class more, no image more."""

@@ -74,7 +74,7 @@ def test_unit_activity():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda m, x, y: predict(m, x[:0]), "no inputs to evaluate"),
+    (lambda m, x, y: predict(m, x[:0]), "not a single input"),
     (lambda m, x, y: attacked(m, x[:0], y[:0], None), "no data"),
     (lambda m, x, y: error(m, x, y[:3]), r"y must be int64 labels of shape \(8,\), got torch.int64 \(3,\)"),
     (lambda m, x, y: wrong(m, x, y[:, None]), r"y must be int64 labels of shape \(8,\), .* \(8, 1\)"),

@@ -449,3 +449,34 @@ def test_bad_input_to_scatter_and_curves():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_curve_between_unequal_buffers_is_refused():
+    def make(seed):
+        torch.manual_seed(seed)
+        return torch.nn.utils.spectral_norm(torch.nn.Linear(3, 2)).eval()
+
+    with pytest.raises(ValueError, match="buffer 'weight_u'"):
+        Curve(make(0), make(1))
+
+
+def test_connect_repeats_with_dropout():
+    def make(seed):
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(4, 8), torch.nn.Dropout(), torch.nn.Linear(8, 2)
+        ).eval()
+
+    a, b, x, y = make(0), make(1), torch.rand(6, 1, 2, 2), torch.tensor([0, 1] * 3)
+    first, state = connect(a, b, x, y, epochs=2, batch_size=3), torch.get_rng_state()
+    assert torch.equal(first.points, connect(a, b, x, y, epochs=2, batch_size=3).points)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_scatter_takes_the_shape_that_descent_direction_gives():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
+    x, y, v = torch.rand(6, 1, 2, 2), torch.tensor([0, 1] * 3), torch.ones(1, 10)
+    one, flat_ = (scatter(model, d, [0.1], x, y, lambda m, x, y: x) for d in (v, v[0]))
+    assert one.gradient == flat_.gradient
+    with pytest.raises(ValueError, match=r"must be \(10,\)"):
+        scatter(model, v[0, :9], [0.1], x, y, lambda m, x, y: x)
