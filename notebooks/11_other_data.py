@@ -36,7 +36,7 @@ changes = {"lenet on few digits": {"images": [2000, 400], "set_aside": 0, "lr": 
                                    "eval_every": 6}}  # fmt: skip
 datasets = ["mnist5k", "mnistm"]  # those that every clone has; other profiles add mnist, cifar10 and fashionmnist
 eps_grid = [0.1, 0.4]
-seeds = [0, 1, 2]
+seeds = [0, 1, 2, 3]
 stalled = 0.8  # a network with a larger clean error guesses
 attack_steps = 10
 margin = 0.05  # a difference in clean error that matters
