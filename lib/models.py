@@ -29,6 +29,11 @@ def _channels(width, factor):
     return factor * width
 
 
+def _normed(c_in, c_out, size=3, stride=1, bias=False):
+    """A convolution that leaves images their size (at stride 1), and its batch normalisation: a list of two layers."""
+    return [nn.Conv2d(c_in, c_out, size, stride, padding=size // 2, bias=bias), nn.BatchNorm2d(c_out)]
+
+
 def lenet(width=16, *, activation="relu", in_channels=1, image_size=28, num_classes=10):
     """LeNet for 28 x 28 digits: two 5 x 5 convolutions (2w, 4w channels) and a hidden layer of 64w units.
 
@@ -59,7 +64,7 @@ def vgg16(width=8, *, activation="relu", in_channels=3, num_classes=10):
     for factor, convs in ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3)):
         c_out = _channels(width, factor)
         for i in range(convs):
-            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out)]
+            layers += _normed(c_in, c_out, bias=True)
             layers += [nn.MaxPool2d(2)] if i == convs - 1 else []
             layers += [_activation(activation)]
             c_in = c_out
@@ -71,16 +76,11 @@ class BasicBlock(nn.Module):
 
     def __init__(self, c_in, c_out, stride, activation):
         super().__init__()
-        self.residual = nn.Sequential(
-            nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(c_out),
-            _activation(activation),
-            nn.Conv2d(c_out, c_out, 3, padding=1, bias=False),
-            nn.BatchNorm2d(c_out),
-        )
+        first, second = _normed(c_in, c_out, stride=stride), _normed(c_out, c_out)
+        self.residual = nn.Sequential(*first, _activation(activation), *second)
         self.shortcut = nn.Identity()
         if stride != 1 or c_in != c_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
+            self.shortcut = nn.Sequential(*_normed(c_in, c_out, size=1))
         self.stride = stride
         self.activation = _activation(activation)
 
@@ -97,11 +97,7 @@ def resnet18(width=8, *, activation="relu", in_channels=3, num_classes=10):
     Returns a module (B, in_channels, H, W) -> logits (B, num_classes).
     """
     c_in = _channels(width, 4)
-    layers = [
-        nn.Conv2d(in_channels, c_in, 3, padding=1, bias=False),
-        nn.BatchNorm2d(c_in),
-        _activation(activation),
-    ]
+    layers = [*_normed(in_channels, c_in), _activation(activation)]
     for factor, stride in ((4, 1), (8, 2), (16, 2), (32, 2)):
         c_out = _channels(width, factor)
         layers += [BasicBlock(c_in, c_out, stride, activation), BasicBlock(c_out, c_out, 1, activation)]
@@ -197,9 +193,8 @@ def released(path, model, *, width=None):
     """
     try:
         with open(path, "rb") as file:
-            pointer = file.read(60).startswith(b"version https://git-lfs")
-        if pointer:
-            raise ValueError(f"{path} is a pointer of Git LFS, not the network: run `git lfs pull` in its repository")
+            if file.read(60).startswith(b"version https://git-lfs"):
+                raise ValueError(f"{path} is a pointer of Git LFS, not the network: `git lfs pull` fetches it")
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
@@ -207,13 +202,13 @@ def released(path, model, *, width=None):
         raise ValueError(f"{path} is no file of tensors: {error!s:.100}") from error
     tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
     tensors = {k.removeprefix("module."): t for k, t in tensors.items() if isinstance(t, torch.Tensor)}
-    network = build(model, seed=0, **({} if model not in RELEASED else {"width": width or RELEASED[model]}))
-    own = network.state_dict()
-    shapes = [[tuple(t.shape) for t in state.values()] for state in (own, tensors)]
-    if shapes[0] != shapes[1]:
-        i = next((i for i, (a, b) in enumerate(zip(*shapes, strict=False)) if a != b), min(map(len, shapes)))
-        got, want = (f"{s[i]}" if i < len(s) else "nothing more" for s in (shapes[1], shapes[0]))
-        raise ValueError(f"{path} is no {model} of width {width or RELEASED[model]}: its tensor {i + 1} of "
-                         f"{len(tensors)} is {got}, not {want}")  # fmt: skip
-    network.load_state_dict(dict(zip(own, tensors.values(), strict=True)))
+    width = width or RELEASED.get(model)
+    network = build(model, seed=0, width=width)
+    states = tensors, network.state_dict()
+    got, want = ([*(tuple(t.shape) for t in state.values()), "nothing more"] for state in states)
+    if got != want:
+        i = next(i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b)
+        what = f"its tensor {i + 1} of {len(tensors)} is {got[i]}, not {want[i]}"
+        raise ValueError(f"{path} is no {model} of width {width}: {what}")
+    network.load_state_dict(dict(zip(states[1], tensors.values(), strict=True)))
     return network.eval()
