@@ -35,7 +35,7 @@
 profile = "quick"
 recipe = "lenet on mnist5k"
 changes = {}
-seeds = [0, 1, 2, 3, 4]  # the first one's networks are on trial, the second one's lend examples, all show the order
+seeds = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]  # the first on trial; the second lends examples; all show the order
 trials = [["constant", 0.2], ["cosine", 0.2], ["ensemble", 0.2], ["cosine", 0.4]]  # kind of training, eps
 periods = [0.6]  # where the ensemble's budget begins anew, as fractions of the epochs
 test_images = 500
