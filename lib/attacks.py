@@ -194,7 +194,7 @@ def autoattack(
         ValueError: as for `pgd`; an unknown attack, or too few classes for it ("apgd-dlr" needs 3, "apgd-t" 4).
     """
     x, y, eps = check_inputs(x, y, eps, norm)
-    check_count(1, num_steps=num_steps, num_restarts=num_restarts, num_queries=num_queries)
+    check_count(1, num_steps=num_steps, num_restarts=num_restarts, num_queries=num_queries, batch_size=batch_size)
     unknown = [a for a in attacks if a not in LEAST_CLASSES]
     if unknown or not attacks:
         raise ValueError(f"unknown attack {unknown}: choose some of {', '.join(LEAST_CLASSES)}")

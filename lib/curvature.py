@@ -20,7 +20,7 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from .checks import check_labels, check_targets
+from .checks import check_count, check_labels, check_targets
 from .differentiate import as_module, differentiating, gradient, own
 from .fast import channels_last
 from .models import any_layout
@@ -50,6 +50,7 @@ class Hessian:
 
     @differentiating(twice=True)
     def __init__(self, model, x, y, *, batch_size=500, kept_batches=4, dtype=torch.float32):
+        check_count(1, batch_size=batch_size)
         x, y = check(model, x, y)
         self.dtype, self.device = dtype, x.device
         self._model, self._count = copied(model).to(dtype), len(x)

@@ -90,6 +90,8 @@ class TrainConfig:
     def __post_init__(self):
         for field in fields(self):
             value = _plain(field.name, getattr(self, field.name))
+            if field.type is tuple and not isinstance(value, tuple):
+                raise ValueError(f"{field.name} must be a list, got {value!r}")
             whole = type(value) is int and field.type in (float, float | None)  # 1 names the run that 1.0 names
             object.__setattr__(self, field.name, float(value) if whole else value)
         for name, choices in (("norm", NORMS), ("objective", ("attack", "interval")), ("optimizer", OPTIMIZERS)):

@@ -514,9 +514,9 @@ ax.tick_params(labelsize=8)
 ax.tick_params(axis="y", rotation=0)
 book.save(
     fig, "08_signs_of_masking", signs.drop(columns="finding"), source=digits.source, seeds=[first, other],
-    caption=f"Digits that show a sign of gradient masking, of how many; red: surely more than {bound:.0%} do, green: "
-    "surely not, between: too few digits to tell; grey: SimBA was not run on the ensemble (too slow). The last "
-    "two networks are masked on purpose.",
+    caption=f"Digits that show a sign of gradient masking, of how many (of those that PGD leaves, where another attack "
+    f"breaks them); red: surely more than {bound:.0%} do, green: surely not, between: too few digits to tell; grey: "
+    "SimBA was not run on the ensemble (too slow). The last two networks are masked on purpose.",
 )  # fmt: skip
 
 # %%

@@ -5,8 +5,12 @@ import urllib.request
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 
 from lib import data, models
+
+settings.register_profile("any machine", deadline=None)  # a slow or busy one is no fault
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

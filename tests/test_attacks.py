@@ -126,7 +126,7 @@ class TestProject:
     deltas = st.lists(st.floats(-3, 3, width=32), min_size=6, max_size=6)
 
     @given(deltas, st.floats(0, 2), st.sampled_from(["linf", "l2"]), st.integers(0, 1000))
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     def test_is_the_nearest_point_and_idempotent(self, values, eps, norm, seed):
         delta = torch.tensor(values, dtype=torch.float64).view(2, 1, 1, 3)
         out = project(delta, eps=eps, norm=norm)
@@ -158,7 +158,7 @@ class TestProject:
     num_restarts=st.integers(1, 3), norm=st.sampled_from(["linf", "l2"]), loss=st.sampled_from(["ce", "margin"]),
     corners=st.booleans(), random_start=st.booleans(), seed=st.integers(0, 100),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pgd_and_fgsm_stay_in_ball_and_box(
     eps, step_size, num_steps, num_restarts, norm, loss, corners, random_start, seed
 ):

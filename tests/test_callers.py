@@ -377,7 +377,7 @@ def test_an_activation_used_twice_or_never():
     dtype=st.sampled_from([torch.float32, torch.float64]), norm=st.sampled_from(["linf", "l2"]),
     attack=st.sampled_from(["pgd", "fgsm", "simba", "autoattack"]), seed=st.integers(0, 99), corners=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_eps_is_kept_to_the_last_digit(eps, dtype, norm, attack, seed, corners):
     x = torch.rand(3, 2, 8, 8, generator=generator(seed)).to(dtype)
     x = (x * 3).round() / 3 if corners else x
@@ -523,7 +523,7 @@ class TestFast:
         check_rounding(predict(model.float(), x), model, x)
 
     @given(st.data())
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     def test_random_stacks(self, data):
         torch.manual_seed(0)
         channels = c = data.draw(st.sampled_from([1, 2]))

@@ -78,7 +78,7 @@ def linear(seed=0, pixels=6, classes=4):
 
 
 class TestSound:
-    @settings(max_examples=12, deadline=None, phases=QUICK)
+    @settings(max_examples=12, phases=QUICK)
     @given(
         seed=st.integers(0, 10**6),
         activation=st.sampled_from(sorted(models.ACTIVATIONS)),
@@ -98,7 +98,7 @@ class TestSound:
         # Merging the last layer never loosens.
         assert (upper <= high - low.gather(1, y[:, None]) + 1e-12).all()
 
-    @settings(max_examples=12, deadline=None, phases=QUICK)
+    @settings(max_examples=12, phases=QUICK)
     @given(
         seed=st.integers(0, 10**6),
         activation=st.sampled_from(sorted(models.ACTIVATIONS)),
@@ -262,7 +262,7 @@ def loss_and_gradient(model, x, y):
 
 
 class TestWeightBox:
-    @settings(max_examples=20, deadline=None, phases=QUICK)
+    @settings(max_examples=20, phases=QUICK)
     @given(
         seed=st.integers(0, 10**6),
         build=st.sampled_from([plain_mlp, plain_cnn]),

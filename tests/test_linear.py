@@ -84,7 +84,7 @@ def test_error_is_the_robust_error_at_zero():
     st.sampled_from(["linf", "l2"]),
     st.sampled_from([2, 3, 5]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_v_shrinks_and_t_grows(seed, first, second, norm, K):
     x, y = points(K, seed=seed, n=6)
     W = np.random.default_rng(seed).normal(size=(200, K, 2)) + 2 * np.eye(K)[:, :2]

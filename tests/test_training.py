@@ -435,6 +435,8 @@ def test_augment_is_crop_and_flip_image_by_image(shape):
     ({"lr_drops": (0.5, 1.0)}, r"lr_drops must lie between 0 and 1, the ends of a period, got \(0.5, 1.0\)"),
     ({"norm": "l1"}, "unknown norm 'l1'"),
     ({"start": "corner"}, "unknown random_start 'corner'"),
+    ({"restarts": 2}, "restarts must be a list, got 2"),
+    ({"lr_drops": 0.5}, "lr_drops must be a list, got 0.5"),
     ({"augment": "no"}, "augment must be True or False, got 'no'"),
     ({"weight_decay": -1.0}, "weight_decay must be finite and not negative, got -1.0"),
     ({"momentum": math.nan}, "momentum must be finite and not negative, got nan"),
