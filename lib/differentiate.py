@@ -69,8 +69,10 @@ def as_module(model):
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         model = model.module
-    if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(f"model must be an nn.Module (and not TorchScript), got {type(model).__name__}")
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("TorchScript keeps its weights to itself: give the nn.Module that it was made of")
     return model
 
 

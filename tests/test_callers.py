@@ -248,7 +248,7 @@ def test_a_parameter_that_is_a_buffer_too():
 def test_wrappers_of_parallel_training_and_torchscript():
     model = network("views")
     same(PGD(model, X, Y, generator=generator()), PGD(nn.DataParallel(model), X, Y, generator=generator()))
-    with pytest.raises(ValueError, match="not TorchScript"):
+    with pytest.raises(ValueError, match="TorchScript keeps its weights"):
         predict(torch.jit.trace(model, X), X)
 
 

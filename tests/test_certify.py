@@ -525,8 +525,9 @@ class TestTraining:
             x[y == k, :, 8 * k + 2 : 8 * k + 6] += 0.4
         return Data(x[:200], y[:200], x[200:], y[200:], "stripes")
 
-    def test_a_step_is_the_mixture(self, data, tmp_path):
+    def test_a_step_is_the_mixture(self, data, tmp_path, monkeypatch):
         """The first step at a budget of half of eps against autograd on the formula written out."""
+        monkeypatch.setenv("PRECISION", "float32")
         config = replace(CONFIG, schedule_start=0.05, optimizer="sgd", momentum=0.0, epochs=1, batch_size=200)
         run = train(config, data, folder=tmp_path)
         model = run.model(0)

@@ -208,14 +208,14 @@ def page(layout: Layout) -> str:
     return "\n".join(parts)
 
 
-def _latest(records: list[dict]) -> dict[str, dict]:
-    """Rows of the claims by claim: of each that of the largest profile."""
-    return {row["claim"]: row for row, _ in _rows(records, "claims")}
+def _latest(records: list[dict]) -> list[dict]:
+    """A row for each claim: that of the largest profile."""
+    return list({row["claim"]: row for row, _ in _rows(records, "claims")}.values())
 
 
 def _counts(records: list[dict]) -> str:
     """How many of the claims have which verdict, and how many questions an answer."""
-    counts = Counter(row["verdict"] for row in _latest(records).values())
+    counts = Counter(row["verdict"] for row in _latest(records))
     answered = len({row["question"] for row, _ in _rows(records, "answers")})
     said = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]]
     return ", ".join(said + [f"{answered} answered"] * bool(answered)) or "-"
@@ -223,7 +223,7 @@ def _counts(records: list[dict]) -> str:
 
 def _notebook(records: list[dict], seconds: float) -> list[str]:
     """A notebook's line in README.md: the claims that it marks, else its first claim, else its first question."""
-    rows = list(_latest(records).values())
+    rows = _latest(records)
     shown = [row for row in rows if row.get("believe")] or rows[:1]
     lines = [f"{_words(row['claim'])}: **{row['verdict']}**" for row in shown]
     lines = lines or [_words(row["question"]) for row, _ in _rows(records, "answers")[:1]] or [NOTHING]
