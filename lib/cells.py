@@ -300,8 +300,15 @@ def rates(rows, arm):
 
 
 def means(rows, arm):
-    """{learning rate: mean of its `rates` over the seeds}: the arm's best rate is that of the least one."""
+    """{learning rate: mean of its `rates` over the seeds}, for `best_rate`."""
     return {lr: float(np.mean(list(errors.values()))) for lr, errors in rates(rows, arm).items()}
+
+
+def best_rate(means, tie):
+    """The rate of the least mean; one inside the grid where that is worse by less than `tie`. None of none."""
+    least = min(means, key=means.get, default=None)
+    inner = min(sorted(means)[1:-1], key=means.get, default=least)
+    return inner if means and means[inner] - means[least] < tie else least
 
 
 def stuck(rows, arm, lr):

@@ -227,7 +227,11 @@ def explain(shell, name):
             print("Interrupted. What was trained and measured is kept: run this cell again, and it goes on from there.")
             return
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
-        if where := _assigned_in(name).get(error.name):
+        try:
+            where = _assigned_in(name).get(error.name)
+        except (ValueError, SyntaxError):  # a console has no notebook, and a scratch one may hold magics
+            return
+        if where:
             print(f"`{error.name}` comes from the section {where!r}: run the cells from the top to there first.")
 
     shell.set_custom_exc((NameError, KeyboardInterrupt), handle)

@@ -107,11 +107,14 @@ def trend(what, *, expect, margin=0.0, level=LEVEL):
             return Finding(expect, True, measured)
         if against <= level:
             return Finding("falls" if sign > 0 else "rises", False, measured)
+        inside = math.inf  # how many seeds would put the interval of the change inside the margin
         if margin and seeds > 1 and np.isfinite(change).all():
             half = stats.t.ppf(1 - level / 2, seeds - 1) * stats.sem(change)
             if abs(mean) + half < margin:
                 return Finding(f"no change beyond {margin:g}", False, measured)
-        return Finding("undecided", None, measured, _why_no_trend(seeds, k, z, p, level))
+            if abs(mean) < margin:
+                inside = math.ceil(seeds * (half / (margin - abs(mean))) ** 2)
+        return Finding("undecided", None, measured, _why_no_trend(seeds, k, z, p, level, inside))
 
     return Rule(text, test)
 
@@ -135,18 +138,19 @@ def _page(v):
     return p, against, ((ranks @ np.arange(1, k + 1)).sum() - seeds * k * (k + 1) ** 2 / 4) / spread
 
 
-def _why_no_trend(seeds, k, z, p, level):
+def _why_no_trend(seeds, k, z, p, level, inside):
     if seeds < 2:
         return "one seed cannot decide"
     if k < 2:
         return "one condition has no trend: two at least, better three"
     least = max(2, math.ceil(math.log(level) / -math.log(math.factorial(k))))
-    if z <= 0:
-        return f"no rank order seen in {seeds} seed{'s' * (seeds > 1)}"
     if p <= level:
         return "the order is there, but the change is too near its margin"
-    wanted = max(least, math.ceil(seeds * (stats.norm.isf(level) / z) ** 2), seeds + 1)
-    return f"too few seeds: {seeds}; about {wanted} would decide if the order stays as it is"
+    ordered = max(least, math.ceil(seeds * (stats.norm.isf(level) / z) ** 2), seeds + 1) if z > 0 else math.inf
+    if math.isinf(min(ordered, inside)):
+        return f"no rank order seen in {seeds} seed{'s' * (seeds > 1)}"
+    stays = "order" if ordered <= inside else "change"
+    return f"too few seeds: {seeds}; about {min(ordered, inside)} would decide if the {stays} stays as it is"
 
 
 def difference(what, *, margin, expect="smaller", level=LEVEL, over="seeds and images"):

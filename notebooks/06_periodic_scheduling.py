@@ -253,11 +253,12 @@ book.answer(
 # A schedule that only shifted the best learning rate would be no remedy. So both arms are trained over a grid of rates
 # (in the profile overnight: these are its committed cells). The rate is chosen by the robust error on images *set
 # aside*; the comparison is on the test images. Where the best rate is the first or last of the grid, a better one may
-# lie beyond it, and the comparison is left undecided. An arm that is no better than guessing at any rate has no best
-# one: it is taken at that of the other arm. The *range* of an arm under a seed is the number of rates of the grid at
-# which its network is better than guessing and ends near the arm's best one; an arm that guesses at all rates has no
-# best one, and is not compared. Where all rates are in the range of both arms, or there are fewer than three, the grid
-# is too narrow to ask.
+# lie beyond it, and the comparison is left undecided; but a rate inside that is worse by less than half the margin is
+# as good, and is taken. (Added when the grid was widened, before its new end had three seeds.) An arm that
+# is no better than guessing at any rate has no best one: it is taken at that of the other arm. The *range* of an arm
+# under a seed is the number of rates of the grid at which its network is better than guessing and ends near the arm's
+# best one; an arm that guesses at all rates has no best one, and is not compared. Where all rates are in the range of
+# both arms, or there are fewer than three, the grid is too narrow to ask.
 
 # %%
 best_rule = inference.difference("robust error, cosine minus constant, each at its own best rate", margin=margin)
@@ -316,7 +317,7 @@ better = 0.9 - margin  # a robust error below this is better than guessing among
 def at_best(part):
     """Cosine against constant, each at its best rate: what is measured, and the finding."""
     mean = {arm: cells.means(part, arm) for arm in both}
-    best = {arm: min(errors, key=errors.get) for arm, errors in mean.items()}
+    best = {arm: cells.best_rate(errors, margin / 2) for arm, errors in mean.items()}
     trains = [arm for arm in both if mean[arm][best[arm]] < better]
     ends = [arm for arm in trains if not min(mean[arm]) < best[arm] < max(mean[arm])]
     at = {arm: best[arm if arm in trains or not trains else trains[0]] for arm in both}

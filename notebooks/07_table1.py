@@ -350,7 +350,7 @@ def masks_at(row, lr):
 # %%
 for (name, row), best in product(claimed.items(), (False, True)):
     errors = cells.means(of[row], "cosine")
-    lr = min(errors, key=errors.get, default=None) if best else usual[name]
+    lr = cells.best_rate(errors, margin / 2) if best else usual[name]
     runs_of = masks_at(row, lr)
     pairs = {kind: cells.pair(*({seed: by[kind] for seed, by in of_arm.items()} for of_arm in runs_of.values()))
              for kind in ("worst", "PGD")}  # fmt: skip

@@ -252,3 +252,12 @@ def test_where_two_arms_were_made_is_said_unless_each_seed_was_in_one_place():
     assert places(rows(cosine="AA", constant="AB"), *asked) == "cosine on A; constant on A and B"
     assert places(rows(cosine="AB", constant="BA"), *asked) == "cosine on A and B; constant on A and B"
     assert places(rows(cosine=["A", "B"], constant=["A", None]), *asked) == ""  # there is no second pair
+
+
+@pytest.mark.parametrize("means, best", [
+    ({}, None), ({0.1: 0.5}, 0.1), ({0.1: 0.5, 0.3: 0.4}, 0.3), ({0.3: 0.5, 0.1: 0.504, 1.0: 0.7}, 0.3),
+    ({0.1: 0.5, 0.3: 0.504, 1.0: 0.7}, 0.3), ({0.1: 0.5, 0.3: 0.506, 1.0: 0.7}, 0.1),
+    ({1.0: 0.5, 0.3: 0.7, 3.0: 0.4}, 3.0),
+])  # fmt: skip
+def test_a_best_rate_inside_the_grid_goes_before_one_at_its_end_that_is_as_good(means, best):
+    assert cells.best_rate(means, 0.005) == best

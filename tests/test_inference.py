@@ -71,6 +71,13 @@ class TestTrend:
         with pytest.raises(ValueError, match="a trend needs values"):
             trend("x", expect="rises")(values)
 
+    def test_the_n_that_puts_the_change_inside_the_margin(self):
+        rule, flat = trend("x", expect="falls", margin=0.1), np.array([[0, 0.09], [0, -0.09], [0, 0.06], [0, -0.06]])
+        found = rule(flat)
+        assert found.holds is None and found.why.endswith("would decide if the change stays as it is")
+        wanted = int(found.why.split("about ")[1].split()[0])
+        assert rule(np.tile(flat, (math.ceil(wanted / 4), 1))).outcome == "no change beyond 0.1"
+
 
 class TestDifference:
     @pytest.mark.parametrize("shift", [1.0, 0.1, 1e6 + 0.1])

@@ -4,7 +4,8 @@
     python tools/stability.py [seeds] [avx2] [bfloat16] [compare]        (default: seeds and avx2)
 
 seeds: every parameter called `seeds`, at any depth, has 100 added to it, so that no network is one of the first run.
-avx2: the same seeds without the instructions of newer processors, trained anew. bfloat16: in that number format.
+avx2: the same seeds without the instructions and number formats of newer processors, trained anew. bfloat16: in that
+number format.
 compare: run nothing. All of it goes to build/stability; the comparison of all that is there with figures/quick to
 figures/stability.md.
 """
@@ -22,10 +23,10 @@ from profiles import definition
 from lib.files import write_bytes
 
 SHIFT = 100
-OTHER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+OTHER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "PRECISION": "float32"}
 VARIANTS = {  # name: what it is, environment
     "seeds": ("a disjoint set of seeds", {}),
-    "avx2": ("the same seeds, trained and measured with AVX2 only", OTHER_PROCESSOR),
+    "avx2": ("the same seeds, trained and measured with AVX2 only, in float32", OTHER_PROCESSOR),
     "bfloat16": ("the same seeds, in bfloat16", {"PRECISION": "bfloat16"}),
 }
 INTRO = """\
