@@ -168,14 +168,17 @@ def difference(what, *, margin, expect="smaller", level=LEVEL, over="seeds and i
         expect: "smaller", "larger" or "no difference" (beyond the margin), whichever the claim says of the first arm.
         over: what the data hold, for the text: "seeds" where they are values and not masks.
     Returns:
-        A Rule for two arrays of equal shape: masks (seeds, images), True where the network errs, or values (seeds,).
+        A Rule for two arrays of equal shape: masks (seeds, images), True where the network errs, or values (seeds,). It
+        does not hold, either, where the interval excludes that the first arm is better by as much as the margin.
     """
     check_choice("expect", expect, ("smaller", "larger", "no difference"))
     if not margin > 0:
         raise ValueError(f"the margin must be positive, got {margin}")
+    worth = {"smaller": f"*not smaller beyond the margin* if it lies above -{margin:g}; ",
+             "larger": f"*not larger beyond the margin* if it lies below {margin:g}; "}.get(expect, "")  # fmt: skip
     text = (f"{_upper(what)}: {expect}, by the {1 - level:.0%} interval over {over}, paired. *No difference beyond "
             f"the margin* if the interval lies within ±{margin:g}; if not, *smaller* or *larger* if it leaves out 0; "
-            "else undecided.")  # fmt: skip
+            f"{worth}else undecided.")  # fmt: skip
 
     def test(a, b):
         d = _differences(a, b)
@@ -184,16 +187,18 @@ def difference(what, *, margin, expect="smaller", level=LEVEL, over="seeds and i
         most = 1.0 if d.shape[1] > 1 else math.inf  # that shares of images can differ by
         ends = f" [{max(mean - half, -most):+.4g}, {min(mean + half, most):+.4g}]" if math.isfinite(half) else ""
         measured = f"{mean:+.4g}{ends}"
-        if abs(mean) + half < margin:
-            outcome = "no difference"
-        else:
-            outcome = "smaller" if mean + half < 0 else "larger" if mean - half > 0 else "undecided"
+        gain = {"smaller": -mean, "larger": mean}.get(expect, math.inf)
         if d.shape[1] > 1:
             measured += f" ({_mcnemar(d)})"
-        if outcome == "undecided":
-            return Finding(outcome, None, measured, _why_no_difference(d, mean, half, errors, margin, level))
-        said = f"no difference beyond {margin:g}" if outcome == "no difference" else outcome
-        return Finding(said, outcome == expect, measured)
+        if abs(mean) + half < margin:
+            return Finding(f"no difference beyond {margin:g}", expect == "no difference", measured)
+        if abs(mean) > half:
+            outcome = "smaller" if mean < 0 else "larger"
+            return Finding(outcome, outcome == expect, measured)
+        if gain + half < margin:
+            return Finding(f"not {expect} beyond {margin:g}", False, measured)
+        goal = max(abs(mean), margin - min(abs(mean), gain))  # the shortest way out
+        return Finding("undecided", None, measured, _why_no_difference(d, goal, half, errors, level))
 
     return Rule(text, test)
 
@@ -252,7 +257,7 @@ def _mcnemar(d):
     return f"these networks: more errors on {more:,} images, fewer on {less:,} of {d.shape[1]:,}, p = {_p(p)}"
 
 
-def _why_no_difference(d, mean, half, errors, margin, level):
+def _why_no_difference(d, goal, half, errors, level):
     (s, n), (seed_error, image_error) = d.shape, errors
     if s == 1:
         return "one seed: the spread between seeds is unknown; three at least"
@@ -260,7 +265,6 @@ def _why_no_difference(d, mean, half, errors, margin, level):
         return f"too few images: {n}, all alike; {_alike(level)} alike would decide"
     if math.isinf(half):
         return f"too few seeds: {s}, all alike, so that their spread is unknown; {_alike(level)} alike would decide"
-    goal = max(abs(mean), margin - abs(mean))  # the shorter way out: away from 0, or inside the margin
     more_images = max(1.0, 2 * (stats.norm.isf(level / 2) * image_error / goal) ** 2)
     numbers = range(s + 1, 1001)  # of seeds, each of which narrows the interval
     enough = bisect_left(numbers, True, key=lambda k: _half(

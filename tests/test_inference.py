@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lib.inference import LEVEL, Finding, _errors, at_most, by_seed, difference, exact, together, trend
+from lib.inference import LEVEL, Finding, _errors, at_most, by_seed, difference, exact, interval, together, trend
 
 DRAWS = 2000
 # of DRAWS with the stated rate of false verdicts, more are seen once in ten thousand
@@ -105,6 +105,21 @@ class TestDifference:
         rng, rule = np.random.default_rng(seeds), difference("noise", margin=1e-9)
         found = [rule(*masks(rng, seeds, images, 0.0, between)).holds for _ in range(DRAWS)]
         assert DRAWS - found.count(None) <= MOST
+
+    @pytest.mark.parametrize("expect, sign", [("smaller", -1), ("larger", 1)])
+    def test_a_gain_as_large_as_the_margin_is_seldom_denied(self, expect, sign):
+        rng, rule = np.random.default_rng(7), difference("x", margin=0.5, expect=expect, over="seeds")
+        draws = sign * rng.normal(0.5, 0.3, (DRAWS, 5))
+        assert sum(rule(d, np.zeros(5)).holds is False for d in draws) <= MOST
+
+    def test_what_excludes_the_gain_denies_the_claim(self):
+        d = np.array([0.3, 0.9, 0.4, 0.7, 0.1, -0.1])
+        mean, half = interval(d, np.zeros(6))
+        assert mean < half and half - mean < 0.6  # 0 inside, -0.6 not
+        found = difference("x", margin=0.6, over="seeds")(d, np.zeros(6))
+        assert (found.outcome, found.holds) == ("not smaller beyond 0.6", False)
+        assert difference("x", margin=0.6, expect="larger", over="seeds")(d, np.zeros(6)).holds is None
+        assert difference("x", margin=0.6, over="seeds")(-d, np.zeros(6)).holds is None
 
     def test_finds_what_is_there(self):
         rng, rule = np.random.default_rng(2), difference("better", margin=0.01)
