@@ -19,7 +19,7 @@ from . import runs
 from .attacks import LEAST_CLASSES, LOSSES, autoattack, fgsm, frozen, input_gradient, pgd, simba
 from .checks import check_choice, check_count, check_inputs
 from .differentiate import differentiating
-from .evaluation import in_batches, wrong
+from .evaluation import attacked, in_batches, wrong
 
 
 def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
@@ -45,7 +45,8 @@ def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
         copies = min(max(1, batch_size // len(left)), num_restarts - done)
         for part in left.repeat(copies).view(copies, -1).split(max(1, batch_size // copies), dim=1):
             i = part.flatten()
-            fell = wrong(model, attack(model, x[i], y[i]), y[i], batch_size=batch_size)
+            made = attacked(model, x[i], y[i], attack, batch_size=len(i))
+            fell = wrong(model, made, y[i], batch_size=batch_size)
             restart = torch.arange(done + 1, done + copies + 1, device=x.device)[:, None]
             first = torch.where(fell.view(copies, -1), restart, num_restarts + 1).amin(0)
             falls[part[0]] = first

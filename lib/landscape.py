@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from .checks import check_choice, check_count
 from .curvature import check, copied, loss_gradient, top_eigenpairs
-from .differentiate import differentiating, own, unchanged
+from .differentiate import differentiating, own
 from .evaluation import attacked, predict
 
 ADVERSARIES = ("none", "frozen", "rerun")
@@ -324,8 +324,7 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
             curve.points[1:-1] = bends.detach()
             move(moved, weights @ curve.points)
             if attack is not None:
-                with unchanged(moved):
-                    inputs = attack(moved, inputs, labels)
+                inputs = attacked(moved, inputs, labels, attack, batch_size=len(inputs))
             bends.grad = torch.outer(weights[1:-1], loss_gradient(moved, inputs, labels) / len(labels))
             optimizer.step()
     curve.points[1:-1] = bends.detach()

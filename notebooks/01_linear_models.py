@@ -625,6 +625,7 @@ for ax, column in zip(axes, ["norm of w", "gain"]):
 axes[0].set(ylabel="||w|| after training")
 axes[1].set(ylabel="robust loss - log 2 (nats)")
 axes[1].set_yscale("symlog", linthresh=1e-3)
+axes[1].set_ylim(-1.2, max(1e-3, 1.5 * trained.gain.max()))
 axes[1].axhline(0, color="k", linewidth=1)
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(pairs), title="digits")
 for ax in axes:

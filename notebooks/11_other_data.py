@@ -233,8 +233,9 @@ with tempfile.TemporaryDirectory() as scratch:
                     batch_size=4, num_steps=1, eval_every=1)  # fmt: skip
     run = train(small, streamed, folder=Path(scratch, "run"))
     print(f"{streamed.source}: {len(run.steps)} steps, held in memory: {isinstance(streamed.x_train, torch.Tensor)}")
-book.check("A folder of large images is trained on from disk", measured=f"{len(run.steps)} steps at {folder_size} x "
-           f"{folder_size}", holds=isinstance(streamed.x_train, data.Images) and len(run.steps) == 2)  # fmt: skip
+book.check("A folder of large images is trained on from disk", figure="",
+           measured=f"{len(run.steps)} steps at {folder_size} x {folder_size}",
+           holds=isinstance(streamed.x_train, data.Images) and len(run.steps) == 2)  # fmt: skip
 
 # %% [markdown]
 # ## Change this, expect that

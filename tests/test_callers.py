@@ -15,7 +15,7 @@ from pyautoattack import AutoAttack
 from pyautoattack.autopgd_base import APGDAttack
 from torch import nn
 
-from lib import attacks, audit, models
+from lib import attacks, audit, landscape, models
 from lib.attacks import autoattack, fgsm, pgd, simba
 from lib.evaluation import attacked, evaluate, predict, robust_error, unit_activity, wrong
 
@@ -582,3 +582,22 @@ def check_fast(model, x):
         assert torch.equal(x, before)
     for a, b in zip(*outs, strict=True):
         torch.testing.assert_close(b, a, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("use", [
+    lambda m, attack: attacked(m, X, Y, attack),
+    lambda m, attack: wrong(m, X, Y, attack),
+    lambda m, attack: audit.first_falls(m, X, Y, attack, num_restarts=2),
+    lambda m, attack: landscape.connect(m, network(seed=1), X, Y, attack=attack, epochs=1),
+], ids=["attacked", "wrong", "first_falls", "connect"])  # fmt: skip
+def test_an_attack_that_writes_to_what_it_gets(use):
+    """It is refused, or harmless, wherever an attack is called: the caller's images and model stay as they are."""
+
+    def rude(model, x, y):
+        model.train().requires_grad_(False)
+        return x.mul_(0.5)
+
+    model, before = network(), X.clone()
+    use(model, rude)
+    assert torch.equal(X, before)
+    assert not any(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
