@@ -33,8 +33,10 @@ def trained(digits):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def repeatable():
+    """One thread, and the same numbers whichever tests have run before in this process."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -158,6 +158,22 @@ def test_ten_workers_killed(digits, alone):
     assert [torch.equal(weights(run), other) for run, other in zip(found, alone, strict=True)] == [True] * 4
 
 
+def test_workers_that_take_long_to_come_back():
+    """Longer than dask waits for them, which is half a second here (by default 15, a start of torch on a slow disk)."""
+    import dask
+    from distributed import Client
+
+    short = dask.config.set({"distributed.deploy.lost-worker-timeout": "0.5s"})
+    with short, clusters.started(asked(workers=2)):
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            for process in workers_here():
+                process.kill()
+            time.sleep(0.05)
+        with Client(os.environ[clusters.VARIABLE], set_as_default=False) as client:
+            assert client.submit(abs, -1).result(timeout=PATIENCE) == 1
+
+
 @contextmanager
 def scheduler(port, workers=2):
     """One started by hand, and its workers, which call themselves machines of another name."""

@@ -9,6 +9,9 @@ from lib.cluster import MISSING, VARIABLE, ClusterError, connect
 
 # dask has workers give memory back after every operation, which takes a training two fifths more CPU time.
 MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+# dask gives a worker up for good, job and all, if it is not there 15 seconds after one of its deaths; but a start takes
+# longer where torch lies on a slow disk, and one that has just died again is not there either.
+STEADY = {"distributed.deploy.lost-worker-timeout": "8760h"}
 SETTINGS = {"partition": "queue", "account": "account", "time": "walltime", "mem": "memory", "cpus-per-task": "job_cpu"}
 
 
@@ -85,8 +88,9 @@ def started(args):
                 yield
             return
         made = slurm(args.slurm, args.workers) if args.slurm else local(args.workers, args.per_gpu or 1)
+        import dask
     except ImportError as error:
         raise ClusterError(MISSING) from error
-    with made, _named(made.scheduler_address):
+    with dask.config.set(STEADY), made, _named(made.scheduler_address):
         print(f"workers: {args.workers}, at {made.scheduler_address}; their page: {made.dashboard_link}", flush=True)
         yield
