@@ -32,7 +32,7 @@
 
 # %% tags=["parameters"]
 profile = "quick"
-networks = {"lenet on few digits": 4}  # recipes, and how many of the seeds each is trained with
+networks = [{"recipe": "lenet on few digits", "seeds": 4}]  # and how many of the seeds each is trained with
 changes = {"lenet on few digits": {"images": [2000, 400], "set_aside": 0, "lr": 3e-3, "epochs": 6, "keep_every": 0,
                                    "eval_every": 6}}  # fmt: skip
 datasets = ["mnist5k", "mnistm"]  # those that every clone has; other profiles add mnist, cifar10 and fashionmnist
@@ -63,12 +63,12 @@ from lib.training import train
 
 book = Book("11_other_data", globals())
 recipe_of, seeds_of = {}, {}
-for recipe, count in networks.items():
-    settings = book.recipe(recipe)
+for item in networks:
+    settings = book.recipe(item["recipe"])
     network = cells.spelt(settings["model"])
-    recipe_of[network], seeds_of[network] = settings, seeds[:count]
+    recipe_of[network], seeds_of[network] = settings, seeds[: item["seeds"]]
     if settings["images"] != (images := next(iter(recipe_of.values()))["images"]):
-        raise ValueError(f"{recipe!r} has {settings['images']} images: all networks need as many, {images}")
+        raise ValueError(f"{item['recipe']!r} has {settings['images']} images: all networks need as many, {images}")
 n = ", ".join(f"{network} {len(own)} seed{'s' * (len(own) > 1)}" for network, own in seeds_of.items())
 
 # %% [markdown]
@@ -268,8 +268,9 @@ book.check("A folder of large images is trained on from disk", figure="",
 # ## Change this, expect that
 #
 # - `changes`: a `lr` of `1e-2`: a rate at which many networks never leave the plateau on photographs, whatever the arm.
-# - `networks = {"lenet on few digits": 1}`: the same picture, but the spread between seeds is unknown then, and the
-#   verdict says so.
+# - `seeds = [0]`: the same picture, but the spread between seeds is unknown then, and the verdict says so.
+# - `networks`: with `{"recipe": "resnet18 on cifar10", "seeds": 3}` in it the same is asked of ResNet18, for
+#   hours rather than minutes; `changes` should give it as many images and steps.
 
 # %%
 book.close()
