@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 VARIABLE = "DASK_SCHEDULER_ADDRESS"
-ANSWER = 8  # seconds in which a scheduler should answer
+ANSWER = 6  # seconds in which a scheduler should answer
 PATIENCE = 300  # seconds that one which has died is waited for
 TRIES = 3  # of a task that raises an error (a full disk on one worker, say) or the workers of which die, four each
 MISSING = "workers need dask, which is not installed: pip install -e '.[cluster]'"
