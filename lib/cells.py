@@ -37,7 +37,9 @@ QUESTIONS = {
     "single run's checkpoints - its end": (("cosine", "ensemble"), ("cosine", "end")),
     "single run's best - its end": (("cosine", "best"), ("cosine", "end")),
     "misread unit - cosine": (("cosine_misread", "end"), ("cosine", "end")),
+    "periodic misread unit - periodic": (("periodic cosine_misread", "ensemble"), ("periodic cosine", "ensemble")),
     "periodic constant ensemble - single constant": (("periodic constant", "ensemble"), ("constant", "end")),
+    "periodic linear ensemble - single linear": (("periodic linear", "ensemble"), ("linear", "end")),
     "cosine - constant": (("cosine", "end"), ("constant", "end")),
     "linear - constant": (("linear", "end"), ("constant", "end")),
 }
@@ -168,7 +170,8 @@ def read(folders=None):
             profile, recipe, row (cells are compared and averaged within one only: all but arm, learning rate and seed
             is equal there), arm, lr, seed, network, part ("test", "aside", or "strong": other attacks), kind ("clean",
             "PGD", ...), attack, epochs, n, wrong (the mask), eps, source, device.
-        notes: sentences that name the cells left out: of another version, unreadable, or not what their name says.
+        notes: sentences that name the cells left out (of another version, unreadable, or not what their name says),
+            and those that are there twice with unlike masks.
     """
     folders = {path.parent.name: path for path in sorted(FIGURES.glob("*/cells"))} | (folders or {})
     found, notes = [], []
@@ -185,7 +188,7 @@ def read(folders=None):
             except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
                 notes.append(f"{where} is left out: {error}")
     rows = _sorted(found)
-    return rows, notes + _mixed(rows)
+    return rows, notes + _mixed(rows) + _unlike(rows)
 
 
 def table(cells, profile="here"):
@@ -226,6 +229,17 @@ def _mixed(rows):
             + "; ".join(f"{row}: {part.groupby(['arm', 'lr', 'seed']).ngroups} cells, {part['source'].iloc[0]}"
                         for row, part in group.groupby("row"))
             for (profile, recipe, eps), group in kinds if group["row"].nunique() > 1]  # fmt: skip
+
+
+def _unlike(rows):
+    """A sentence for each kind of cells that two profiles have of the same runs, and with other masks."""
+    same = rows.assign(like=rows["row"].str[-6:], bits=[wrong.tobytes() for wrong in rows["wrong"]])
+    of_one = same.groupby(["like", "arm", "lr", "seed", "network", "part", "attack"])
+    same["masks"] = of_one["bits"].transform("nunique")
+    return [f"{recipe} at eps {eps:.3g}: of {part.groupby(['arm', 'lr', 'seed']).ngroups} runs "
+            f"{' and '.join(sorted(set(part['profile'])))} have cells that differ, made on "
+            f"{' and '.join(sorted(set(part['device'])))}; each profile is judged by its own"
+            for (recipe, eps, _), part in same[same["masks"] > 1].groupby(["recipe", "eps", "like"])]  # fmt: skip
 
 
 def spelt(text):

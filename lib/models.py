@@ -176,13 +176,14 @@ RELEASED = {"lenet": 16, "vgg16": 8, "resnet18": 8}  # width factors of the pape
 
 
 def released(path, model, *, width=None):
-    """A network of the paper's released code, from its file: a plain `state_dict` as `torch.save` writes it.
+    """A network of the paper's released code, from its file: a plain `state_dict` as `torch.save` writes it; from
+    several files, as of the periods of a run, their `Ensemble`.
 
     The architectures hold the same tensors, in the same order and shapes, under other names; so they are copied in
     order. The logits are then those of the released code.
 
     Args:
-        path: of a .ckpt file.
+        path: of a .ckpt file, or a list of such paths.
         model: "lenet", "vgg16" or "resnet18".
         width: the width factor, by default the released networks' own.
     Returns:
@@ -191,6 +192,8 @@ def released(path, model, *, width=None):
         ValueError: no file, or one that Git LFS has not fetched, that holds no tensors, or tensors of another width or
             network; it names the file.
     """
+    if isinstance(path, list | tuple):
+        return Ensemble([released(one, model, width=width) for one in path])
     try:
         with open(path, "rb") as file:
             if file.read(60).startswith(b"version https://git-lfs"):
@@ -198,7 +201,10 @@ def released(path, model, *, width=None):
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        what = "it is cut, or holds objects beside tensors, which can run code when they are read: save a state_dict"
+        raise ValueError(f"{path} is no file of tensors: {what}") from error
+    except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is no file of tensors: {error!s:.100}") from error
     tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
     tensors = {k.removeprefix("module."): t for k, t in tensors.items() if isinstance(t, torch.Tensor)}

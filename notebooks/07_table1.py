@@ -380,9 +380,8 @@ for (name, row), best in product(claimed.items(), (False, True)):
 # %%
 for name, row in claimed.items():
     here = differences[(differences["row"] == names[row]) & (differences["lr"] == usual[name])].set_index("difference")
-    asked = [
-        what for what in here.index if "checkpoints" in what or "best" in what or what.startswith("periodic constant")
-    ]
+    asked = [what for what in here.index if "checkpoints" in what or "best" in what
+             or what.startswith(("periodic constant", "periodic linear"))]  # fmt: skip
     if not any("periodic" in what for what in asked):
         continue
     said = [f"{what}: {here.outcome[what]}, {100 * here['mean'][what]:+.1f} points"
@@ -391,6 +390,35 @@ for name, row in claimed.items():
     book.answer(f"Is it the periods that help, or the averaging? {name}", "; ".join(said) + ".",
                 reviewer="Reviewer 2", n=f"learning rate {usual[name]:g}, {here.images.max():,} test images",
                 source=of[row]["source"].iloc[0])  # fmt: skip
+
+# %% [markdown]
+# Two questions more of the same networks. At another learning rate, where a single run is at its best, does the
+# ensemble of the periods help? And what does it cost to read small budgets in the wrong unit (notebook 6)? On CIFAR-10
+# budgets are kept in pixels in the authors' code, and so may have been read so.
+
+
+# %%
+def said_of(line):
+    """A line of the differences, in words."""
+    half = f" ± {100 * line.half:.1f}" if pd.notna(line.half) else ""
+    return f"{line.difference}: {line.outcome}, {100 * line.mean:+.1f} points{half} (n = {line.seeds})"
+
+
+# %%
+for name, row in claimed.items():
+    here = differences[differences["row"] == names[row]]
+    lr = cells.best_rate(cells.means(of[row], "cosine"), margin / 2)
+    about = {"reviewer": "Our own question", "source": of[row]["source"].iloc[0]}
+    ensemble = here[(here["difference"] == "periodic ensemble - single run") & (here["lr"] == lr)]
+    if lr != usual[name]:
+        for line in ensemble.itertuples():
+            book.answer(f"Does the ensemble of the periods help at the best learning rate of a single run? {name}",
+                        f"At {lr:g}, {said_of(line)}.", n=f"{line.images:,} test images", **about)  # fmt: skip
+    misread = here[here["difference"].str.contains("misread")]
+    if len(misread):
+        book.answer(f"Does it matter if small budgets are read in the wrong unit? {name}",
+                    "; ".join(f"at {line.lr:g}, {said_of(line)}" for line in misread.itertuples()) + ".",
+                    n=f"{misread['images'].max():,} test images", **about)  # fmt: skip
 
 # %% [markdown]
 # ## Could "1 to 2 percentage points" be seen?

@@ -33,14 +33,17 @@ folder = "AdversaryLossLandscape"  # of the clone, inside the data folder
 recipe = "lenet on few digits"  # of our own networks, where there is no clone
 changes = {}
 seeds = [0]  # of our own networks
-# Each family of networks: the model, its data, eps, and its arms with the epochs of their files.
+# Each family of networks: the model, its data, eps, and its arms with the epochs of their files; an arm that the clone
+# lacks is passed over (a periodic constant one is called `const` or `plain`).
 families = {
     "lenet_mnist": {"model": "lenet", "dataset": "mnist", "eps": "0.4",
                     "arms": {"const": [100], "linear": [100], "cosine": [100]}},
     "vgg_cifar10": {"model": "vgg16", "dataset": "cifar10", "eps": "8/255", "arms": {
-        "plain_const": [200], "plain_cosine": [200], "plain_linear": [200], "periodic_cosine": [100, 150, 200]}},
+        "plain_const": [200], "plain_cosine": [200], "plain_linear": [200], "periodic_const": [100, 150, 200],
+        "periodic_plain": [100, 150, 200], "periodic_cosine": [100, 150, 200], "periodic_linear": [100, 150, 200]}},
     "resnet_cifar10": {"model": "resnet18", "dataset": "cifar10", "eps": "8/255", "arms": {
-        "plain_const": [200], "plain_cosine": [200], "plain_linear": [200], "periodic_cosine": [100, 150, 200]}},
+        "plain_const": [200], "plain_cosine": [200], "plain_linear": [200], "periodic_const": [100, 150, 200],
+        "periodic_plain": [100, 150, 200], "periodic_cosine": [100, 150, 200], "periodic_linear": [100, 150, 200]}},
 }  # fmt: skip
 images = 200
 attacks = {"steps": 20, "step_fraction": 0.1, "strong_steps": 20, "queries": 200}
@@ -156,8 +159,7 @@ def load_all():
                 if not all(files):
                     print(f"{family}, {arm}, {number.name} is left out: it has no file of epochs {epochs}")
                     continue
-                members = [models.released(path, about["model"], width=width) for path in files]
-                network = models.Ensemble(members) if len(members) > 1 else members[0]
+                network = models.released(files if len(files) > 1 else files[0], about["model"], width=width)
                 yield family, arm, int(number.name), float(Fraction(about["eps"])), network, sets[about["dataset"]]
 
 
