@@ -22,7 +22,7 @@ from IPython.display import Image as Shown
 from PIL import Image, ImageChops
 
 from . import claims, compute, recipes, runs
-from .files import folder_from_environment, read_if_whole, read_json, write_bytes, write_json
+from .files import as_json, folder_from_environment, read_if_whole, read_json, write_bytes, write_json
 from .settings import SettingError, differing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +121,7 @@ class Book:
         content = {"png": _png(fig), "csv": table.to_csv(index=False, lineterminator="\n").encode()}
         record = self._about() | {"stem": stem, "caption": caption, "source": source, "seeds": list(seeds)}
         record["sha256"] = {kind: hashlib.sha256(data).hexdigest() for kind, data in content.items()}
-        record = json.loads(json.dumps(record, allow_nan=False))  # what cannot be written is refused before anything is
+        record = as_json(record)  # what cannot be written is refused before anything is
         for kind, data in content.items():
             write_bytes(self.folder / f"{stem}.{kind}", data)
         _write_record(self.folder / f"{stem}.json", record)
@@ -137,7 +137,8 @@ class Book:
         """
         row = self._add("claims", claims.claim(claim, **{"figure": self.last} | facts))
         measured = row["measured"] + (f" ({row['why']})" if row["why"] else "")
-        display(Markdown(f"**{row['verdict'].capitalize()}**: {claim}. Measured: {measured}. n: {row['n']}."))
+        paper = f" The paper (Section {row['section']}): {row['paper']}." if row["paper"] else ""
+        display(Markdown(f"**{row['verdict'].capitalize()}**: {claim}.{paper} Measured: {measured}. n: {row['n']}."))
 
     def answer(self, question, answer, **facts):
         """Add a row to the reviewers' ledger and show it (`claims.answer`: reviewer, n, source, figure)."""
@@ -165,7 +166,7 @@ class Book:
             raise ValueError(f"{self.name} records no claim")
         about = {"notebook": self.name, "title": _title(self.name), "profile": self.profile}
         write_json(self.folder / f"{self.name}.claims.json", about | self.rows)
-        used = {entry["run"]: entry for entry in runs.journal}
+        used = {entry["run"]: entry for entry in runs.journal if entry["state"] != "committed"}
         uses = [{"run": k, "what": e["what"], "seconds": e["made"]["seconds"]} for k, e in sorted(used.items())]
         own = compute.clock() - self.started
         own -= sum(e["made"]["seconds"] for e in used.values() if e["state"] in ("trained", "measured"))
@@ -185,7 +186,8 @@ class Book:
         if self.rows["checks"]:
             n = len(self.rows["checks"])
             lines.append(f"Self-checks: {n - len(failed)} of {n} pass" + "".join(f"; FAILS: {text}" for text in failed))
-        where = sorted({f"{m['device']}, {m['precision']}" for m in _made()} or {compute.hardware()["device"]})
+        own = [entry for entry in runs.journal if entry["state"] != "committed"]
+        where = sorted({f"{m['device']}, {m['precision']}" for m in _made(own)} or {compute.hardware()["device"]})
         foot = (f"Profile `{self.profile}`; {seconds:.0f} s of computing from nothing, all its networks counted, on "
                 f"{'; '.join(where)}.")  # fmt: skip
         return "\n".join(["**Answers**", "", *(f"- {line.rstrip('.')}." for line in lines), "", foot])
@@ -197,7 +199,7 @@ class Book:
             "parameters": self.parameters,
             "versions": compute.versions(),
             "hardware": compute.hardware(),
-            "made": _made(),
+            "made": _made(runs.journal),
             "commit": compute.commit(),
             "seconds": round(compute.clock() - self.started, 1),
         }
@@ -237,10 +239,10 @@ def explain(shell, name):
     shell.set_custom_exc((NameError, KeyboardInterrupt), handle)
 
 
-def _made():
-    """Where the networks and values used so far were made, each kind of place once."""
+def _made(entries):
+    """Where the networks and values of a journal were made, each kind of place once."""
     parts = ("device", "precision", "vector_unit", "threads")
-    places = {(*(e["made"][k] for k in parts), e["made"]["versions"]["torch"]) for e in runs.journal}
+    places = {(*(e["made"][k] for k in parts), e["made"]["versions"]["torch"]) for e in entries}
     return [dict(zip((*parts, "torch"), place, strict=True)) for place in sorted(places, key=str)]
 
 
@@ -336,7 +338,7 @@ def _short(value):
 
 
 def _title(name):
-    first = next(source for kind, _, source in _cells(name) if kind == "markdown")
+    first = next((source for kind, _, source in _cells(name) if kind == "markdown"), name)
     return first.splitlines()[0].lstrip("# ")
 
 

@@ -43,12 +43,26 @@ def write_bytes(path, content):
             os.unlink(temporary)
 
 
+def as_json(value):
+    """A value as JSON gives it back: keys are texts, tuples lists, numpy's numbers and arrays numbers and lists.
+
+    Raises ValueError for NaN, TypeError for what JSON cannot hold.
+    """
+
+    def plain(one):
+        if hasattr(one, "tolist"):
+            return one.tolist()
+        raise TypeError(f"{type(one).__name__} cannot be written as JSON: {one!r:.100}")
+
+    return json.loads(json.dumps(value, allow_nan=False, default=plain))
+
+
 def write_json(path, value):
-    """Write value as JSON with sorted keys: equal values give equal bytes. NaN is refused (ValueError).
+    """Write value as JSON with sorted keys: equal values give equal bytes (see `as_json`).
 
     A dict gets a checksum beside its keys, which `read_json` compares and takes out again.
     """
-    value = json.loads(json.dumps(value, allow_nan=False))  # keys become texts, as they will be when it is read
+    value = as_json(value)
     if isinstance(value, dict):
         value.pop("checksum", None)  # of the file that it was read from by other means
         value["checksum"] = checksum(value)
@@ -75,5 +89,5 @@ def read_if_whole(path):
 
 
 def checksum(value):
-    """Hash of a JSON value, 16 hexadecimal digits: equal values have equal ones. NaN is refused (ValueError)."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
+    """Hash of a JSON value (see `as_json`), 16 hexadecimal digits: equal values have equal ones."""
+    return hashlib.sha256(json.dumps(as_json(value), sort_keys=True).encode()).hexdigest()[:16]

@@ -326,7 +326,7 @@ def exact(what, *, tolerance):
         if np.size(error) == 0:
             return Finding("undecided", None, "nothing", "there was nothing to compare")
         return Finding("holds" if worst <= tolerance else "fails", worst <= tolerance,
-                       f"largest error {worst:.3g} of {np.size(error):,}")  # fmt: skip
+                       f"largest error {worst:.3g} of {np.size(error):,}, {tolerance:g} allowed")  # fmt: skip
 
     return Rule(text, test)
 

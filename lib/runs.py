@@ -16,7 +16,8 @@ from . import cluster, compute
 from .files import checksum, folder_from_environment, read_json, write_json
 from .training import VERSION, train
 
-journal = []  # dicts: run (its name), what, state ("found", "trained", "remembered" or "measured"), made
+# Dicts: run (its name), what, state ("found", "trained", "remembered", "measured"; of a cell "committed"), made.
+journal = []
 
 _handed = set()  # names of runs that a cluster has trained for this process, until they are asked for
 

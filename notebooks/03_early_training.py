@@ -250,7 +250,7 @@ first = inference.by_seed({k: run.steps.gradient_norm[:first_steps].median() for
 lengths = inference.by_seed({k: plateau(run.steps.robust_error) for k, run in trained.items()})
 book.claim(
     "Over the first mini-batches the gradient is smaller for larger eps",
-    section="4.1",
+    section="4.1, Figure 2",
     paper="gradients are smaller at the beginning of training if eps is larger",
     holds=rule_first(first),
     n=f"{n}, {first_steps} mini-batches each",
@@ -258,7 +258,7 @@ book.claim(
 )
 book.claim(
     "Early training stalls for longer at larger eps",
-    section="4.1",
+    section="4.1, Figure 2",
     paper="training with a large eps stays longer where the loss does not fall",
     holds=rule_plateau(lengths),
     n=n,
@@ -321,7 +321,7 @@ most = inference.by_seed({k: v.max() for k, v in shares.items()})
 constant = {eps: sum(shares[eps, s].max() == 1 for s in seeds) for eps in eps_grid}
 book.claim(
     "At the largest eps training ends in a constant classifier, at a loss of log 10",
-    section="4.1",
+    section="4.1, Figure 3",
     paper="for too large an eps the network becomes a constant classifier",
     holds=inference.together({
         "one answer": rule_class(1 - most[:, -1]),
@@ -373,7 +373,7 @@ degenerate = hidden[hidden.constant == 1].groupby("eps").seed.nunique().reindex(
 found = rule_dead(deadest)
 book.claim(
     "The larger eps, the more dead units the deadest layer has",
-    section="4.1",
+    section="4.1, Figure 3",
     paper="constant classifiers come with dead or degenerate layers",
     measured=f"{found.measured}; a degenerate layer in {len(degenerate_in & one_answer)} of {len(one_answer)} networks "
     "that give one answer to all digits",
@@ -429,7 +429,7 @@ for name, column, rule in (("full", "full", rule_full), ("mini-batch", "batch", 
     values = ends.pivot(index="seed", columns="eps", values=column).to_numpy() if through else np.zeros((1, 1))
     book.claim(
         f"At the end of training the {name} gradient is larger for larger eps",
-        section="3.2, 4.1",
+        section="3.2, 4.1, Figure 2",
         paper="gradients do not vanish at the end of training, the less so the larger eps is",
         holds=rule(values, unless="" if through else "no network is through"),
         n=f"{n} at {len(through)} eps that are through, {len(x):,} images",

@@ -185,7 +185,7 @@ for part, name in names.items():
     tops = {(eps, seed): spectra[eps, seed, part]["top"] for eps, seed in keys}
     book.claim(
         f"The curve of the top eigenvalues lies higher for larger eps: their sum, {name} images",
-        section="4.2",
+        section="4.2, Figure 4",
         paper="the larger eps, the larger the top 20 eigenvalues of the Hessian",
         holds=rule_sum(inference.by_seed({k: sum(v) for k, v in tops.items()}), unless=unless),
         n=n,
@@ -299,7 +299,7 @@ logs = logs[logs.eps > 0]  # without an attack nothing scatters
 by_direction = logs.pivot_table(index="seed", columns="direction", values="scattering")
 book.claim(
     "Gradients are more scattered along the top eigenvector than along a random direction of the same length",
-    section="4.2",
+    section="4.2, Figure 5",
     paper="gradients are scattered along the top eigenvectors",
     holds=rule_along(by_direction["top eigenvector"], by_direction["random"], unless=unless),
     n=f"{n}, {logs.eps.nunique()} eps, {len(distances)} distances",
@@ -312,7 +312,7 @@ for claim, rule, column in (
 ):
     book.claim(
         claim,
-        section="4.2",
+        section="4.2, Figure 5",
         paper="the adversarial examples of nearby parameters are less alike for larger eps",
         holds=rule(moved.pivot_table(index="seed", columns="eps", values=column).to_numpy(), unless=unless),
         n=f"{n}, {len(distances)} distances",

@@ -359,8 +359,9 @@ for name, part in grids.items():
                     f"{measured.split('; ', 1)[1]}.", reviewer="Our own question", **about)  # fmt: skip
     else:
         book.claim(
-            f"A rising budget is better than a constant one, each at its own best learning rate: {name}", section="5",
-            paper="both are compared at one learning rate", measured=measured, holds=finding, **about,
+            f"A rising budget is better than a constant one, each at its own best learning rate: {name}",
+            section="5, Figure 6", paper="both are compared at one learning rate", measured=measured, holds=finding,
+            **about,
         )  # fmt: skip
 
 # %%
@@ -379,7 +380,7 @@ for name, part in grids.items():
         wider = f"{min(rates) / 3:.1g} and {3 * max(rates):.1g}"
         narrow = f"the grid is too narrow to tell: it needs {wider}, and 8 seeds where all are alike"
     book.claim(
-        f"A rising budget is less sensitive to the learning rate: {name}", section="5", measured=in_range,
+        f"A rising budget is less sensitive to the learning rate: {name}", section="5, Figure 6", measured=in_range,
         paper="it trains at a wider range of learning rates", **about,
         holds=range_rule(rising, constant, unless=narrow),
     )  # fmt: skip

@@ -78,6 +78,8 @@ wanted = [
      {"eps": float(Fraction(item["eps"])), "lr": item["lr"], "seed": seed})
     for item in todo for seed in seeds[: item["seeds"]] for arm in item["arms"]
 ]  # fmt: skip
+for _, chosen, arm, which in wanted:
+    cells.configure(chosen, arm, **which)  # what cannot be trained is refused before anything is
 missing = [job for job in wanted if not (keep_cells and cells.stands(folder, *job[:3], data[job[0]][0], **job[3]))]
 if minutes is None:
     cells.ahead(missing, data)  # all at once, where a cluster is at hand

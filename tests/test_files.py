@@ -4,10 +4,11 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lib import data, files, runs
-from lib.files import folder_from_environment, read_json, write_bytes, write_json
+from lib.files import checksum, folder_from_environment, read_json, write_bytes, write_json
 
 
 @pytest.mark.parametrize("value, expected", [
@@ -105,6 +106,19 @@ def test_json_is_sorted_exact_and_replaced(tmp_path):
     assert path.read_bytes() == first and path.stat().st_mode & 0o777 == 0o644
     write_json(path, 2)
     assert read_json(path) == 2 and [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    plain = {"a": 3, "b": [0.5, 1.5], "c": [[1, 2]], "d": True, "e": [1, 2]}
+    of_numpy = {"a": np.int64(3), "b": np.float32([0.5, 1.5]), "c": [np.arange(1, 3)], "d": np.bool_(True), "e": (1, 2)}
+    write_json(tmp_path / "plain.json", plain)
+    write_json(tmp_path / "numpy.json", of_numpy)
+    assert (tmp_path / "plain.json").read_bytes() == (tmp_path / "numpy.json").read_bytes()
+    assert checksum(plain) == checksum(of_numpy)
+    for bad, error in ((np.float32("nan"), ValueError), (np.array([np.inf]), ValueError), ({1, 2}, TypeError)):
+        with pytest.raises(error):
+            write_json(tmp_path / "plain.json", {"a": bad})
+    assert read_json(tmp_path / "plain.json") == plain
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [float("nan")]}])

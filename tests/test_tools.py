@@ -345,6 +345,9 @@ BAD_PROFILES = {
     "01_a: {changes: [1]}": "changes holds a list, not recipes",
     "recipes: {lenet on mnist5k: {rate: 1}}": "recipes: lenet on mnist5k: no name 'rate': there are dataset",
     "recipes: {lenet on mnist5k: {lr: fast}}": "recipes: lenet on mnist5k: lr is 'fast', but should be a number",
+    "recipes: {lenet on mnist5k: {optimizer: adamm}}": "recipes: lenet on mnist5k: unknown optimizer 'adamm'",
+    "recipes: {lenet on mnist5k: {epochs: 0}}": "recipes: lenet on mnist5k: epochs",
+    "01_a: {changes: {lenet on mnist5k: {lr: -1}}}": "section 01_a: changes: lenet on mnist5k: lr",
     "recipes: {lenet on mnist5k: {stops: {cosine: [1]}}}": "stops: cosine is [1], but should be a number",
     "01_a: 3": "section 01_a holds a int",
     "01_a:": "section 01_a holds a NoneType",
@@ -360,6 +363,17 @@ def test_a_bad_profile_is_refused(toy, text):
     (toy.profiles / "big.yaml").write_text(text)
     with pytest.raises(profiles.ProfileError, match=re.escape(BAD_PROFILES[text])):
         profiles.read_profile(toy, "big")
+
+
+@pytest.mark.parametrize("values", [
+    {"recipe": "nope"}, {"recipes": ["lenet on mnist5k", "nope"]}, {"todo": [{"lr": 1}, {"recipe": "nope"}]},
+    {"a": {"b": [{"recipes": {"nope": 1}}]}},
+])  # fmt: skip
+def test_a_recipe_that_does_not_exist_is_refused_at_any_depth(values):
+    with pytest.raises(profiles.ProfileError, match="here: no recipe 'nope': there are lenet on mnist5k"):
+        profiles.check_names("here", values)
+    known = json.loads(json.dumps(values).replace("nope", "lenet on mnist"))
+    assert "lenet on mnist" in profiles.check_names("here", known)
 
 
 @given(st.integers(1, 9999), st.integers(1, 9999), st.integers(-9, 9))

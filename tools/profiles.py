@@ -226,6 +226,10 @@ def _recipes(where: str, changes: dict) -> dict:
         except ProfileError as error:
             raise ProfileError(f"{where}: {error}") from None
         found[name] = fit(f"{where}: {name}", settings, known)
+        try:
+            recipes.configure(known | found[name], eps=0.1)
+        except ValueError as error:
+            raise ProfileError(f"{where}: {name}: {error}") from None
     return found
 
 
@@ -237,10 +241,16 @@ def check_names(where: str, values: dict) -> list[str]:
     """
     from lib.recipes import RECIPES
 
-    asked = [*_texts(values.get("recipe")), *_texts(values.get("recipes"))]
+    asked = [name for value in _under({"recipe", "recipes"}, values) for name in _texts(value)]
     if unknown := [name for name in asked if name not in RECIPES]:
         raise ProfileError(f"{where}: no recipe {unknown[0]!r}: there are {', '.join(RECIPES)}")
     return [name for name in RECIPES if name in _texts(values)]
+
+
+def _under(keys: set, value) -> list:
+    """What stands under these keys, at any depth."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if kind(value) == "list" else []
+    return [found for key, one in inner for found in ([one] if key in keys else _under(keys, one))]
 
 
 def _texts(value) -> list[str]:
