@@ -145,8 +145,11 @@ for (row, arm, lr, seed), cell in found[found.part.isin(["test", "strong"])].gro
     first = {kind: mask[:m] for kind, mask in by.items()}
     worst[row, arm, lr, seed] = first | {"worst": np.any(list(first.values()), axis=0)}
     errors = {kind: by[kind].mean() for kind in kinds} | {f"{kind} of m": first[kind].mean() for kind in kinds[:2]}
-    lines.append({"network": names[row], "arm": arm, "lr": lr, "seed": seed, "n": len(by["PGD"]), "m": m}
-                 | errors | {"worst": worst[row, arm, lr, seed]["worst"].mean()})  # fmt: skip
+    lines.append(
+        {"network": names[row], "arm": arm, "lr": lr, "seed": seed, "n": len(by["PGD"]), "m": m}
+        | errors
+        | {"worst": worst[row, arm, lr, seed]["worst"].mean(), "made on": cell["device"].iloc[0]}
+    )
 table = pd.DataFrame(lines).sort_values(["network", "arm", "lr", "seed"], ignore_index=True)
 
 # %%
@@ -154,6 +157,7 @@ keys, columns = ["network", "arm", "lr"], ["clean", "PGD", "PGD of m", *kinds[2:
 spelt = table.assign(arm=table["arm"].map(cells.spelt))
 shown = spelt.groupby(keys)[columns].agg(cells.notation)
 shown[["seeds", "n", "m"]] = spelt.groupby(keys).agg({"seed": "size", "n": "min", "m": "min"})
+shown["made on"] = spelt.groupby(keys)["made on"].agg(lambda places: "; ".join(sorted(set(places))))
 sources = "; ".join(dict.fromkeys(found["source"]))
 latex = shown.reset_index().to_latex(index=False, escape=True)
 write_bytes(book.folder / "07_table1.tex", f"% {sources}\n{latex}".encode())
