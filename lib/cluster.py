@@ -86,20 +86,24 @@ def each(function, tasks, desc):
     return found
 
 
-def on_worker(folder, origin, fingerprint):
+def on_worker(folder, origin, fingerprint, version):
     """What a task finds on its worker: the data of this origin. RUNS_DIR is from now on the folder of whoever asked.
 
-    Raises ClusterError for a worker that does several things at once, does not see the folder or has other pixels.
+    Raises ClusterError for a worker that does several things at once, does not see the folder, has other pixels, or
+    another version of training, under which nobody would find what it makes.
     """
     from distributed import get_worker
 
-    from . import compute, data  # here, so that the runner of the notebooks need not import torch
+    from . import compute, data, runs  # here, so that the runner of the notebooks need not import torch
 
     worker = get_worker()
     if worker.state.nthreads != 1:
         raise ClusterError(f"{worker.address} does {worker.state.nthreads} things at once: start it with --nthreads 1")
     if not Path(folder).is_dir():
         raise ClusterError(f"{worker.address} sees no {folder}: RUNS_DIR has to be a folder that all workers share")
+    if version != runs.VERSION:
+        theirs = f"{worker.address} trains by version {runs.VERSION}, and this is {version}"
+        raise ClusterError(f"{theirs}: give all workers the same commit")
     os.environ["RUNS_DIR"] = folder
     compute.fix_threads()  # of this very thread
     found = data.again(origin)

@@ -236,7 +236,25 @@ def test_what_workers_cannot_do_is_said_in_a_sentence(two, digits, folder, monke
     with pytest.raises(data.DataNotFound, match="photographs"):
         runs.grid(CONFIGS, gone)
     with pytest.raises(cluster.ClusterError, match=r"sees no .*elsewhere: RUNS_DIR has to be a folder that all"):
-        cluster.each(cluster.on_worker, {"a": (str(tmp_path / "elsewhere"), digits.origin, digits.fingerprint)}, "runs")
+        cluster.each(cluster.on_worker, {"a": (str(tmp_path / "elsewhere"), digits.origin, None, None)}, "runs")
+    assert not list(folder.glob("*/run.json"))
+
+
+def test_a_worker_of_another_version_of_training_is_refused(two, digits, folder, monkeypatch):
+    from distributed import Client
+
+    monkeypatch.setenv(clusters.VARIABLE, two)
+    said = rf"tcp://\S+ trains by version {runs.VERSION + 1}, and this is {runs.VERSION}: give all .* the same commit"
+    with Client(two, set_as_default=False) as client:
+        client.run(setattr, runs, "VERSION", runs.VERSION + 1)
+        try:
+            with pytest.raises(cluster.ClusterError, match=said):
+                runs.grid([CONFIG], digits)
+            job = ("lenet on few digits", SMALL, "cosine", {"eps": 0.1, "lr": 0.01, "seed": 0})
+            with pytest.raises(cluster.ClusterError, match=said):
+                cells.ahead([job], {"lenet on few digits": recipes.load(SMALL)})
+        finally:
+            client.run(setattr, runs, "VERSION", runs.VERSION)
     assert not list(folder.glob("*/run.json"))
 
 
