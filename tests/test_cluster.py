@@ -1,5 +1,6 @@
 """Trainings on workers: the same bits as without, whatever dies; and what is wrong is said in a sentence."""
 
+import errno
 import os
 import re
 import resource
@@ -260,18 +261,27 @@ def test_a_worker_of_another_version_of_training_is_refused(two, digits, folder,
 
 def test_what_fails_on_one_worker_is_tried_on_another(two, tmp_path, monkeypatch):
     monkeypatch.setenv(clusters.VARIABLE, two)
-    assert cluster.each(fails_first, {"once": (str(tmp_path / "mark"), 1)}, "tasks") == {"once": 2}
-    with pytest.raises(OSError, match="No space left on device"):
-        cluster.each(fails_first, {"always": (str(tmp_path / "mark2"), 10)}, "tasks")
+    asked = {"once": (str(tmp_path / "once"), 1, errno.EIO), "full": (str(tmp_path / "full"), 1, errno.ENOSPC)}
+    there = cluster.each(fails_first, asked, "tasks")
+    assert [len(where) for where in there.values()] == [2, 2]
+    assert len(set(there["full"])) == 2, "tried again on the worker the disk of which is full"
+    said = r"tcp://127\.0\.0\.1:\d+: \[Errno 28\] No space left on device\. Free space in its RUNS_DIR and run again"
+    with pytest.raises(cluster.ClusterError, match=said):
+        cluster.each(fails_first, {"always": (str(tmp_path / "always"), 10, errno.ENOSPC)}, "tasks")
+    assert len((tmp_path / "always").read_text().split()) == cluster.TRIES
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error$"):
+        cluster.each(fails_first, {"other": (str(tmp_path / "other"), 10, errno.EIO)}, "tasks")
 
 
-def fails_first(mark, times):
-    """As on a full disk, so many times; then how often it was called."""
+def fails_first(mark, times, number):
+    """With an error of this number, so many times; then the workers on which it was called."""
+    from distributed import get_worker
+
     with open(mark, "a+") as file:
-        file.write("x")
+        file.write(f"{get_worker().address}\n")
         file.seek(0)
-        if (calls := len(file.read())) <= times:
-            raise OSError(28, "No space left on device")
+        if len(calls := file.read().split()) <= times:
+            raise OSError(number, os.strerror(number))
     return calls
 
 
