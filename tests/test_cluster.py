@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -187,10 +187,11 @@ def scheduler(port, workers=2):
                          cwd=ROOT, start_new_session=True) for name, *options in commands
     ]  # fmt: skip
     try:
-        yield where, started[0]
+        yield where, started
     finally:
         for process in started:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # nothing of it is left
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
@@ -206,6 +207,22 @@ def test_the_scheduler_killed_and_started_again(digits, alone, monkeypatch):
         monkeypatch.setenv(clusters.VARIABLE, where)
         watched = Watched(CONFIGS, digits)
         watched.more()
+    with scheduler(port):
+        found = watched.end()
+    assert [torch.equal(weights(run), other) for run, other in zip(found, alone, strict=True)] == [True] * 4
+
+
+def test_the_scheduler_alone_killed(digits, alone, monkeypatch):
+    """Its workers end with it and do not come back: another one is started with workers of its own."""
+    port = free_port()
+    with scheduler(port) as (where, (first, *workers)):
+        monkeypatch.setenv(clusters.VARIABLE, where)
+        watched = Watched(CONFIGS, digits)
+        watched.more()
+        first.kill()
+        with scheduler(port, workers=0):
+            watched.wait_for(lambda: watched.look() >= 0 and all(worker.poll() is not None for worker in workers))
+        assert watched.thread.is_alive(), "done before it was to wait"
     with scheduler(port):
         found = watched.end()
     assert [torch.equal(weights(run), other) for run, other in zip(found, alone, strict=True)] == [True] * 4
