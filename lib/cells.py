@@ -97,8 +97,8 @@ def ahead(jobs, data):
     """
     if cluster.address():
         folder = runs.shared_dir()
-        tasks = {f"cell {checksum(job)}": (folder, *job, *((d and (d.origin, d.fingerprint)) for d in data[job[0]]))
-                 for job in jobs}  # fmt: skip
+        named = {recipe: [d and (d.origin, d.fingerprint, runs.VERSION) for d in of] for recipe, of in data.items()}
+        tasks = {f"cell {checksum(job)}": (folder, *job, *named[job[0]]) for job in jobs}
         cluster.each(_make_there, tasks, "cells on workers")
 
 

@@ -5,6 +5,7 @@ finds it there. A task is named by what it makes, so that two notebooks that wan
 that dies is replaced by another; a scheduler that dies is waited for, and what it had not finished is handed in again.
 """
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -14,12 +15,19 @@ from tqdm import tqdm
 VARIABLE = "DASK_SCHEDULER_ADDRESS"
 ANSWER = 6  # seconds in which a scheduler should answer
 PATIENCE = 300  # seconds that one which has died is waited for
-TRIES = 3  # of a task that raises an error (a full disk on one worker, say) or the workers of which die, four each
+TRIES = 3  # of a task that raises an error, finds a full disk, or the workers of which die, four each
 MISSING = "workers need dask, which is not installed: pip install -e '.[cluster]'"
 
 
 class ClusterError(RuntimeError):
     """What is wrong with the cluster and what to do, in a sentence."""
+
+
+class FullDisk(ClusterError):
+    """A worker's disk is full. Its arguments are the worker's address and what the system said."""
+
+    def __str__(self):
+        return "{}: {}. Free space in its RUNS_DIR and run again: what is finished is found".format(*self.args)
 
 
 def address():
@@ -55,26 +63,35 @@ def each(function, tasks, desc):
     Returns:
         {name: value}.
     Raises:
-        what the function raised, when it did so TRIES times; ClusterError.
+        what the function raised, when it did so TRIES times; ClusterError, FullDisk.
     """
-    found, deaths, client = {}, [], connect()
+    found, failed, full, client = {}, [], set(), connect()
     from distributed import CancelledError, KilledWorker, as_completed
 
     with tqdm(total=len(tasks), desc=desc, mininterval=1) as bar:
         bar.set_postfix_str(f"on {client.dashboard_link}", refresh=False)
         try:
             while rest := {name: arguments for name, arguments in tasks.items() if name not in found}:
-                futures = [client.submit(function, *a, key=n, pure=False, retries=TRIES - 1) for n, a in rest.items()]
+                others = [worker for worker in client.nthreads() if worker not in full] if full else []
+                where = {"workers": others, "allow_other_workers": True} if others else {}
+                futures = [client.submit(_unless_full, function, *a, key=n, pure=False, retries=TRIES - 1, **where)
+                           for n, a in rest.items()]  # fmt: skip
                 try:
                     for future in as_completed(futures, loop=client.loop):
                         try:
-                            found[future.key] = future.result()
+                            value = future.result()
+                        except KilledWorker as error:  # several workers in a row
+                            value = ClusterError(f"{error} It may need more memory than a worker has.")
+                        if isinstance(value, ClusterError):
+                            failed.append(future.key)
+                            if failed.count(future.key) == TRIES:
+                                raise value
+                            if isinstance(value, FullDisk):
+                                full.add(value.args[0])
+                            future.release()  # it goes on from its checkpoint, when the others are done
+                        else:
+                            found[future.key] = value
                             bar.update()
-                        except KilledWorker as error:  # several workers in a row; it goes on from its checkpoint
-                            deaths.append(future.key)
-                            if deaths.count(future.key) == TRIES:
-                                raise ClusterError(f"{error} It may need more memory than a worker has.") from error
-                            future.release()
                 except CancelledError:  # the scheduler is gone, and another one knows of nothing
                     client.close()
                     client = connect(PATIENCE)
@@ -86,20 +103,36 @@ def each(function, tasks, desc):
     return found
 
 
-def on_worker(folder, origin, fingerprint):
+def _unless_full(function, *arguments):
+    """What the function gives, or FullDisk: given and not raised, as dask would try it again on the same worker."""
+    from distributed import get_worker
+
+    try:
+        return function(*arguments)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return FullDisk(get_worker().address, str(error))
+
+
+def on_worker(folder, origin, fingerprint, version):
     """What a task finds on its worker: the data of this origin. RUNS_DIR is from now on the folder of whoever asked.
 
-    Raises ClusterError for a worker that does several things at once, does not see the folder or has other pixels.
+    Raises ClusterError for a worker that does several things at once, does not see the folder, has other pixels, or
+    another version of training, under which nobody would find what it makes.
     """
     from distributed import get_worker
 
-    from . import compute, data  # here, so that the runner of the notebooks need not import torch
+    from . import compute, data, runs  # here, so that the runner of the notebooks need not import torch
 
     worker = get_worker()
     if worker.state.nthreads != 1:
         raise ClusterError(f"{worker.address} does {worker.state.nthreads} things at once: start it with --nthreads 1")
     if not Path(folder).is_dir():
         raise ClusterError(f"{worker.address} sees no {folder}: RUNS_DIR has to be a folder that all workers share")
+    if version != runs.VERSION:
+        theirs = f"{worker.address} trains by version {runs.VERSION}, and this is {version}"
+        raise ClusterError(f"{theirs}: give all workers the same commit")
     os.environ["RUNS_DIR"] = folder
     compute.fix_threads()  # of this very thread
     found = data.again(origin)

@@ -79,14 +79,14 @@ def ahead(configs, data):
     if cluster.address() and data.origin:
         shared = shared_dir()
         folders = {_folder(config, data): config for config in configs}
-        tasks = {f"train {folder.name}": (shared, config, data.origin, data.fingerprint)
+        tasks = {f"train {folder.name}": (shared, config, data.origin, data.fingerprint, VERSION)
                  for folder, config in folders.items() if not (folder / "run.json").exists()}  # fmt: skip
         cluster.each(_train_there, tasks, "runs")
         _handed.update(name.removeprefix("train ") for name in tasks)
 
 
-def _train_there(folder, config, origin, fingerprint):
-    run(config, cluster.on_worker(folder, origin, fingerprint), quiet=True)
+def _train_there(folder, config, *named):
+    run(config, cluster.on_worker(folder, *named), quiet=True)
 
 
 def _folder(config, data):

@@ -1,5 +1,6 @@
 """Trainings on workers: the same bits as without, whatever dies; and what is wrong is said in a sentence."""
 
+import errno
 import os
 import re
 import resource
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,10 +187,11 @@ def scheduler(port, workers=2):
                          cwd=ROOT, start_new_session=True) for name, *options in commands
     ]  # fmt: skip
     try:
-        yield where, started[0]
+        yield where, started
     finally:
         for process in started:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # nothing of it is left
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
@@ -205,6 +207,22 @@ def test_the_scheduler_killed_and_started_again(digits, alone, monkeypatch):
         monkeypatch.setenv(clusters.VARIABLE, where)
         watched = Watched(CONFIGS, digits)
         watched.more()
+    with scheduler(port):
+        found = watched.end()
+    assert [torch.equal(weights(run), other) for run, other in zip(found, alone, strict=True)] == [True] * 4
+
+
+def test_the_scheduler_alone_killed(digits, alone, monkeypatch):
+    """Its workers end with it and do not come back: another one is started with workers of its own."""
+    port = free_port()
+    with scheduler(port) as (where, (first, *workers)):
+        monkeypatch.setenv(clusters.VARIABLE, where)
+        watched = Watched(CONFIGS, digits)
+        watched.more()
+        first.kill()
+        with scheduler(port, workers=0):
+            watched.wait_for(lambda: watched.look() >= 0 and all(worker.poll() is not None for worker in workers))
+        assert watched.thread.is_alive(), "done before it was to wait"
     with scheduler(port):
         found = watched.end()
     assert [torch.equal(weights(run), other) for run, other in zip(found, alone, strict=True)] == [True] * 4
@@ -236,24 +254,51 @@ def test_what_workers_cannot_do_is_said_in_a_sentence(two, digits, folder, monke
     with pytest.raises(data.DataNotFound, match="photographs"):
         runs.grid(CONFIGS, gone)
     with pytest.raises(cluster.ClusterError, match=r"sees no .*elsewhere: RUNS_DIR has to be a folder that all"):
-        cluster.each(cluster.on_worker, {"a": (str(tmp_path / "elsewhere"), digits.origin, digits.fingerprint)}, "runs")
+        cluster.each(cluster.on_worker, {"a": (str(tmp_path / "elsewhere"), digits.origin, None, None)}, "runs")
+    assert not list(folder.glob("*/run.json"))
+
+
+def test_a_worker_of_another_version_of_training_is_refused(two, digits, folder, monkeypatch):
+    from distributed import Client
+
+    monkeypatch.setenv(clusters.VARIABLE, two)
+    said = rf"tcp://\S+ trains by version {runs.VERSION + 1}, and this is {runs.VERSION}: give all .* the same commit"
+    with Client(two, set_as_default=False) as client:
+        client.run(setattr, runs, "VERSION", runs.VERSION + 1)
+        try:
+            with pytest.raises(cluster.ClusterError, match=said):
+                runs.grid([CONFIG], digits)
+            job = ("lenet on few digits", SMALL, "cosine", {"eps": 0.1, "lr": 0.01, "seed": 0})
+            with pytest.raises(cluster.ClusterError, match=said):
+                cells.ahead([job], {"lenet on few digits": recipes.load(SMALL)})
+        finally:
+            client.run(setattr, runs, "VERSION", runs.VERSION)
     assert not list(folder.glob("*/run.json"))
 
 
 def test_what_fails_on_one_worker_is_tried_on_another(two, tmp_path, monkeypatch):
     monkeypatch.setenv(clusters.VARIABLE, two)
-    assert cluster.each(fails_first, {"once": (str(tmp_path / "mark"), 1)}, "tasks") == {"once": 2}
-    with pytest.raises(OSError, match="No space left on device"):
-        cluster.each(fails_first, {"always": (str(tmp_path / "mark2"), 10)}, "tasks")
+    asked = {"once": (str(tmp_path / "once"), 1, errno.EIO), "full": (str(tmp_path / "full"), 1, errno.ENOSPC)}
+    there = cluster.each(fails_first, asked, "tasks")
+    assert [len(where) for where in there.values()] == [2, 2]
+    assert len(set(there["full"])) == 2, "tried again on the worker the disk of which is full"
+    said = r"tcp://127\.0\.0\.1:\d+: \[Errno 28\] No space left on device\. Free space in its RUNS_DIR and run again"
+    with pytest.raises(cluster.ClusterError, match=said):
+        cluster.each(fails_first, {"always": (str(tmp_path / "always"), 10, errno.ENOSPC)}, "tasks")
+    assert len((tmp_path / "always").read_text().split()) == cluster.TRIES
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error$"):
+        cluster.each(fails_first, {"other": (str(tmp_path / "other"), 10, errno.EIO)}, "tasks")
 
 
-def fails_first(mark, times):
-    """As on a full disk, so many times; then how often it was called."""
+def fails_first(mark, times, number):
+    """With an error of this number, so many times; then the workers on which it was called."""
+    from distributed import get_worker
+
     with open(mark, "a+") as file:
-        file.write("x")
+        file.write(f"{get_worker().address}\n")
         file.seek(0)
-        if (calls := len(file.read())) <= times:
-            raise OSError(28, "No space left on device")
+        if len(calls := file.read().split()) <= times:
+            raise OSError(number, os.strerror(number))
     return calls
 
 
