@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peers import PEERS, peer
-from ratios import in_turns, seconds, spread
+from ratios import AIMS, in_turns, seconds, spread
 from readme import HERE, write_part
 from scipy.sparse.linalg import LinearOperator, eigsh
 
@@ -177,7 +177,8 @@ def tables(record):
     lines += [
         "",
         f"| plane of {record['points']} x {record['points']}, {record['plane_images']} images, "
-        f"PGD-{record['attack']['num_steps']} | seconds | faster than the textbook by | largest relative difference |",
+        f"PGD-{record['attack']['num_steps']} | seconds, one run | faster than the textbook by (aim {AIMS['plane']}) "
+        "| largest relative difference |",
         "|---|---|---|---|",
     ]
     for r in record["plane"]:
@@ -213,10 +214,11 @@ def main():
     of, (_, auto, full) = {row["against"]: row for row in record["eigenpairs"]}, record["plane"]
     power, ours = of["power iteration"], of["ours"]
     goals = {
-        f"top 20 {power['ratio_median']:.1f} times faster than power iteration, no less exact (goal 15)":
-            power["ratio_median"] >= 15,
+        f"top 20 {power['ratio_median']:.1f} times faster than power iteration, no less exact (goal "
+        f"{AIMS['power iteration']})": power["ratio_median"] >= AIMS["power iteration"],
         f"largest relative residual {ours['residual']:.1e} (goal 1e-3)": ours["residual"] < 1e-3,
-        f"plane {auto['ratio']:.1f} times faster than the textbook (goal 3)": auto["ratio"] >= 3,
+        f"plane {auto['ratio']:.1f} times faster than the textbook (goal {AIMS['plane']})":
+            auto["ratio"] >= AIMS["plane"],
         f"largest relative difference of the float32 plane {full['difference']:.1e} (goal 1e-3)":
             full["difference"] < 1e-3,
     }  # fmt: skip

@@ -3,6 +3,8 @@
 import statistics
 import time
 
+AIMS = {"power iteration": 15, "plane": 3, "matrix rate": 0.6}  # those of the attacks stand in bench_pgd.py
+
 
 def seconds(function, *arguments):
     """CPU seconds of a call, and what it gives."""

@@ -38,7 +38,17 @@ def test_the_readme_has_all_ratios():
     assert {name for name in bench.SCRIPTS if name != "scaling"} <= {p.stem for p in FOLDER.glob("*.json")}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"bench_all.py -->\n{bench.table(found)}\n<!-- end of all" in readme
-    assert all(row["ratio_min"] <= row["ratio_median"] <= row["ratio_max"] for _, row, *_ in found)
+    spreads = [row for _, row, *_ in found if "ratio_min" in row]
+    assert all(row["ratio_min"] <= row["ratio_median"] <= row["ratio_max"] for row in spreads)
+
+
+def test_a_row_says_its_spread_and_whether_its_aim_was_met():
+    bench = importlib.import_module("bench_all")
+    assert bench.ratio({"ratio_median": 1.966}) == "1.97 (one run)"
+    assert bench.ratio({"ratio_median": 9.5, "ratio_min": 9.25, "ratio_max": 11.04}) == "9.50 (9.25 to 11.0)"
+    assert [bench.aim(row) for row in ({}, {"aim": 2.0, "ratio_median": 1.97}, {"aim": 2, "ratio_median": 2.0})] == [
+        "", "2.0, missed", "2, met",
+    ]  # fmt: skip
 
 
 def test_turns_are_compared_with_their_own():
