@@ -14,7 +14,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import seaborn as sns
 from ratios import AIMS
-from readme import HERE, write_part
+from readme import GUESSES, HERE, guesses, write_part
 
 from lib import cells
 from lib.files import read_json
@@ -30,12 +30,14 @@ def rows(name, record):
             for row in model["speed"]:
                 if row["against"] != "full":
                     reached = f"robust error {error[row['against']]:.1%}, ours {error['ours']:.1%}"
+                    reached += guesses(model["clean_error"])
                     aim = {"aim": model["aim"]} if row["against"] == "textbook" else {}
                     yield "PGD, " + model["model"], row | aim, reached
     elif name == "training":
         for row in record["rows"]:
-            robust = [statistics.mean(row["error"][whose]["robust"]) for whose in ("textbook", "ours")]
-            yield "Training, " + row["what"], row, "PGD-20 error {:.1%}, ours {:.1%}".format(*robust)
+            textbook, ours = (row["error"][whose] for whose in ("textbook", "ours"))
+            reached = f"PGD-20 error {robust(**textbook)}, ours {robust(**ours)}"
+            yield "Training, " + row["what"], row, reached
     elif name == "curvature":
         residual = {row["against"]: row["residual"] for row in record["eigenpairs"]}
         for row in record["eigenpairs"]:
@@ -51,6 +53,11 @@ def rows(name, record):
     elif name == "queries":
         for row in record["rows"]:
             yield row["what"], row, "error {ART:.1%}, ours {ours:.1%}".format(**row["error"])
+
+
+def robust(clean, robust):
+    """The mean robust error of networks, and whether their clean errors are those of guessing."""
+    return f"{statistics.mean(robust):.1%}{guesses(statistics.mean(clean))}"
 
 
 def collect():
@@ -72,7 +79,7 @@ def table(found):
         lines.append(f"| {what}{mark} | {row['against']} | {ratio(row)} | {aim(row)} | {reached} |")
     where = "; ".join(f"{'' if len(machines) == 1 else f'[{i}] '}{m}" for i, m in enumerate(machines, 1))
     how = "CPU seconds, in turns; where it says one run, one after the other and once. An aim is met by the median."
-    return "\n".join([*lines, "", f"One thread of {where}; {how}", "", costs()])
+    return "\n".join([*lines, "", f"One thread of {where}; {how}", "", GUESSES, "", costs()])
 
 
 def ratio(row):

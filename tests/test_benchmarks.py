@@ -51,6 +51,14 @@ def test_a_row_says_its_spread_and_whether_its_aim_was_met():
     ]  # fmt: skip
 
 
+def test_a_network_that_guesses_is_named():
+    readme, bench = importlib.import_module("readme"), importlib.import_module("bench_all")
+    assert [readme.guesses(error) for error in (0.21, 0.79, 0.8, 0.875)] == ["", "", *[" (guesses)"] * 2]
+    error = {"textbook": {"clean": [0.1, 0.2], "robust": [0.9, 0.9]}, "ours": {"clean": [0.7, 0.9], "robust": [1, 0.9]}}
+    ((_, _, reached),) = bench.rows("training", {"rows": [{"what": "toy", "error": error}]})
+    assert reached == "PGD-20 error 90.0%, ours 95.0% (guesses)"
+
+
 def test_turns_are_compared_with_their_own():
     ratios = importlib.import_module("ratios")
     turns = [{"ours": 1.0, "peer": 2.0}, {"ours": 10.0, "peer": 40.0}, {"ours": 2.0, "peer": 6.0}]
