@@ -59,6 +59,18 @@ def test_a_network_that_guesses_is_named():
     assert reached == "PGD-20 error 90.0%, ours 95.0% (guesses)"
 
 
+def test_a_peer_is_compared_with_what_is_as_exact():
+    ratios, record = importlib.import_module("ratios"), json.loads((FOLDER / "curvature.json").read_text())
+    words = [ratios.exactness(ours, 1.0) for ours in (0.9, 0.92, 1.0, 1.09, 1.11)]
+    assert [word.split(",")[0] for word in words] == ["more exact", *["equally exact"] * 3, "less exact"]
+    ours = {"coarse": 4e-3, "fine": 9e-4}
+    assert [ratios.as_exact(ours, theirs) for theirs in (3e-2, 3.7e-3, 3e-3, 8.4e-4, 1e-5)] == [
+        "coarse", "coarse", "fine", "fine", "fine",
+    ]  # fmt: skip
+    ours = {row["against"]: row["residual"] for row in record["eigenpairs"] if row["against"].startswith("ours")}
+    assert all(row["ours"] == ratios.as_exact(ours, row["residual"]) for row in record["eigenpairs"])
+
+
 def test_turns_are_compared_with_their_own():
     ratios = importlib.import_module("ratios")
     turns = [{"ours": 1.0, "peer": 2.0}, {"ours": 10.0, "peer": 40.0}, {"ours": 2.0, "peer": 6.0}]
