@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -69,6 +70,23 @@ def test_a_peer_is_compared_with_what_is_as_exact():
     ]  # fmt: skip
     ours = {row["against"]: row["residual"] for row in record["eigenpairs"] if row["against"].startswith("ours")}
     assert all(row["ours"] == ratios.as_exact(ours, row["residual"]) for row in record["eigenpairs"])
+
+
+def test_runs_of_the_paper_and_ours_besides_are_those_of_its_profile():
+    bench = importlib.import_module("bench_scaling")
+    cost, recipes = json.loads((FOLDER / "scaling.json").read_text())["cost"], bench.PROTOCOL.values()
+    runs = [list(bench.runs_of_paper(recipe).items()) for _, recipe, *_ in recipes if recipe]
+    assert [(row["whose"], row["runs"]) for row in cost if row["whose"]] == [pair for row in runs for pair in row]
+    assert [sum(n for whose, n in row if whose == bench.PAPERS) for row in runs] == [9, 18, 18]
+    for page in ("README.md", "docs/scaling.md"):
+        (workers,) = re.findall(r"--slurm .* --workers (\d+)", (ROOT / page).read_text(encoding="utf-8"))
+        assert int(workers) == sum(n for row in runs for _, n in row)
+
+
+def test_runs_go_side_by_side():
+    bench = importlib.import_module("bench_scaling")
+    assert [bench.together([3.0] * 5, machines) for machines in (1, 2, 64)] == [15, 9, 3]
+    assert bench.together([1, 2, 3, 4], 2) == 5
 
 
 def test_turns_are_compared_with_their_own():
