@@ -3,7 +3,7 @@
 1. The top 20 Hessian eigenpairs: Lanczos (ours) against power iteration with deflation by double backward
    (50 iterations at most, tolerance 1e-3), the same by pyhessian, and against ARPACK (scipy) on curvlinops' Hessian.
    Power iteration ends at residuals of some 3e-2 of the largest eigenvalue. So ours takes two turns, asked for 2e-2 and
-   for 1e-3, and a peer is compared with the one of the two that is no less exact than it is.
+   for 1e-3, and a peer is compared with the quicker of the two that is not less exact than it is, by more than a tenth.
 2. A plane of 21 x 21 points of the adversarial loss, the attack made anew at each: ours against a deep copy of the
    model and a float32 textbook attack at each point; and how far the values differ with bfloat16 off.
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peers import PEERS, peer
-from ratios import in_turns, seconds, spread
+from ratios import AIMS, as_exact, exactness, in_turns, seconds, spread
 from readme import HERE, write_part
 from scipy.sparse.linalg import LinearOperator, eigsh
 
@@ -135,12 +135,11 @@ def bench_eigenpairs(model, x, y, k, batch_size, repeats):
     methods |= {"power iteration": power_iteration, "pyhessian": by_pyhessian, "ARPACK on curvlinops": by_curvlinops}
     calls = {name: partial(method, model, x, y, k, batch_size=batch_size) for name, method in methods.items()}
     found, turns = in_turns(calls, repeats)
-    coarse, fine = OURS
+    residual = {name: relative_residual(exact, *found[name][:2]) for name in methods}
     for name in methods:
-        residual = relative_residual(exact, *found[name][:2])
-        as_exact = fine if residual <= OURS[fine] else coarse  # of the two of ours, the one that is no less exact
-        yield {"against": name, "ours": as_exact, "residual": residual, **spread(turns, name, ours=as_exact),
-               "ratio_fine": spread(turns, name, ours=fine)["ratio_median"]}  # fmt: skip
+        ours = as_exact({mine: residual[mine] for mine in OURS}, residual[name])
+        yield {"against": name, "ours": ours, "residual": residual[name], **spread(turns, name, ours=ours),
+               "ratio_fine": spread(turns, name, ours="ours")["ratio_median"]}  # fmt: skip
 
 
 def bench_plane(model, x, y, points, settings):
@@ -167,17 +166,21 @@ def tables(record):
         f"LeNet of {record['parameters']:,} parameters. CPU seconds.",
         "",
         f"| top 20 eigenpairs, {record['images']} images | seconds | largest residual "
-        "| as exact, ours is faster by: median (min to max) | ours at 1e-3 by |",
-        "|---|---|---|---|---|",
+        "| compared with | its residual | that is faster by: median (min to max) | ours at 1e-3 by |",
+        "|---|---|---|---|---|---|---|",
     ]
+    residual = {r["against"]: r["residual"] for r in record["eigenpairs"]}
     for r in record["eigenpairs"]:
+        mine = residual[r["ours"]]
         ratio = f"{r['ratio_median']:.1f} ({r['ratio_min']:.1f} to {r['ratio_max']:.1f})"
-        cells = [r["against"], f"{r['seconds_peer']:.1f}", f"{r['residual']:.1e}", ratio, f"{r['ratio_fine']:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        beside = f"{mine:.1e}" if r["against"] in OURS else f"{mine:.1e}, {exactness(mine, r['residual'])}"
+        cells = [r["against"], f"{r['seconds_peer']:.1f}", f"{r['residual']:.1e}", r["ours"], beside, ratio]
+        lines.append(f"| {' | '.join(cells)} | {r['ratio_fine']:.1f} |")
     lines += [
         "",
         f"| plane of {record['points']} x {record['points']}, {record['plane_images']} images, "
-        f"PGD-{record['attack']['num_steps']} | seconds | faster than the textbook by | largest relative difference |",
+        f"PGD-{record['attack']['num_steps']} | seconds, one run | faster than the textbook by (aim {AIMS['plane']}) "
+        "| largest relative difference |",
         "|---|---|---|---|",
     ]
     for r in record["plane"]:
@@ -213,10 +216,11 @@ def main():
     of, (_, auto, full) = {row["against"]: row for row in record["eigenpairs"]}, record["plane"]
     power, ours = of["power iteration"], of["ours"]
     goals = {
-        f"top 20 {power['ratio_median']:.1f} times faster than power iteration, no less exact (goal 15)":
-            power["ratio_median"] >= 15,
+        f"top 20 {power['ratio_median']:.1f} times faster than power iteration, not less exact (goal "
+        f"{AIMS['power iteration']})": power["ratio_median"] >= AIMS["power iteration"],
         f"largest relative residual {ours['residual']:.1e} (goal 1e-3)": ours["residual"] < 1e-3,
-        f"plane {auto['ratio']:.1f} times faster than the textbook (goal 3)": auto["ratio"] >= 3,
+        f"plane {auto['ratio']:.1f} times faster than the textbook (goal {AIMS['plane']})":
+            auto["ratio"] >= AIMS["plane"],
         f"largest relative difference of the float32 plane {full['difference']:.1e} (goal 1e-3)":
             full["difference"] < 1e-3,
     }  # fmt: skip

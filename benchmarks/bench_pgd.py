@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from peers import PEERS, art_classifier, peer
 from ratios import in_turns, spread
-from readme import HERE, write_part
+from readme import GUESSES, HERE, guesses, write_part
 
 from lib import compute, data
 from lib.attacks import pgd
@@ -153,8 +153,9 @@ def tables(record):
     ]
     for m in record["models"]:
         errors = " | ".join(f"{100 * m['robust_error'][k]:.1f} %" for k in kinds)
-        lines.append(f"| {m['model']} | {m['eps']:.3g} | {m['n']:,} | {100 * m['clean_error']:.1f} % | {errors} |")
-    return "\n".join(lines)
+        clean = f"{100 * m['clean_error']:.1f} %{guesses(m['clean_error'])}"
+        lines.append(f"| {m['model']} | {m['eps']:.3g} | {m['n']:,} | {clean} | {errors} |")
+    return "\n".join([*lines, "", GUESSES])
 
 
 def write(record):

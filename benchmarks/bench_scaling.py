@@ -9,6 +9,7 @@ and, as tables, into docs/scaling.md.
 """
 
 import argparse
+import heapq
 import math
 import statistics
 import subprocess
@@ -26,7 +27,7 @@ from ratios import seconds
 from readme import HERE, write_part
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib import compute
+from lib import cells, compute, recipes
 from lib.attacks import pgd
 from lib.files import read_json, write_json
 
@@ -119,12 +120,20 @@ PROTOCOL = {
     "ResNet18 w=8, CIFAR-10, PGD-10, 200 epochs": ("resnet18 w=8", "resnet18 on cifar10", 50000, 200, 10),
     "ResNet-50, ImageNet at 224 x 224, PGD-10, 90 epochs": ("resnet50", None, 1281167, 90, 10),
 }
+PAPERS = "the paper's own"
 
 
-def cells_of_paper(recipe):
-    """How many networks of a recipe notebook 07 trains in the profile "paper"."""
-    todo = yaml.safe_load((ROOT / "notebooks/profiles/paper.yaml").read_text(encoding="utf-8"))["07_table1"]["todo"]
-    return sum(len(item["arms"]) * item["seeds"] for item in todo if item["recipe"] == recipe) or 1
+def runs_of_paper(recipe):
+    """{whose: number of networks} of a recipe that notebook 07 trains in the profile "paper": what is at the recipe's
+    learning rate and no misread schedule is the paper's own, the rest is named as ours."""
+    profile = yaml.safe_load((ROOT / "notebooks/profiles/paper.yaml").read_text(encoding="utf-8"))["07_table1"]
+    rate, count, ours = recipes.get(recipe, profile["changes"])["lr"], {PAPERS: 0, None: 0}, []
+    for item in (item for item in profile["todo"] if item["recipe"] == recipe):
+        for arm in item["arms"]:
+            others = [f"rate {item['lr']:g}"] * (item["lr"] != rate) + [cells.spelt(arm)] * arm.endswith("_misread")
+            count[None if others else PAPERS] += item["seeds"]
+            ours += others
+    return {whose or f"ours besides: {', '.join(dict.fromkeys(ours))}": n for whose, n in count.items() if n}
 
 
 def cost(rows):
@@ -135,10 +144,10 @@ def cost(rows):
     of["resnet50"] = {"operations": counter.get_total_flops(), "per_second": of["resnet18 w=8"]["per_second"]}
     found = []
     for what, (name, recipe, images, epochs, steps) in PROTOCOL.items():
-        runs = cells_of_paper(recipe)
-        count = of[name]["operations"] * images * epochs * (2 * steps + 3) * runs
-        found.append({"what": what, "runs": runs, "operations": count,
-                      "core_hours": count / of[name]["per_second"] / 3600})  # fmt: skip
+        for whose, runs in (runs_of_paper(recipe) if recipe else {"": 1}).items():
+            count = of[name]["operations"] * images * epochs * (2 * steps + 3) * runs
+            found.append({"what": what, "whose": whose, "runs": runs, "operations": count,
+                          "core_hours": count / of[name]["per_second"] / 3600})  # fmt: skip
     return found
 
 
@@ -171,15 +180,36 @@ def tables(record):
     ]
     lines += ["", "| memory that the attack adds, MiB | `pgd` | textbook |", "|---|---|---|"]
     lines += [f"| {r['network']} | {r['pgd']:.0f} | {r['textbook']:.0f} |" for r in record["memory"]]
-    lines += ["", f"| what | runs | operations | 2 cores | 64 cores | 1 {card} | 8 of them |",
-              "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for r in record["cost"]:
-        there = r["operations"] / rate[PROTOCOL[r["what"]][0]] / 3600
-        one = r["core_hours"] / r["runs"]  # a network is trained by one thread, so they come in rounds
-        times = [one * math.ceil(r["runs"] / cores) for cores in (2, 64)]
-        times += [there, there / 8 if r["runs"] == 1 else there / r["runs"] * math.ceil(r["runs"] / 8)]
-        lines.append(f"| {r['what']} | {r['runs']} | {r['operations']:.1e} | {' | '.join(map(words, times))} |")
-    return "\n".join(lines)
+    lines += ["", f"| what | whose | runs | operations | 2 cores | 64 cores | 1 {card} | 8 of them |",
+              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    return "\n".join(lines + [cost_line(what, whose, rows, rate) for what, whose, rows in groups(record["cost"])])
+
+
+def groups(rows):
+    """(what, whose, rows of the cost) of each line: those of Table 1, their two totals, and what is not the paper's."""
+    table1, others = ([r for r in rows if (PROTOCOL[r["what"]][1] is not None) == known] for known in (True, False))
+    yield from ((r["what"], r["whose"], [r]) for r in table1)
+    yield "**Table 1**", PAPERS, [r for r in table1 if r["whose"] == PAPERS]
+    yield '**Table 1, profile "paper"**', "the paper's and ours", table1
+    yield from ((r["what"], r["whose"], [r]) for r in others)
+
+
+def cost_line(what, whose, rows, rate):
+    """A line of the table: a run takes one core, or one card, and the only run of a line is spread over the cards."""
+    cores = [r["core_hours"] / r["runs"] for r in rows for _ in range(r["runs"])]
+    cards = [r["operations"] / rate[PROTOCOL[r["what"]][0]] / 3600 / r["runs"] for r in rows for _ in range(r["runs"])]
+    times = [together(cores, 2), together(cores, 64), sum(cards)]
+    times.append(together(cards, 8) if len(cards) > 1 else cards[0] / 8)
+    count = sum(r["operations"] for r in rows)
+    return f"| {what} | {whose} | {len(cores)} | {count:.1e} | {' | '.join(map(words, times))} |"
+
+
+def together(hours, machines):
+    """Hours that runs take on so many machines, each on one, the longest first: equal ones come in rounds."""
+    busy = [0.0] * machines
+    for run in sorted(hours, reverse=True):
+        heapq.heapreplace(busy, busy[0] + run)
+    return max(busy)
 
 
 def words(hours):
@@ -192,7 +222,7 @@ def words(hours):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tables", action="store_true", help="only write the tables again, from scaling.json")
+    parser.add_argument("--tables", action="store_true", help="measure nothing: count and write the tables again")
     parser.add_argument("--added", nargs=2, help=argparse.SUPPRESS)  # for `peak`
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -204,9 +234,11 @@ def main():
         assert all(math.isfinite(row["share"]) for row in measured)
         write_json(HERE / "scaling.json", {
             "hardware": compute.hardware(), "versions": compute.versions(), "repeats": given.repeats,
-            "rates": measured, "growth": growth(given.repeats), "memory": memory(), "cost": cost(measured),
+            "rates": measured, "growth": growth(given.repeats), "memory": memory(),
         })  # fmt: skip
     record = read_json(HERE / "scaling.json")
+    record["cost"] = cost(record["rates"])  # counted from rates and from the profile, which may have changed since
+    write_json(HERE / "scaling.json", record)
     write_part("scaling", tables(record), ROOT / "docs/scaling.md")
     print(tables(record))
 

@@ -9,6 +9,7 @@ images. The result goes to training.json and, as a table, into README.md.
 """
 
 import argparse
+import statistics
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from bench_pgd import BATCH, COLOURS, DIGITS, textbook
 from ratios import in_turns, spread
-from readme import HERE, write_part
+from readme import GUESSES, HERE, guesses, write_part
 
 from lib import compute, data, models
 from lib.attacks import pgd
@@ -80,8 +81,10 @@ def measure(name, repeats):
             **spread(turns, "textbook"), "error": errors}  # fmt: skip
 
 
-def percent(values):
-    return f"{sum(values) / len(values):.1%} ({min(values):.1%} to {max(values):.1%})"
+def percent(error, kind):
+    """The mean over the turns of a kind of error, with the least and the largest."""
+    values, word = error[kind], guesses(statistics.mean(error["clean"]), "; guesses")
+    return f"{statistics.mean(values):.1%} ({min(values):.1%} to {max(values):.1%}{word})"
 
 
 def tables(record):
@@ -93,10 +96,10 @@ def tables(record):
         f"| PGD-20 error on {TEST} images, textbook | ours |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for r in record["rows"]:
-        errors = [percent(r["error"][whose][kind]) for kind in ("clean", "robust") for whose in ("textbook", "ours")]
+        errors = [percent(r["error"][whose], kind) for kind in ("clean", "robust") for whose in ("textbook", "ours")]
         ratio = f"{r['ratio_median']:.2f} ({r['ratio_min']:.2f} to {r['ratio_max']:.2f})"
         lines.append(f"| {r['what']} | {r['images']:,} x {r['epochs']} | {ratio} | {' | '.join(errors)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", GUESSES])
 
 
 def main():

@@ -3,6 +3,22 @@
 import statistics
 import time
 
+AIMS = {"power iteration": 15, "plane": 3, "matrix rate": 0.6}  # those of the attacks stand in bench_pgd.py
+
+
+ALIKE = 1.1  # residuals that differ by less than a tenth of the smaller are called equal
+
+
+def exactness(ours, theirs):
+    """How a residual of ours stands to a peer's, in words."""
+    words = {"more exact": ours * ALIKE < theirs, "less exact": ours > theirs * ALIKE}
+    return next((word for word, true in words.items() if true), f"equally exact, within {ALIKE - 1:.0%}")
+
+
+def as_exact(ours, theirs):
+    """The first of ours {name: residual}, the quickest, that is not less exact than a peer; the last if none is."""
+    return next((name for name, mine in ours.items() if exactness(mine, theirs) != "less exact"), list(ours)[-1])
+
 
 def seconds(function, *arguments):
     """CPU seconds of a call, and what it gives."""

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -38,7 +39,54 @@ def test_the_readme_has_all_ratios():
     assert {name for name in bench.SCRIPTS if name != "scaling"} <= {p.stem for p in FOLDER.glob("*.json")}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"bench_all.py -->\n{bench.table(found)}\n<!-- end of all" in readme
-    assert all(row["ratio_min"] <= row["ratio_median"] <= row["ratio_max"] for _, row, *_ in found)
+    spreads = [row for _, row, *_ in found if "ratio_min" in row]
+    assert all(row["ratio_min"] <= row["ratio_median"] <= row["ratio_max"] for row in spreads)
+
+
+def test_a_row_says_its_spread_and_whether_its_aim_was_met():
+    bench = importlib.import_module("bench_all")
+    assert bench.ratio({"ratio_median": 1.966}) == "1.97 (one run)"
+    assert bench.ratio({"ratio_median": 9.5, "ratio_min": 9.25, "ratio_max": 11.04}) == "9.50 (9.25 to 11.0)"
+    assert [bench.aim(row) for row in ({}, {"aim": 2.0, "ratio_median": 1.97}, {"aim": 2, "ratio_median": 2.0})] == [
+        "", "2.0, missed", "2, met",
+    ]  # fmt: skip
+
+
+def test_a_network_that_guesses_is_named():
+    readme, bench = importlib.import_module("readme"), importlib.import_module("bench_all")
+    assert [readme.guesses(error) for error in (0.21, 0.79, 0.8, 0.875)] == ["", "", *[" (guesses)"] * 2]
+    error = {"textbook": {"clean": [0.1, 0.2], "robust": [0.9, 0.9]}, "ours": {"clean": [0.7, 0.9], "robust": [1, 0.9]}}
+    ((_, _, reached),) = bench.rows("training", {"rows": [{"what": "toy", "error": error}]})
+    assert reached == "PGD-20 error 90.0%, ours 95.0% (guesses)"
+
+
+def test_a_peer_is_compared_with_what_is_as_exact():
+    ratios, record = importlib.import_module("ratios"), json.loads((FOLDER / "curvature.json").read_text())
+    words = [ratios.exactness(ours, 1.0) for ours in (0.9, 0.92, 1.0, 1.09, 1.11)]
+    assert [word.split(",")[0] for word in words] == ["more exact", *["equally exact"] * 3, "less exact"]
+    ours = {"coarse": 4e-3, "fine": 9e-4}
+    assert [ratios.as_exact(ours, theirs) for theirs in (3e-2, 3.7e-3, 3e-3, 8.4e-4, 1e-5)] == [
+        "coarse", "coarse", "fine", "fine", "fine",
+    ]  # fmt: skip
+    ours = {row["against"]: row["residual"] for row in record["eigenpairs"] if row["against"].startswith("ours")}
+    assert all(row["ours"] == ratios.as_exact(ours, row["residual"]) for row in record["eigenpairs"])
+
+
+def test_runs_of_the_paper_and_ours_besides_are_those_of_its_profile():
+    bench = importlib.import_module("bench_scaling")
+    cost, recipes = json.loads((FOLDER / "scaling.json").read_text())["cost"], bench.PROTOCOL.values()
+    runs = [list(bench.runs_of_paper(recipe).items()) for _, recipe, *_ in recipes if recipe]
+    assert [(row["whose"], row["runs"]) for row in cost if row["whose"]] == [pair for row in runs for pair in row]
+    assert [sum(n for whose, n in row if whose == bench.PAPERS) for row in runs] == [9, 18, 18]
+    for page in ("README.md", "docs/scaling.md"):
+        (workers,) = re.findall(r"--slurm .* --workers (\d+)", (ROOT / page).read_text(encoding="utf-8"))
+        assert int(workers) == sum(n for row in runs for _, n in row)
+
+
+def test_runs_go_side_by_side():
+    bench = importlib.import_module("bench_scaling")
+    assert [bench.together([3.0] * 5, machines) for machines in (1, 2, 64)] == [15, 9, 3]
+    assert bench.together([1, 2, 3, 4], 2) == 5
 
 
 def test_turns_are_compared_with_their_own():
