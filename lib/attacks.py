@@ -183,7 +183,8 @@ def autoattack(
     """AutoAttack (Croce & Hein 2020, arXiv:2003.01690) through pyautoattack: each attack on what the others left.
 
     Args:
-        attacks: of "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square", in this order. APGD has rho = 0.75.
+        attacks: one of "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square", or a list of them, in its order. APGD
+            has rho = 0.75.
         num_steps, num_restarts: of APGD and FAB. The targeted ones have one restart for each of up to 9 classes.
         num_queries: of Square; below 5,000 its schedule of square sizes is rescaled to them.
         seed: of everything random. The global generators are afterwards as they were before.
@@ -195,6 +196,7 @@ def autoattack(
     """
     x, y, eps = check_inputs(x, y, eps, norm)
     check_count(1, num_steps=num_steps, num_restarts=num_restarts, num_queries=num_queries, batch_size=batch_size)
+    attacks = (attacks,) if isinstance(attacks, str) else attacks
     unknown = [a for a in attacks if a not in LEAST_CLASSES]
     if unknown or not attacks:
         raise ValueError(f"unknown attack {unknown}: choose some of {', '.join(LEAST_CLASSES)}")

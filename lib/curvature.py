@@ -300,13 +300,15 @@ def _signs(hessian, generator):
 def check(model, x, y):
     """x and y as constants of ours, contiguous.
 
-    Raises ValueError for no data, bytes in place of pixels, labels that do not match, complex parameters, and a model
-    whose loss is no function of the parameters alone: in training mode, or with batch normalisation by the statistics
-    of the batch.
+    Raises ValueError for no data, bytes in place of pixels, labels that do not match, no parameters or complex ones,
+    and a model whose loss is no function of the parameters alone: in training mode, or with batch normalisation by the
+    statistics of the batch.
     """
     check_targets(x, y)
     if x.dtype == torch.uint8:
         raise ValueError("x holds bytes: divide them by 255 first")
+    if not any(p.numel() for p in as_module(model).parameters()):
+        raise ValueError("the model has no parameters, of which its loss would be a function: give one that has some")
     for name, p in as_module(model).named_parameters():
         if p.is_complex():
             raise ValueError(f"parameter {name!r} is complex: the Hessian here is that of real ones")

@@ -109,8 +109,8 @@ class TrainConfig:
             raise ValueError(f"lr must be a positive number, got {self.lr!r}")
         if not isinstance(self.augment, bool):
             raise ValueError(f"augment must be True or False, got {self.augment!r}")
-        if any(not 0 < drop < 1 for drop in self.lr_drops):
-            raise ValueError(f"lr_drops must lie between 0 and 1, the ends of a period, got {self.lr_drops}")
+        if not all(isinstance(drop, float) and 0 < drop < 1 for drop in self.lr_drops):
+            raise ValueError(f"lr_drops must be numbers between 0 and 1, the ends of a period, got {self.lr_drops}")
         if not all(isinstance(r, int) for r in self.restarts):
             raise ValueError(f"restarts must be whole epochs, got {self.restarts}")
         if self.restarts and self.restarts[-1] >= self.epochs:

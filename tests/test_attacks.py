@@ -585,12 +585,18 @@ class TestAutoattack:
             apgd = autoattack(trained, x, y, **QUICK | {"eps": eps}, attacks=("apgd-ce",))
             assert robust(trained, apgd, y) <= robust(trained, ours, y)
 
+    def test_one_attack_may_be_named_alone(self, digits, trained):
+        x, y = digits.x_test[:20], digits.y_test[:20]
+        alone, listed = (autoattack(trained, x, y, **QUICK | {"attacks": a}) for a in ("apgd-ce", ("apgd-ce",)))
+        assert torch.equal(alone, listed) and not torch.equal(alone, x)
+
     def test_quiet(self, digits, trained, capfd):
         autoattack(trained, digits.x_test[:8], digits.y_test[:8], **QUICK)
         assert capfd.readouterr() == ("", "")
 
     @pytest.mark.parametrize("change, message", [
         ({"attacks": ("pgd",)}, r"unknown attack \['pgd'\]: choose some of apgd-ce, apgd-dlr"),
+        ({"attacks": "pgd"}, r"unknown attack \['pgd'\]: choose some of apgd-ce, apgd-dlr"),
         ({"attacks": ()}, "unknown attack"),
         ({"num_queries": 0}, "num_queries must be an integer >= 1, got 0"),
         ({"num_restarts": 0}, "num_restarts must be an integer >= 1, got 0"),

@@ -467,6 +467,11 @@ def test_probes_and_steps_out_of_range():
         trace(model, x, y, num_probes=1)
 
 
+def test_a_model_without_parameters_is_refused():
+    with pytest.raises(ValueError, match="the model has no parameters, of which its loss would be a function"):
+        top_eigenpairs(torch.nn.Flatten().eval(), torch.zeros(3, 1, 2, 2), torch.tensor([0, 1, 0]), 1)
+
+
 def test_bytes_and_complex_parameters_are_refused():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
     x, y = torch.zeros(3, 1, 2, 2), torch.tensor([0, 1, 0])
