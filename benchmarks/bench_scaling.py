@@ -1,11 +1,13 @@
-"""What a step of the attack costs: against the processor's own rate, by width, batch, steps and images, and in memory;
-and from that what the paper's protocol would cost on larger machines.
+"""What a step of the attack costs: against the processor's own rate, by width, batch, steps and side of the images, and
+in memory; what the top eigenpairs cost by images and eigenvalues; and what the paper's protocol would cost on larger
+machines.
 
-    python benchmarks/bench_scaling.py [--repeats 3]
+    python benchmarks/bench_scaling.py [--repeats 3] [--only images eigenvalues]
 
 All of it on the machine at hand, one thread, CPU seconds; the rate of its matrix products is measured in turns with the
 networks. Operations are counted by PyTorch (an addition and a multiplication are two). The result goes to scaling.json
-and, as tables, into docs/scaling.md.
+and, as tables, into docs/scaling.md. With --only just these rows of the eigenpairs are measured (minutes) and put into
+the record, with the machine's name; its other parts stay.
 """
 
 import argparse
@@ -21,14 +23,15 @@ import numpy as np
 import torch
 import torchvision
 import yaml
-from bench_pgd import textbook
+from bench_pgd import SETTINGS, textbook, trained
 from networks import NETWORKS, forward_operations, network
 from ratios import seconds
 from readme import HERE, write_part
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib import cells, compute, recipes
+from lib import cells, compute, data, recipes
 from lib.attacks import pgd
+from lib.curvature import top_eigenpairs
 from lib.files import read_json, write_json
 
 ROOT = HERE.parent
@@ -38,6 +41,13 @@ GROWTH = {  # by what: (values, the exponent that counting gives)
     "width": ([2, 4, 8, 16], 2), "batch": ([32, 64, 128, 256], 1), "steps": ([2, 4, 8, 16], 1),
     "side of the images": ([32, 48, 64, 96], 2),
 }  # fmt: skip
+EIGENPAIRS = {  # the same for the top eigenpairs
+    # A product passes over each image once, and how many products are needed does not depend on the images' number.
+    "images": ([100, 200, 400, 800], 1),
+    # Lanczos makes at least 2 k + 20 products for k pairs: the slope is below 1, and nears it as k outgrows the 20.
+    "eigenvalues": ([5, 10, 20, 40], 1),
+}
+BASE = {"images": 200, "eigenvalues": 10}  # what the one that does not change is
 
 
 def attack(net, x, y, steps=STEPS):
@@ -75,11 +85,31 @@ def growth(repeats):
             x, y = x.repeat(batch // 32, 1, 1, 1)[:batch], y.repeat(batch // 32)[:batch]
             attack(net, x[:4], y[:4], 1)
             times.append(min(seconds(partial(attack, net, x, y, steps))[0] for _ in range(repeats)))
-        logs = np.log(values), np.log(times)
-        slope, last = float(np.polyfit(*logs, 1)[0]), float(np.diff(logs[1])[-1] / np.diff(logs[0])[-1])
-        rows.append({"by": what, "values": values, "seconds": times, "expected": expected, "slope": slope,
-                     "last_slope": last})  # fmt: skip
+        rows.append(fitted(what, values, times, expected))
     return rows
+
+
+def fitted(what, values, times, expected):
+    """A row: the slope of log time over log size, of all values and between the last two, beside the counted one."""
+    logs = np.log(values), np.log(times)
+    slope, last = float(np.polyfit(*logs, 1)[0]), float(np.diff(logs[1])[-1] / np.diff(logs[0])[-1])
+    return {"by": what, "values": values, "seconds": times, "expected": expected, "slope": slope, "last_slope": last}
+
+
+def spectra(model, x, y, asked, repeats, last=None):
+    """The record of the rows of EIGENPAIRS after each that is asked for; of the last record those that are not asked
+    for stay, if they were made alike."""
+    how = {"hardware": compute.hardware(), "versions": compute.versions(), "repeats": repeats, "base": BASE}
+    alike = last and all(last[k] == v for k, v in how.items())
+    rows = {row["by"]: row for row in last["rows"]} if alike else {}
+    top_eigenpairs(model, x[:8], y[:8], 1)
+    for what in asked:
+        values, expected = EIGENPAIRS[what]
+        sizes = [BASE | {what: value} for value in values]
+        calls = [partial(top_eigenpairs, model, x[: s["images"]], y[: s["images"]], s["eigenvalues"]) for s in sizes]
+        times = [min(seconds(call)[0] for _ in range(repeats)) for call in calls]
+        rows[what] = fitted(what, values, times, expected)
+        yield how | {"rows": [rows[known] for known in EIGENPAIRS if known in rows]}
 
 
 def added(name, kind):
@@ -173,16 +203,29 @@ def tables(record):
     ]
     lines += ["", "| ResNet18, time against | values | exponent counted | measured | between the last two |",
               "|---|---|---|---|---|"]  # fmt: skip
-    lines += [
-        f"| {r['by']} | {', '.join(map(str, r['values']))} | {r['expected']} | {r['slope']:.2f} "
-        f"| {r['last_slope']:.2f} |"
-        for r in record["growth"]
-    ]
+    lines += map(growth_line, record["growth"])
+    lines += eigenpair_lines(**record["eigenpairs"]) if "eigenpairs" in record else []
     lines += ["", "| memory that the attack adds, MiB | `pgd` | textbook |", "|---|---|---|"]
     lines += [f"| {r['network']} | {r['pgd']:.0f} | {r['textbook']:.0f} |" for r in record["memory"]]
     lines += ["", f"| what | whose | runs | operations | 2 cores | 64 cores | 1 {card} | 8 of them |",
               "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     return "\n".join(lines + [cost_line(what, whose, rows, rate) for what, whose, rows in groups(record["cost"])])
+
+
+def growth_line(r):
+    values = ", ".join(map(str, r["values"]))
+    return f"| {r['by']} | {values} | {r['expected']} | {r['slope']:.2f} | {r['last_slope']:.2f} |"
+
+
+def eigenpair_lines(rows, hardware, versions, repeats, base):
+    """Their table, with the machine, which may be another than that of the other tables."""
+    return [
+        "", f"Top eigenpairs of a trained LeNet w=4; {base['images']} images and {base['eigenvalues']} eigenvalues, "
+        f"but for what changes. {hardware['device']}, {hardware['vector_unit']}, float32, one thread, PyTorch "
+        f"{versions['torch']}; CPU seconds, {repeats} turns.", "",
+        "| time against | values | exponent counted | measured | between the last two |", "|---|---|---|---|---|",
+        *map(growth_line, rows),
+    ]  # fmt: skip
 
 
 def groups(rows):
@@ -223,24 +266,36 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tables", action="store_true", help="measure nothing: count and write the tables again")
+    parser.add_argument("--only", nargs="+", choices=EIGENPAIRS, help="measure these rows, and keep the others")
     parser.add_argument("--added", nargs=2, help=argparse.SUPPRESS)  # for `peak`
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.added:
         print(added(*given.added))
         return
-    if not given.tables:
+    if given.tables or given.only:
+        record = read_json(HERE / "scaling.json")
+    else:
         measured = rates(given.repeats)
         assert all(math.isfinite(row["share"]) for row in measured)
-        write_json(HERE / "scaling.json", {
+        record = {
             "hardware": compute.hardware(), "versions": compute.versions(), "repeats": given.repeats,
             "rates": measured, "growth": growth(given.repeats), "memory": memory(),
-        })  # fmt: skip
-    record = read_json(HERE / "scaling.json")
+        }  # fmt: skip
     record["cost"] = cost(record["rates"])  # counted from rates and from the profile, which may have changed since
+    write(record)
+    if not given.tables:
+        digits, last = data.load("mnist5k"), record.get("eigenpairs")
+        model = trained(SETTINGS["lenet w=4"], digits).eval()
+        for found in spectra(model, digits.x_train, digits.y_train, given.only or EIGENPAIRS, given.repeats, last):
+            record["eigenpairs"] = found
+            write(record)
+    print(tables(record))
+
+
+def write(record):
     write_json(HERE / "scaling.json", record)
     write_part("scaling", tables(record), ROOT / "docs/scaling.md")
-    print(tables(record))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
@@ -22,6 +23,12 @@ def path(monkeypatch):
     for name in set(sys.modules) - before:
         if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
+
+
+@pytest.fixture
+def scaling():
+    pytest.importorskip("foolbox")
+    return importlib.import_module("bench_scaling")
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -72,21 +79,50 @@ def test_a_peer_is_compared_with_what_is_as_exact():
     assert all(row["ours"] == ratios.as_exact(ours, row["residual"]) for row in record["eigenpairs"])
 
 
-def test_runs_of_the_paper_and_ours_besides_are_those_of_its_profile():
-    bench = importlib.import_module("bench_scaling")
-    cost, recipes = json.loads((FOLDER / "scaling.json").read_text())["cost"], bench.PROTOCOL.values()
-    runs = [list(bench.runs_of_paper(recipe).items()) for _, recipe, *_ in recipes if recipe]
+def test_runs_of_the_paper_and_ours_besides_are_those_of_its_profile(scaling):
+    cost, recipes = json.loads((FOLDER / "scaling.json").read_text())["cost"], scaling.PROTOCOL.values()
+    runs = [list(scaling.runs_of_paper(recipe).items()) for _, recipe, *_ in recipes if recipe]
     assert [(row["whose"], row["runs"]) for row in cost if row["whose"]] == [pair for row in runs for pair in row]
-    assert [sum(n for whose, n in row if whose == bench.PAPERS) for row in runs] == [9, 18, 18]
+    assert [sum(n for whose, n in row if whose == scaling.PAPERS) for row in runs] == [9, 18, 18]
     for page in ("README.md", "docs/scaling.md"):
         (workers,) = re.findall(r"--slurm .* --workers (\d+)", (ROOT / page).read_text(encoding="utf-8"))
         assert int(workers) == sum(n for row in runs for _, n in row)
 
 
-def test_runs_go_side_by_side():
-    bench = importlib.import_module("bench_scaling")
-    assert [bench.together([3.0] * 5, machines) for machines in (1, 2, 64)] == [15, 9, 3]
-    assert bench.together([1, 2, 3, 4], 2) == 5
+def test_runs_go_side_by_side(scaling):
+    assert [scaling.together([3.0] * 5, machines) for machines in (1, 2, 64)] == [15, 9, 3]
+    assert scaling.together([1, 2, 3, 4], 2) == 5
+
+
+def test_a_fit_recovers_an_exponent(scaling):
+    row = scaling.fitted("size", [1, 2, 4, 8], [3 * v**1.5 for v in (1, 2, 4, 8)], 1)
+    assert row["slope"] == pytest.approx(1.5) and row["last_slope"] == pytest.approx(1.5)
+    steeper = scaling.fitted("size", [1, 2, 4], [1, 2, 8], 1)
+    assert steeper["slope"] == pytest.approx(1.5) and steeper["last_slope"] == pytest.approx(2)
+
+
+def test_eigenpairs_are_timed_by_images_and_by_eigenvalues(monkeypatch, scaling):
+    """At toy size, by a clock that counts images times squared eigenvalues. One row at a time, and another machine's
+    rows do not stay."""
+    record = json.loads((FOLDER / "scaling.json").read_text())
+    work = []
+    monkeypatch.setattr(scaling, "EIGENPAIRS", {"images": ([8, 16, 32], 1), "eigenvalues": ([1, 2, 3], 1)})
+    monkeypatch.setattr(scaling, "BASE", {"images": 8, "eigenvalues": 2})
+    monkeypatch.setattr(scaling, "seconds", lambda call: (len(call.args[1]) * call.args[3] ** 2, work.append(call())))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 3)).eval()
+    x, y = torch.rand(32, 1, 3, 3), torch.arange(32) % 3
+    (first,) = scaling.spectra(model, x, y, ["images"], 1)
+    (both,) = scaling.spectra(model, x, y, ["eigenvalues"], 1, first)
+    assert [(row["by"], row["slope"]) for row in both["rows"]] == [
+        ("images", pytest.approx(1)), ("eigenvalues", pytest.approx(2)),
+    ]  # fmt: skip
+    assert [len(pairs.values) for pairs in work] == [2, 2, 2, 1, 2, 3]
+    (other,) = scaling.spectra(model, x, y, ["eigenvalues"], 1, first | {"hardware": {"device": "another"}})
+    assert [row["by"] for row in other["rows"]] == ["eigenvalues"]
+    assert "| eigenvalues | 1, 2, 3 | 1 | 2.00 | 2.00 |" in scaling.tables(record | {"eigenpairs": both})
+    record.pop("eigenpairs", None)
+    assert "igenvalues" not in scaling.tables(record)
 
 
 def test_turns_are_compared_with_their_own():
