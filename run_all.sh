@@ -5,7 +5,7 @@ set -euo pipefail
 usage() {
   cat <<'TEXT'
 Usage: ./run_all.sh [NOTEBOOK ...] [--profile NAME] [-j N] [--timeout S] [--list] [--dry-run]
-       ... [--workers N [--slurm SETTINGS] | --scheduler ADDRESS]
+       ... [--workers N [--per-gpu K | --slurm SETTINGS] | --scheduler ADDRESS]
        ./run_all.sh --lab [arguments]        JupyterLab on the notebooks
        ./run_all.sh --site                   the site, in build/site
        ./run_all.sh --test [pytest arguments]
@@ -17,8 +17,8 @@ Usage: ./run_all.sh [NOTEBOOK ...] [--profile NAME] [-j N] [--timeout S] [--list
               notebooks/*.ipynb and figures/quick/; the others write build/PROFILE/*.ipynb and figures/PROFILE/, tiny
               only build/tiny/); or a file of your own, my.yaml, which writes only build/my/
   -j N        notebooks side by side (default: 2)
-  --workers N networks are trained by N processes of their own (dask), with a GPU each where there are GPUs; with
-              --slurm "partition=short,gres=gpu:1" they are Slurm's jobs
+  --workers N networks are trained by N processes of their own (dask), with a GPU each where there are GPUs (with
+              --per-gpu K, K of them share one); with --slurm "partition=short,gres=gpu:1" they are Slurm's jobs
   --scheduler ADDRESS  ... by the workers of this dask scheduler, tcp://host:8786
   --timeout S seconds that a cell may take
   --dry-run   say what would be trained and what would be found, and run nothing

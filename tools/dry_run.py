@@ -1,11 +1,16 @@
-"""What a run would train and what it would find, from the records that earlier runs left (`NAME.uses.json`)."""
+"""What a run would train and what it would find, from the records that earlier runs left (`NAME.uses.json`, cells)."""
 
-from collections import Counter
+import re
+from collections import Counter, defaultdict
+from fractions import Fraction
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
 
 from jobs import HERE, Job, duration
+from profiles import parameters
 
-from lib.files import read_json
+from lib.files import read_if_whole, read_json
 
 
 def uses(job: Job) -> dict:
@@ -36,6 +41,89 @@ def committed(job: Job) -> Counter:
     return found
 
 
+def images(settings: dict, source: str) -> tuple[int, int]:
+    """How many training images a recipe asks for, and how many a cell had, as its words on its data say."""
+    counts = [int(count.replace(",", "")) for count in re.findall(r"([\d,]+) \+ [\d,]+", source)]
+    return min(settings["images"][0] or counts[0], counts[0]), counts[-1]
+
+
+def stands(folder: Path, recipe: str, settings: dict, arm: str, which: dict) -> bool:
+    """As `cells.stands`, of as many images, whatever their pixels: to load those would take longer than all else."""
+    from lib import cells  # takes seconds, as `recipes` does: only where cells are asked for
+
+    there = read_if_whole(cells.path_of(folder, {"recipe": recipe, "arm": arm, "config": which}))
+    if not there:
+        return False
+    asked, had = images(settings, there["data"])
+    data = SimpleNamespace(source=there["data"], fingerprint=there["fingerprint"])
+    return asked == had and cells.stands(folder, recipe, settings, arm, data, **which)
+
+
+def seconds(cell: dict, settings: dict) -> float:
+    """What a cell would take where it was made, under other settings, as docs/scaling.md counts.
+
+    Its attacks see neither the training images nor the epochs, and cost more in a wider network alone.
+    """
+    had, (asked, there) = cell["config"], images(settings, cell["data"])
+    longer = asked * settings["epochs"] * (settings["num_steps"] + 1.5)
+    longer /= there * had["epochs"] * (had["num_steps"] + 1.5)
+    made = cell["made"]
+    return (settings["width"] / had["width"]) ** 2 * (longer * made["training"]["seconds"] + made["attacks"]["seconds"])
+
+
+def speeds(folder: Path, recipe: str, settings: dict) -> dict[str, float]:
+    """{machine: median seconds of a cell of this recipe}, by the cells of all profiles."""
+    found = defaultdict(list)
+    for path in folder.glob(f"*/cells/{recipe.replace(' ', '-')}-eps*/*.json"):
+        made = (cell := read_json(path))["made"]["training"]
+        if "NVIDIA" not in made["device"] or cell["config"]["width"] == settings["width"]:  # wider is free there at first
+            found[f"{made['device']}, {made['precision']}"].append(seconds(cell, settings))
+    return {machine: median(times) for machine, times in found.items()}
+
+
+def missing_cells(job: Job):
+    """(seeds missing, seeds there, title, {machine: seconds of those missing}) of each item of `todo` and arm."""
+    source, own = Path(job.spec["source"]), Path(job.env["FIGURES_DIR"]) / "cells"
+    asked, known = parameters(source) | job.spec["parameters"], {}
+    if not asked.get("keep_cells"):  # all are made again, and the record of uses knows of them
+        return
+    from lib import cells, recipes
+
+    for item in asked.get("todo", []):
+        recipe, lr, seeds = item["recipe"], item["lr"], asked["seeds"][: item["seeds"]]
+        settings, eps = recipes.get(recipe, asked.get("changes")), float(Fraction(item["eps"]))
+        known[recipe] = known.get(recipe) or speeds(source.parents[1] / "figures", recipe, settings)
+        for arm in item["arms"]:
+            there = sum(stands(own, recipe, settings, arm, {"eps": eps, "lr": lr, "seed": seed}) for seed in seeds)
+            title, count = f"{recipe}, eps {cells.budget(eps)}, lr {lr:g}, {arm}", len(seeds) - there
+            yield count, there, title, {machine: count * each for machine, each in known[recipe].items()}
+
+
+def rough(time: float) -> str:
+    """Seconds as one says them of what is only expected."""
+    unit, size = next((pair for pair in (("days", 86400), ("h", 3600), ("min", 60)) if time >= 2 * pair[1]), ("s", 1))
+    return f"{time / size:.0f} {unit}"
+
+
+def cell_lines(job: Job) -> list[str]:
+    """Lines on the cells that are missing, and on all of them together, by the machines that made such cells."""
+    every, totals, known = list(missing_cells(job)), Counter(), Counter()
+    rows = [row for row in every if row[0]]
+    for count, _, _, times in rows:
+        totals.update(times)
+        known.update(dict.fromkeys(times, count))
+    number, left = {machine: i for i, machine in enumerate(sorted(totals), 1)}, sum(row[0] for row in rows)
+    lines = [f"{left:4} of {left + sum(row[1] for row in every)} cells are missing, by their settings (pixels are not "
+             "compared here)"] if every else []  # fmt: skip
+    for count, there, title, times in rows:
+        said = ", ".join(f"{rough(times[machine])} [{i}]" for machine, i in number.items() if machine in times)
+        lines.append(f"{count:4} missing, {there} there: {title}: {said or 'in a time that is not known'}")
+    for machine, i in number.items():
+        lines.append(f"{known[machine]:4} of these {left}: {rough(totals[machine])} one by one on [{i}] {machine}")
+    note = "     by cells made there, as docs/scaling.md counts; what wider networks take on a GPU stands there"
+    return lines + [note] * bool(number)
+
+
 def table(jobs: list[Job]) -> str:
     """A line per notebook and state, with the seconds that what is missing took where it was made."""
     width, lines = max(len(job.name) for job in jobs), []
@@ -50,6 +138,9 @@ def table(jobs: list[Job]) -> str:
             if record
             else "has not run here: it makes what is missing, in a time that is not known"
         )
+        if of_cells := cell_lines(job):
+            about = about.removesuffix(", in a time that is not known")
         lines.append(f"{job.name:{width}}  {about}")
         lines += [f"{'':{width}}  {count:4} {where}" for where, count in sorted(counts.items())]
+        lines += [f"{'':{width}}  {line}" for line in of_cells]
     return "\n".join(lines)
