@@ -7,6 +7,7 @@ machine is found on another. `journal` says what was found and what was made sin
 
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from . import cluster, compute
 from .files import checksum, folder_from_environment, read_json, write_json
-from .training import VERSION, train
+from .training import VERSION, damage, train
 
 # Dicts: run (its name), what, state ("found", "trained", "remembered", "measured"; of a cell "committed"), made.
 journal = []
@@ -36,11 +37,13 @@ def shared_dir():
 def run(config, data, *, wait=True, quiet=False):
     """The finished run of this config on this data: found, resumed or trained.
 
-    A second process that wants the same run waits for the first, or gets None at once if not `wait`. Other arguments
-    and errors as for `training.train`.
+    A second process that wants the same run waits for the first, or gets None at once if not `wait`. One whose files
+    are damaged is kept beside its place and trained anew. Other arguments and errors as for `training.train`.
     """
     folder = _folder(config, data)
     try:
+        if damage(folder):
+            _put_aside(folder, wait)
         with _once(folder / "run.json", folder / ".lock", wait) as there:
             found = train(config, data, folder=folder, quiet=quiet)
     except Timeout:
@@ -48,6 +51,29 @@ def run(config, data, *, wait=True, quiet=False):
     _note(folder.name, config.describe(), "found" if there and folder.name not in _handed else "trained", found.made)
     _handed.discard(folder.name)
     return found
+
+
+def _put_aside(folder, wait):
+    """Move what is in the folder of a damaged run to a new one beside it, and say so.
+
+    Asked again under the lock: another process may have done it. The lock stays in its place, where others wait for it.
+    In the order of their names, so that after a kill on the way what is left is damaged, too: made.json goes before
+    models, run.json last.
+    """
+    try:
+        with FileLock(folder / ".lock", timeout=-1 if wait else 0):
+            if why := damage(folder):
+                names = (f"{folder.name}.damaged{f'-{i}' if i > 1 else ''}" for i in count(1))
+                aside = next(path for path in map(folder.with_name, names) if not path.exists())
+                aside.mkdir()
+                for path in sorted(folder.iterdir()):
+                    if path.name != ".lock":
+                        path.rename(aside / path.name)
+                tqdm.write(f"{folder}: {why}; it is kept as {aside.name}, and the run is trained anew")
+    except Timeout:
+        raise
+    except OSError as error:
+        raise ValueError(f"{folder} is damaged and cannot be moved ({error}): rename it, and run again") from error
 
 
 def _note(name, what, state, made):

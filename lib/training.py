@@ -260,6 +260,20 @@ def read(folder, config):
     return Run(config, folder, pd.DataFrame(record["history"]), steps, read_json(folder / "made.json"))
 
 
+def damage(folder):
+    """What is wrong with the files of a finished run, in words; None where all can be read, or it is not finished."""
+    if not (folder / "run.json").exists():
+        return None
+    for path in (folder / "run.json", folder / "made.json", *sorted(folder.glob("model-*.safetensors"))):
+        try:
+            read_json(path) if path.suffix == ".json" else _load(path)
+        except FileNotFoundError:
+            return f"{path.name} is missing"
+        except ValueError as error:
+            return f"{path.name} is truncated or corrupted, {error.__cause__}"
+    return None
+
+
 class _State:
     """Everything that changes during a run."""
 

@@ -293,12 +293,17 @@ def everything(folder):
 
 @harms
 @pytest.mark.parametrize("name", ["model-3.safetensors", "run.json", "made.json"])
-def test_a_file_of_a_finished_run(tmp_path, undisturbed, name, harm):
+def test_a_file_of_a_finished_run(tmp_path, monkeypatch, undisturbed, name, harm):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    folder = tmp_path / f"lenet-constant-{runs.key(CONFIG, noise())}"
     with tried(f"a byte or a cut in {name.replace('model-3', 'a model').replace('.safetensors', '')}"):
-        shutil.copytree(undisturbed[0], tmp_path / "run")
-        expected = everything(tmp_path / "run")
-        spoil(tmp_path / "run" / name, harm)
-        named_or_equal(tmp_path / "run" / name, lambda: everything(tmp_path / "run"), expected)
+        shutil.copytree(undisturbed[0], folder)
+        expected = everything(folder)
+        spoil(folder / name, harm)
+        named_or_equal(folder / name, lambda: everything(folder), expected)
+        runs.run(CONFIG, noise())  # found, or put aside and made anew
+        *whole, _seconds, states = everything(folder)
+        assert [*whole, states] == [*expected[:2], expected[3]]
 
 
 @harms
@@ -471,11 +476,15 @@ def test_a_read_only_disk(tmp_path, undisturbed):
         patch.setenv("RUNS_DIR", str(disk))
         losses = runs.run(CONFIG, noise()).steps["loss"].tolist()
         runs.remember("looks", {"a": 1}, lambda: "measured")
+        damaged = runs.run(replace(CONFIG, seed=6), noise()).folder / "run.json"
+        damaged.write_bytes(damaged.read_bytes()[:-20])
         assert ctypes.CDLL(None).mount(b"", os.fsencode(disk), b"", 32 | 1, None) == 0  # again, read-only
         assert runs.run(CONFIG, noise()).steps["loss"].tolist() == losses
         assert runs.remember("looks", {"a": 1}, lambda: "measured again") == "measured"
         with pytest.raises(OSError, match=r"Read-only file system.*disk"):
             runs.run(replace(CONFIG, seed=5), noise())
+        with pytest.raises(ValueError, match=r"is damaged and cannot be moved .*Read-only file system"):
+            runs.run(replace(CONFIG, seed=6), noise())
 
 
 @drill

@@ -101,6 +101,19 @@ def test_actions_are_pinned_by_commit():
     assert uses and all(re.search(r"uses: [\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line) for line in uses), uses
 
 
+def test_every_night_the_whole_drill_runs_and_the_locked_versions_are_audited():
+    """Read, not run. In YAML 1.1 the key `on` is True."""
+    nightly = yaml.safe_load((ROOT / ".github/workflows/nightly.yml").read_text())
+    (schedule,) = nightly[True]["schedule"]
+    assert re.fullmatch(r"\d+ \d+ \* \* \*", schedule["cron"]) and "workflow_dispatch" in nightly[True]
+    runs = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in nightly["jobs"].items()}
+    assert runs["drill"] == ["./run_all.sh --setup", "./run_all.sh --test -m drill tests/test_drill.py"]
+    (audit,) = runs["audit"]
+    assert re.search(r" pip-audit==[\d.]+ pip-audit .*-r requirements\.lock$", audit)
+    pythons = {machine["python_version"] for machine in MACHINES}
+    assert set(nightly["jobs"]["audit"]["strategy"]["matrix"]["python"]) == pythons
+
+
 # ---------------------------------------------------------------- tools/checkenv.py: is this interpreter fit?
 
 versions = st.from_regex(r"[0-9]{1,2}(\.[0-9]{1,2}){0,2}(rc1|\.post1|\+cu130)?", fullmatch=True)

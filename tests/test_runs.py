@@ -1,5 +1,6 @@
 """The cache: what names a run, and that nothing is trained twice."""
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -124,7 +125,10 @@ def train_and_log(folder, number, start):
     (folder / f"{number}.json").write_text(json.dumps([seen, run.steps["loss"].tolist()]))
 
 
-def test_two_processes_that_want_one_run_train_it_once(tmp_path):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_two_processes_that_want_one_run_train_it_once(tmp_path, damaged):
+    if damaged:
+        cut(runs.run(CONFIG, noise()).folder / "run.json")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lib.runs", "pytest"])
     start = context.Barrier(2)
@@ -135,6 +139,67 @@ def test_two_processes_that_want_one_run_train_it_once(tmp_path):
         process.join()
     (a, losses), (b, same) = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
     assert sorted([a, b]) == [[], [0, 1]] and losses == same
+    assert len(list((tmp_path / "cache").iterdir())) == 1 + damaged
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def held(folder, *but):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in (".lock", *but)}
+
+
+@pytest.mark.parametrize("name", ["run.json", "model-0.safetensors", "model-2.safetensors", "made.json"])
+def test_a_damaged_run_is_kept_aside_and_trained_anew(folder, trained, capsys, name):
+    place = runs.run(CONFIG, noise()).folder
+    whole = held(place, "made.json")
+    words = "made.json is missing; " if name == "made.json" else f"{name} is truncated or corrupted, "
+    runs.journal.clear()
+    for aside in (f"{place.name}.damaged", f"{place.name}.damaged-2"):
+        (place / name).unlink() if name == "made.json" else cut(place / name)
+        left = held(place)
+        capsys.readouterr()
+        runs.run(CONFIG, noise(), quiet=True)
+        (said,) = capsys.readouterr().out.splitlines()
+        assert said.startswith(f"{place}: {words}")
+        assert said.endswith(f"it is kept as {aside}, and the run is trained anew")
+        assert held(folder / aside) == left and held(place, "made.json") == whole
+    assert runs.run(CONFIG, noise()) and capsys.readouterr().out == ""
+    assert [entry["state"] for entry in runs.journal] == ["trained", "trained", "found"]
+    assert trained == 3 * [(0, 0), (0, 1)] and len(list(folder.iterdir())) == 3
+
+
+def test_a_kill_while_a_damaged_run_is_moved_loses_nothing(folder, monkeypatch):
+    place = runs.run(CONFIG, noise()).folder
+    cut(place / "model-0.safetensors")
+    (place / "checkpoint.safetensors").write_bytes(b"of a kill at the very end")
+    before, rename = held(place), Path.rename
+    for _ in before:  # killed after each file but the last
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            moved = []
+
+            def once(path, target, moved=moved):
+                if moved:
+                    raise KeyboardInterrupt
+                moved.append(rename(path, target))
+
+            patch.setattr(Path, "rename", once)
+            runs.run(CONFIG, noise())
+    found = {}
+    for aside in folder.glob("*.damaged*"):
+        found |= held(aside)
+    assert found == before and "checkpoint.safetensors" not in held(place)
+
+
+def test_a_damaged_run_that_cannot_be_moved_is_named(folder, trained):
+    place = runs.run(CONFIG, noise()).folder
+    cut(place / "run.json")
+    (place / ".lock").unlink(missing_ok=True)
+    (place / ".lock").mkdir()  # as unwritable to root as a read-only disk
+    with pytest.raises(ValueError, match=r"is damaged and cannot be moved \(.*\): rename it, and run again"):
+        runs.run(CONFIG, noise())
+    assert len(trained) == 2 and [path.name for path in folder.iterdir()] == [place.name]
 
 
 def test_remember(folder):
