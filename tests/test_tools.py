@@ -695,7 +695,7 @@ def test_a_dry_run_says_which_cells_are_missing(toy):
         "         1 missing, 0 there: lenet on mnist, eps 0.4, lr 0.001, cosine: in a time that is not known",
         "         2 of these 6: 37 min one by one on [1] long, float32",
         "         3 of these 6: 75 min one by one on [2] other, float32",
-        "           by cells made there, as docs/scaling.md counts: far less on a GPU if networks are wider",
+        "           by cells made there, as docs/scaling.md counts; what wider networks take on a GPU stands there",
     ]
 
 
