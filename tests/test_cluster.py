@@ -205,6 +205,7 @@ def test_the_scheduler_killed_and_started_again(digits, alone, monkeypatch):
     port = free_port()
     with scheduler(port) as (where, _):
         monkeypatch.setenv(clusters.VARIABLE, where)
+        cluster.connect(PATIENCE).close()  # it has started, which may take longer than a grid waits for an answer
         watched = Watched(CONFIGS, digits)
         watched.more()
     with scheduler(port):
@@ -217,6 +218,7 @@ def test_the_scheduler_alone_killed(digits, alone, monkeypatch):
     port = free_port()
     with scheduler(port) as (where, (first, *workers)):
         monkeypatch.setenv(clusters.VARIABLE, where)
+        cluster.connect(PATIENCE).close()  # it has started, which may take longer than a grid waits for an answer
         watched = Watched(CONFIGS, digits)
         watched.more()
         first.kill()
