@@ -383,25 +383,6 @@ for (name, row), best in product(claimed.items(), (False, True)):
 #
 # Reviewer 2's question (notebook 6 asks it of few digits), of the paper's networks, at the recipe's learning rate.
 
-# %%
-for name, row in claimed.items():
-    here = differences[(differences["row"] == names[row]) & (differences["lr"] == usual[name])].set_index("difference")
-    asked = [what for what in here.index if "checkpoints" in what or "best" in what
-             or what.startswith(("periodic constant", "periodic linear"))]  # fmt: skip
-    if not any("periodic" in what for what in asked):
-        continue
-    said = [f"{what}: {here.outcome[what]}, {100 * here['mean'][what]:+.1f} points"
-            + (f" ± {100 * here.half[what]:.1f}" if pd.notna(here.half[what]) else "") + f" (n = {here.seeds[what]})"
-            for what in asked]  # fmt: skip
-    book.answer(f"Is it the periods that help, or the averaging? {name}", "; ".join(said) + ".",
-                reviewer="Reviewer 2", n=f"learning rate {usual[name]:g}, {here.images.max():,} test images",
-                source=of[row]["source"].iloc[0])  # fmt: skip
-
-# %% [markdown]
-# Two questions more of the same networks. At another learning rate, where a single run is at its best, does the
-# ensemble of the periods help? And what does it cost to read small budgets in the wrong unit (notebook 6)? On CIFAR-10
-# budgets are kept in pixels in the authors' code, and so may have been read so.
-
 
 # %%
 def said_of(line):
@@ -409,6 +390,21 @@ def said_of(line):
     half = f" ± {100 * line.half:.1f}" if pd.notna(line.half) else ""
     return f"{line.difference}: {line.outcome}, {100 * line.mean:+.1f} points{half} (n = {line.seeds})"
 
+
+for name, row in claimed.items():
+    here = differences[(differences["row"] == names[row]) & (differences["lr"] == usual[name])]
+    asked = here[here["difference"].str.contains("checkpoints|best|^periodic constant|^periodic linear")]
+    if not asked["difference"].str.contains("periodic").any():
+        continue
+    book.answer(f"Is it the periods that help, or the averaging? {name}",
+                "; ".join(map(said_of, asked.itertuples())) + ".",
+                reviewer="Reviewer 2", n=f"learning rate {usual[name]:g}, {here.images.max():,} test images",
+                source=of[row]["source"].iloc[0])  # fmt: skip
+
+# %% [markdown]
+# Two questions more of the same networks. At another learning rate, where a single run is at its best, does the
+# ensemble of the periods help? And what does it cost to read small budgets in the wrong unit (notebook 6)? On CIFAR-10
+# budgets are kept in pixels in the authors' code, and so may have been read so.
 
 # %%
 for name, row in claimed.items():
