@@ -91,7 +91,7 @@ class Hessian:
         if abs(v @ self._product(g, first) - square) > max(30 * eps**0.5 * square, torch.finfo(self.dtype).tiny):
             raise ValueError(
                 f"the Hessian is not symmetric: some layer's second derivative is wrong (that of weight_norm is, in "
-                f"PyTorch), or {self.dtype} does not resolve it: then use dtype=torch.float64"
+                f"PyTorch), or {self.dtype} does not resolve it: then {_finer(self.dtype)}"
             )
 
     def _noisy_layer(self, x):
@@ -166,8 +166,15 @@ def _check_residual(hessian, pairs, i, scale, tolerance):
     if not measured <= tolerance:
         raise RuntimeError(
             f"the residual of eigenpair {i + 1} is {measured:.2g}, above the tolerance {tolerance:.2g}: raise it, or "
-            "use dtype=torch.float64"
+            f"{_finer(hessian.dtype)}"
         )
+
+
+def _finer(dtype):
+    """What helps where products are mostly rounding."""
+    if dtype == torch.float64:
+        return "look at the network: a loss of nearly 0 has a Hessian that float64 does not resolve either"
+    return "use dtype=torch.float64"
 
 
 def _lanczos(hessian, start, generator):

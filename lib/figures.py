@@ -22,7 +22,7 @@ from IPython.display import Image as Shown
 from PIL import Image, ImageChops
 
 from . import claims, compute, recipes, runs
-from .files import as_json, folder_from_environment, read_if_whole, read_json, write_bytes, write_json
+from .files import as_json, checksum, folder_from_environment, read_if_whole, read_json, write_bytes, write_json
 from .settings import SettingError, differing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +59,7 @@ class Book:
         if own and self.folder.resolve().is_relative_to(ROOT / "figures"):
             self.folder = ROOT / "build" / "mine" / "figures"
         self.started, self.last = compute.clock(), ""
+        self.asked = {"parameters": checksum(self.parameters), "version": runs.VERSION}  # of training; and recipes
         self.rows = {"claims": [], "answers": [], "checks": []}
         compute.fix_threads()
         runs.journal.clear()
@@ -90,6 +91,7 @@ class Book:
         """The settings of a recipe (`recipes.get`), with this notebook's `changes`; shown, too."""
         self._fresh()
         settings = recipes.get(name, self.parameters.get("changes"))
+        self.asked[name] = checksum(settings)
         text = ", ".join(f"{k} {_short(v)}" for k, v in settings.items())
         changed = ", ".join(self.parameters.get("changes", {}).get(name, {}))
         display(Markdown(f"**Recipe *{name}*:** {text}{f' (changed: {changed})' if changed else ''}."))
@@ -171,7 +173,7 @@ class Book:
         own = compute.clock() - self.started
         own -= sum(e["made"]["seconds"] for e in used.values() if e["state"] in ("trained", "measured"))
         path = self.folder / f"{self.name}.uses.json"
-        _write_record(path, about | {"runs": uses, "seconds": round(max(0, own), 1)})
+        _write_record(path, about | {"asked": self.asked, "runs": uses, "seconds": round(max(0, own), 1)})
         if journal := os.environ.get("JOURNAL"):  # for the runner's closing table
             states = [entry["state"] for entry in used.values()]
             write_json(Path(journal), {state: states.count(state) for state in dict.fromkeys(states)})

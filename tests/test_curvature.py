@@ -442,6 +442,8 @@ def test_unreached_tolerance_is_an_error(monkeypatch):
     model, x, y = network("mlp")
     with pytest.raises(RuntimeError, match=r"above the tolerance 1e-12: raise it, or use dtype=torch.float64"):
         top_eigenpairs(model, x, y, 3, tolerance=1e-12)
+    with pytest.raises(RuntimeError, match=r"above the tolerance 1e-20: raise it, or look at the network"):
+        top_eigenpairs(model, x, y, 3, tolerance=1e-20, dtype=torch.float64)
     monkeypatch.setattr(curvature, "MAX_STEPS", 25)
     with pytest.raises(RuntimeError, match="after 30 steps, above the tolerance 1e-12"):
         top_eigenpairs(model, x, y, 3, tolerance=1e-12)

@@ -32,8 +32,8 @@ import profiles  # noqa: E402
 import run as runner  # noqa: E402
 from layout import Layout  # noqa: E402
 
-from lib import cells, recipes  # noqa: E402
-from lib.files import write_json  # noqa: E402
+from lib import cells, recipes, runs  # noqa: E402
+from lib.files import checksum, write_json  # noqa: E402
 
 HEADER = """\
 # ---
@@ -658,6 +658,21 @@ def test_a_dry_run_says_what_would_be_trained(toy):
         "         1 committed cells of the profile overnight, made on a machine, 2026-01-02",
     ]
     assert not toy.build.exists()
+
+
+def test_a_dry_run_says_what_has_changed_since_the_last_run(toy):
+    add(toy, "01_a", SHOW, parameters='profile = "quick"\nsteps = 3\nchanges = {}')
+    path, settings = toy.figures / "quick" / "01_a.uses.json", recipes.get("lenet on mnist")
+    asked = {"parameters": checksum({"profile": "quick", "steps": 3, "changes": {}}), "version": runs.VERSION}
+    asked["lenet on mnist"], used = checksum(settings), [{"run": "lenet-1", "what": "lenet", "seconds": 100.0}]
+    path.parent.mkdir(parents=True)
+    other = {"parameters": "its parameters", "version": "the version of training", "lenet on mnist": "the recipe lenet "
+             "on mnist", "gone": "the recipe gone"}  # fmt: skip
+    for key, said in {"": "", **other}.items():
+        change, known = {key: "0"} if key else {}, "01_a  trains for about 100 s"
+        write_json(path, {"notebook": "01_a", "profile": "quick", "asked": asked | change, "runs": used})
+        unknown = f"01_a  trains for a time that is not known: {said} changed since its last run, which used"
+        assert run(toy, "--dry-run").stdout.splitlines()[0] == (unknown if said else known)
 
 
 def test_a_dry_run_says_which_cells_are_missing(toy):

@@ -10,13 +10,26 @@ from types import SimpleNamespace
 from jobs import HERE, Job, duration
 from profiles import parameters
 
-from lib.files import read_if_whole, read_json
+from lib.files import checksum, read_if_whole, read_json
 
 
 def uses(job: Job) -> dict:
     """What the notebook used when its figures were made; empty when that is not known."""
     path = Path(job.env["FIGURES_DIR"]) / f"{job.name}.uses.json"
     return read_json(path) if path.exists() else {}
+
+
+def changed(record: dict, job: Job) -> list[str]:
+    """What is asked for otherwise than when that record was made: its runs are not those that would be needed now."""
+    if "asked" not in record:
+        return []
+    from lib import recipes, runs  # takes seconds: only where there is something to compare
+
+    asked = parameters(Path(job.spec["source"])) | job.spec["parameters"]
+    now = {"parameters": checksum(asked), "version": runs.VERSION}
+    now |= {name: checksum(recipes.get(name, asked.get("changes"))) for name in recipes.RECIPES}
+    words = {"parameters": "its parameters", "version": "the version of training"}
+    return [words.get(key, f"the recipe {key}") for key, value in record["asked"].items() if now.get(key) != value]
 
 
 def state(run: dict, job: Job) -> str:
@@ -141,6 +154,8 @@ def table(jobs: list[Job]) -> str:
         )
         if of_cells := cell_lines(job):
             about = about.removesuffix(", in a time that is not known")
+        if other := changed(record, job):
+            about = f"trains for a time that is not known: {', '.join(other)} changed since its last run, which used"
         lines.append(f"{job.name:{width}}  {about}")
         lines += [f"{'':{width}}  {count:4} {where}" for where, count in sorted(counts.items())]
         lines += [f"{'':{width}}  {line}" for line in of_cells]
