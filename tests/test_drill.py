@@ -547,3 +547,14 @@ def test_a_project_with_a_hard_name(tmp_path, whole, name):
         layout = project(tmp_path / name)
         finish(start(layout))
         assert left(layout) == whole[0]
+
+
+@drill
+@pytest.mark.parametrize("turn", range(10))
+def test_a_cluster_killed_ten_times_in_a_row(turn):
+    """In a process of its own each time: what one turn leaves behind is not to help the next."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_cluster.py"]
+    chosen = ["-k", "killed or long_to_come_back or two_grids"]
+    done = subprocess.run(command + chosen, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    with tried("tests of a cluster whose workers or scheduler are killed, and of two grids at once, all five in a row"):
+        assert done.returncode == 0, done.stdout  # 5 where no test has these names
