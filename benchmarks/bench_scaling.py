@@ -44,7 +44,8 @@ GROWTH = {  # by what: (values, the exponent that counting gives)
 EIGENPAIRS = {  # the same for the top eigenpairs
     # A product passes over each image once, and how many products are needed does not depend on the images' number.
     "images": ([100, 200, 400, 800], 1),
-    # Lanczos makes at least 2 k + 20 products for k pairs: the slope is below 1, and nears it as k outgrows the 20.
+    # Lanczos makes at least 2 k + 20 products for k pairs, so that few pairs cost more than their share; and more than
+    # that where the eigenvalues crowd, as they do deep in the spectrum, so that many do, too.
     "eigenvalues": ([5, 10, 20, 40], 1),
 }
 BASE = {"images": 200, "eigenvalues": 10}  # what the one that does not change is
@@ -224,7 +225,9 @@ def eigenpair_lines(rows, hardware, versions, repeats, base):
         f"but for what changes. {hardware['device']}, {hardware['vector_unit']}, float32, one thread, PyTorch "
         f"{versions['torch']}; CPU seconds, {repeats} turns.", "",
         "| time against | values | exponent counted | measured | between the last two |", "|---|---|---|---|---|",
-        *map(growth_line, rows),
+        *map(growth_line, rows), "",
+        "Counted are products of the Hessian with a vector, two for each pair. Deep in the spectrum eigenvalues lie "
+        "close together, and Lanczos needs more products to tell them apart: so the last slope is steeper.",
     ]  # fmt: skip
 
 
