@@ -46,7 +46,7 @@ def turns(notebooks, workers, repeats):
 
 def table(record):
     machine = record["hardware"]
-    lines = [f"{machine['device']}, {record['cores']} cores, {machine['precision']}; {record['repeats']} turn{'s' * (record['repeats'] > 1)}, by the "
+    lines = [f"{machine['device']}, {record['cores']} cores, {machine['precision']}; {record['repeats']} turns, by the "
              f"clock, start of the workers included.", "",
              f"| notebooks from nothing | seconds without workers | with {record['workers']} | times as fast: median "
              "(min to max) |", "|---|---|---|---|"]  # fmt: skip
