@@ -296,15 +296,15 @@ def places(rows, first, second):
 
 
 def differences(rows, rules, lr):
-    """A line for each question of `QUESTIONS` that has a rule and cells at a learning rate: mean, half, outcome, n, and
-    where the two were made if not in one place."""
+    """A line for each question of `QUESTIONS` that has a rule and cells at a learning rate: mean, half, n, outcome, why
+    that is undecided, and where the two were made if not in one place."""
     for what, rule in rules.items():
         (arm, network), (other, end) = QUESTIONS[what]
         a, b, seeds = pair(masks(rows, arm, lr, network), masks(rows, other, lr, end))
         if seeds:
-            mean, half = inference.interval(a, b)
+            (mean, half), found = inference.interval(a, b), rule(a, b)
             yield {"difference": what, "lr": lr, "mean": mean, "half": half if np.isfinite(half) else None,
-                   "seeds": len(seeds), "images": a.shape[1], "outcome": rule(a, b).outcome,
+                   "seeds": len(seeds), "images": a.shape[1], "outcome": found.outcome, "why": found.why,
                    "places": places(rows, (arm, lr), (other, lr))}  # fmt: skip
 
 

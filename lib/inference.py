@@ -28,6 +28,11 @@ class Finding:
     measured: str
     why: str = ""
 
+    @property
+    def words(self):
+        """For an answer: outcome (interval; why, if undecided), without what is said of these networks alone."""
+        return f"{self.outcome} ({self.measured.split(' (')[0]}{f'; {self.why}' * bool(self.why)})"
+
     def _repr_markdown_(self):
         return f"**{self.outcome}**: {self.measured}" + (f" ({self.why})" if self.why else "")
 

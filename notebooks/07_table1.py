@@ -389,7 +389,8 @@ for (name, row), best in product(claimed.items(), (False, True)):
 def said_of(line):
     """A line of the differences, in words."""
     half = f" ± {100 * line.half:.1f}" if pd.notna(line.half) else ""
-    return f"{line.difference}: {line.outcome}, {100 * line.mean:+.1f} points{half} (n = {line.seeds})"
+    why = f"; {line.why}" * bool(line.why)
+    return f"{line.difference}: {line.outcome}, {100 * line.mean:+.1f} points{half} (n = {line.seeds}{why})"
 
 
 for name, row in claimed.items():
