@@ -67,6 +67,7 @@ def each(function, tasks, desc):
     """
     found, failed, full, client = {}, [], set(), connect()
     from distributed import CancelledError, KilledWorker, as_completed
+    from distributed.comm import CommClosedError
 
     with tqdm(total=len(tasks), desc=desc, mininterval=1) as bar:
         bar.set_postfix_str(f"on {client.dashboard_link}", refresh=False)
@@ -92,7 +93,7 @@ def each(function, tasks, desc):
                         else:
                             found[future.key] = value
                             bar.update()
-                except CancelledError:  # the scheduler is gone, and another one knows of nothing
+                except (CancelledError, CommClosedError):  # the scheduler is gone, and another one knows of nothing
                     client.close()
                     client = connect(PATIENCE)
         except KeyboardInterrupt:
