@@ -120,10 +120,11 @@ class Lab:
         self.page.evaluate(script, [command, arguments, PATIENCE])
         assert not (said := self.page.locator(".jp-Dialog").all_inner_texts()), said
 
-    def open(self, name):
-        self.do("docmanager:open", path=name)
+    def open(self, name, **how):
+        """Open a file and wait until its content is there: JupyterLab calls "read-only" what it has not yet read."""
+        self.do("docmanager:open", path=name, **how)
         self.page.wait_for_selector(f".lm-TabBar-tab.lm-mod-current:has-text('{name}')")
-        self.current("panel.revealed.then(() => panel.sessionContext.ready).then(() => panel.context.ready)")
+        self.current("panel.revealed.then(() => panel.sessionContext?.ready).then(() => panel.context.ready)")
 
     def current(self, expression):
         return self.page.evaluate(
@@ -191,7 +192,7 @@ def test_to_open_and_save_changes_nothing(lab):
 
 def test_the_text_editor_raises_no_false_alarm(lab):
     lab.open(f"{PLAYED}.ipynb")
-    lab.do("docmanager:open", path=f"{PLAYED}.py", factory="Editor")
+    lab.open(f"{PLAYED}.py", factory="Editor")
     editor = lab.page.locator(".jp-FileEditor:visible .cm-content")
     for key in ("#", "Backspace"):
         editor.press(key)
