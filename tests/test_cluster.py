@@ -114,10 +114,12 @@ def workers_here():
     """The processes that are workers of a cluster in this one, less those that are dying."""
 
     def lives(process):
+        """A fork of the process that forks, or, where there is none, a process begun anew."""
         try:
-            return "spawn_main" in " ".join(process.cmdline())
+            own, above = (" ".join(one.cmdline()) for one in (process, process.parent() or process))
         except psutil.NoSuchProcess:  # psutil's zombies too
             return False
+        return "spawn_main" in own or ("multiprocessing.forkserver" in own and own == above)
 
     return [p for p in psutil.Process().children(recursive=True) if lives(p)]
 
@@ -395,9 +397,22 @@ def test_each_worker_is_given_a_gpu_or_its_part_of_one(gpus, per_gpu, visible, s
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(distributed, "SpecCluster", lambda workers, **_: workers)
-    spec = clusters.local(3, per_gpu)
+    monkeypatch.setattr(distributed.SpecCluster, "__await__", lambda made: iter(()))  # nothing is started
+    with clusters.local(3, per_gpu) as made:
+        spec = dict(made.worker_spec)
     assert [spec[i]["options"]["env"].get("CUDA_VISIBLE_DEVICES") for i in range(3)] == seen
+
+
+def test_workers_that_cannot_be_started_are_named_and_end_the_run(monkeypatch, capfd):
+    import distributed
+
+    async def start(nanny):
+        raise OSError("no room for it")
+
+    monkeypatch.setattr(distributed.Nanny, "start_unsafe", start)
+    with pytest.raises(KeyboardInterrupt), clusters.started(asked(workers=2)):
+        time.sleep(PATIENCE)
+    assert "run_all.sh: no workers: no room for it\n" in capfd.readouterr().err
 
 
 def test_without_dask(monkeypatch, digits):

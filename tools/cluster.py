@@ -1,9 +1,15 @@
 """The workers of a run: what --workers, --slurm and --scheduler stand for, as the address that notebooks are given."""
 
+import _thread
+import asyncio
 import logging
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from multiprocessing import forkserver
+
+from execute import CONTEXT, FORKS, PRELOAD
 
 from lib.cluster import MISSING, VARIABLE, ClusterError, connect
 
@@ -12,6 +18,8 @@ MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "335
 # dask gives a worker up for good, job and all, if it is not there 15 seconds after one of its deaths; but a start takes
 # longer where torch lies on a slow disk, and one that has just died again is not there either.
 STEADY = {"distributed.deploy.lost-worker-timeout": "8760h"}
+# Where notebooks are forks of one process that has imported what they need, workers are, too: see execute.py.
+START = "distributed.worker.multiprocessing-method"
 SETTINGS = {"partition": "queue", "account": "account", "time": "walltime", "mem": "memory", "cpus-per-task": "job_cpu"}
 
 
@@ -23,7 +31,9 @@ def environment() -> dict:
 
 def local(workers: int, per_gpu: int):
     """A scheduler and so many workers on this machine, each in a process of its own; so many of them share a GPU."""
-    import dask
+    if FORKS:  # first of all: it imports them beside this process
+        CONTEXT.set_forkserver_preload([*PRELOAD, "distributed"])
+        forkserver.ensure_running()
     import torch
     from distributed import Nanny, Scheduler, SpecCluster
 
@@ -37,8 +47,22 @@ def local(workers: int, per_gpu: int):
     own = [environment() | ({"CUDA_VISIBLE_DEVICES": cards[i % gpus]} if gpus else {}) for i in range(workers)]
     spec = {i: {"cls": Nanny, "options": common | {"env": env}} for i, env in enumerate(own)}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
-    with dask.config.set({"distributed.nanny.pre-spawn-environ": environment()}):
-        return SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.CRITICAL)
+    made = SpecCluster(scheduler=scheduler, silence_logs=logging.CRITICAL)
+    made.worker_spec.update(spec)
+    # They are not waited for: notebooks have something to do before they need one.
+    asyncio.run_coroutine_threadsafe(_all(made), made.loop.asyncio_loop).add_done_callback(partial(_said, made))
+    return made
+
+
+async def _all(made):
+    await made
+
+
+def _said(made, coming):
+    """End what waits for workers that could not be started, with the reason."""
+    if made.status.name == "running" and not coming.cancelled() and (error := coming.exception()):
+        print(f"run_all.sh: no workers: {error.__cause__ or error}", file=sys.stderr, flush=True)
+        _thread.interrupt_main()
 
 
 def slurm(settings: str, workers: int):
@@ -81,16 +105,22 @@ def started(args):
         raise ClusterError("--workers N, or --slurm SETTINGS --workers N, or --scheduler ADDRESS")
     if args.per_gpu and (args.scheduler or args.slurm):
         raise ClusterError("--per-gpu is for --workers of this machine")
-    try:
-        if args.scheduler:
-            with _named(args.scheduler):
-                connect().close()  # that it answers
-                yield
-            return
-        made = slurm(args.slurm, args.workers) if args.slurm else local(args.workers, args.per_gpu or 1)
-        import dask
-    except ImportError as error:
-        raise ClusterError(MISSING) from error
-    with dask.config.set(STEADY), made, _named(made.scheduler_address):
+    if args.scheduler:
+        with _named(args.scheduler):
+            connect().close()  # that it answers
+            yield
+        return
+    with ExitStack() as stack:
+        try:
+            import dask
+
+            stack.enter_context(dask.config.set(STEADY | {START: "forkserver" if FORKS else "spawn"}))
+            stack.enter_context(dask.config.set({"distributed.nanny.pre-spawn-environ": environment()}))
+            made = stack.enter_context(
+                slurm(args.slurm, args.workers) if args.slurm else local(args.workers, args.per_gpu or 1)
+            )
+        except ImportError as error:
+            raise ClusterError(MISSING) from error
+        stack.enter_context(_named(made.scheduler_address))
         print(f"workers: {args.workers}, at {made.scheduler_address}; their page: {made.dashboard_link}", flush=True)
         yield
