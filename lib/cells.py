@@ -295,17 +295,22 @@ def places(rows, first, second):
     return "; ".join(f"{spelt(arm)} on {there}" for (arm, _), there in zip((first, second), where, strict=True))
 
 
-def differences(rows, rules, lr):
-    """A line for each question of `QUESTIONS` that has a rule and cells at a learning rate: mean, half, n, outcome, why
-    that is undecided, and where the two were made if not in one place."""
+def differences(rows, rules, at):
+    """A line for each question of `QUESTIONS` that has a rule and cells: mean, half, n, outcome, why that is undecided,
+    and where the two were made if not in one place.
+
+    at: {arm: its learning rate}; a question about an arm that has none is passed over.
+    """
     for what, rule in rules.items():
         (arm, network), (other, end) = QUESTIONS[what]
-        a, b, seeds = pair(masks(rows, arm, lr, network), masks(rows, other, lr, end))
+        lr, than = at.get(arm), at.get(other)
+        a, b, seeds = pair(masks(rows, arm, lr, network), masks(rows, other, than, end))
         if seeds:
             (mean, half), found = inference.interval(a, b), rule(a, b)
-            yield {"difference": what, "lr": lr, "mean": mean, "half": half if np.isfinite(half) else None,
-                   "seeds": len(seeds), "images": a.shape[1], "outcome": found.outcome, "why": found.why,
-                   "places": places(rows, (arm, lr), (other, lr))}  # fmt: skip
+            yield {"difference": what, "lr": lr, "second_lr": than, "mean": mean,
+                   "half": half if np.isfinite(half) else None, "seeds": len(seeds), "images": a.shape[1],
+                   "outcome": found.outcome, "why": found.why,
+                   "places": places(rows, (arm, lr), (other, than))}  # fmt: skip
 
 
 def rates(rows, arm):

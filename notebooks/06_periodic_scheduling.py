@@ -209,7 +209,7 @@ findings = {}
 for what in asked:
     (arm, network), (other, end) = cells.QUESTIONS[what]
     findings[what] = cells.compare(rules[what], rows, (arm, lr, network), (other, lr, end))
-gaps = pd.DataFrame(cells.differences(rows, rules, lr))
+gaps = pd.DataFrame(cells.differences(rows, rules, dict.fromkeys(there, lr)))
 fig, ax = plt.subplots(figsize=(7, 0.3 * len(gaps) + 0.8))
 intervals(ax, gaps, gaps["difference"], margin=margin, reach=60)
 ax.set_xlabel("difference in robust error, percentage points")

@@ -266,3 +266,19 @@ def test_where_two_arms_were_made_is_said_unless_each_seed_was_in_one_place():
 ])  # fmt: skip
 def test_a_best_rate_inside_the_grid_goes_before_one_at_its_end_that_is_as_good(means, best):
     assert cells.best_rate(means, 0.005) == best
+
+
+def test_the_differences_are_of_the_rates_that_each_arm_is_given():
+    """The second arm errs on as many of four images as its rate says."""
+    rows = pd.DataFrame([
+        {"row": "a", "arm": arm, "lr": lr, "seed": seed, "network": network, "part": "test", "kind": "PGD",
+         "wrong": np.arange(4) < lr, "device": "A"}
+        for arm in ("cosine", "constant") for lr in (1, 2, 3) for seed in (0, 1) for network in ("end", "ensemble")
+    ])  # fmt: skip
+    rules = dict.fromkeys(cells.QUESTIONS, inference.difference("x", margin=0.01))
+    found = {line["difference"]: line for line in cells.differences(rows, rules, {"cosine": 1, "constant": 3})}
+    assert found.keys() == {"cosine - constant", "single run's checkpoints - its end"}  # the others' arms have no rate
+    line = found["cosine - constant"]
+    assert (line["lr"], line["second_lr"], line["mean"], line["seeds"]) == (1, 3, -0.5, 2)
+    assert found["single run's checkpoints - its end"]["mean"] == 0
+    assert list(cells.differences(rows, rules, {})) == []
