@@ -222,7 +222,9 @@ def _interrupt(*_):
 if __name__ == "__main__":
     # Begin again in the notebooks' environment: processes for them inherit it, and this one's flags (PYTHONOPTIMIZE).
     if not os.environ.pop("RUN_ALL_CLEAN", ""):
-        os.execve(sys.executable, [sys.executable, *sys.argv], clean_environment() | {"RUN_ALL_CLEAN": "1"})
+        # Python would tell who stops it of the locks that killed workers leave, and then cleans them up itself.
+        quiet = {"RUN_ALL_CLEAN": "1", "PYTHONWARNINGS": "ignore:resource_tracker"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], clean_environment() | quiet)
     try:
         os.fstat(0)
     except OSError:  # started with stdin closed: without this a log or a pipe would become file 0
