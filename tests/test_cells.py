@@ -2,7 +2,11 @@
 
 import json
 import shutil
+import sys
+from fractions import Fraction
 from functools import partial
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -31,6 +35,10 @@ from lib.evaluation import error, predict, robust_error
 from lib.models import Ensemble
 from lib.runs import run
 from lib.training import TrainConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import profiles
+from layout import Layout
 
 
 @pytest.mark.parametrize("values, text", [
@@ -282,3 +290,13 @@ def test_the_differences_are_of_the_rates_that_each_arm_is_given():
     assert (line["lr"], line["second_lr"], line["mean"], line["seeds"]) == (1, 3, -0.5, 2)
     assert found["single run's checkpoints - its end"]["mean"] == 0
     assert list(cells.differences(rows, rules, {})) == []
+
+
+def test_every_cell_that_the_overnight_profile_asks_for_is_committed():
+    """So that its rows are shown whole to who has not the night."""
+    asked = profiles.read_profile(Layout(), "overnight")["07_table1"]
+    for item in asked["todo"]:
+        for arm, seed in product(item["arms"], asked["seeds"][: item["seeds"]]):
+            config = {"eps": float(Fraction(item["eps"])), "lr": item["lr"], "seed": seed}
+            path = path_of(cells.FIGURES / "overnight/cells", {"recipe": item["recipe"], "arm": arm, "config": config})
+            assert path.exists(), path

@@ -403,6 +403,14 @@ def test_each_worker_is_given_a_gpu_or_its_part_of_one(gpus, per_gpu, visible, s
     assert [spec[i]["options"]["env"].get("CUDA_VISIBLE_DEVICES") for i in range(3)] == seen
 
 
+def test_workers_find_their_gpu_in_their_environment(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with clusters.started(asked(workers=2)), cluster.connect() as client:
+        client.wait_for_workers(2)
+        assert sorted(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values()) == ["0", "1"]
+
+
 def test_workers_that_cannot_be_started_are_named_and_end_the_run(monkeypatch, capfd):
     import distributed
 
