@@ -1,11 +1,11 @@
 """What handing the training to workers costs or gains on one machine: notebooks from nothing, with and without.
 
-    python benchmarks/bench_workers.py [--repeats 2] [--workers 2]
+    python benchmarks/bench_workers.py [--repeats 2] [--workers 2] [--whole]
 
 By the clock, in turns, on an idle machine: the runner with all that it starts, as a reader starts it. Each notebook of
 a row is one process without workers; with them the workers train, and what is measured afterwards stays with the
-notebook. The row of all notebooks, which takes ten minutes each way, is measured once. The result goes to workers.json
-and, as a table, into docs/scaling.md. Apart from bench_all.py: it needs every core.
+notebook. With --whole there is a row of all notebooks, which takes ten minutes each way and has one turn. The result
+goes to workers.json and, as a table, into docs/scaling.md. Apart from bench_all.py: it needs every core.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ROOT = HERE.parent
 SLOWER = 0.95  # as "auto" beside "full" in bench_pgd.py: what is nearer to 1 is the noise of the measurement
 WAYS = ("none", "workers")
 ALL = sorted(path.stem for path in (ROOT / "notebooks").glob("*.py"))
-ROWS = (["03_early_training"], ["03_early_training", "10_certified_bounds"], ALL)
+ROWS = (["03_early_training"], ["03_early_training", "10_certified_bounds"])
 
 
 def clocked(notebooks, *options):
@@ -50,8 +50,8 @@ def turns(notebooks, workers, repeats):
 def table(record):
     machine = record["hardware"]
     lines = [f"{machine['device']}, {record['cores']} cores, {machine['precision']}; by the "
-             f"clock, start of the workers included; turns: {record['repeats']}, of all notebooks one. Aim: no slower, "
-             f"which is a median of {SLOWER:g} or more.", "",
+             f"clock, start of the workers included; turns: {record['repeats']}"
+             f"{', of all notebooks one' * record['whole']}. Aim: no slower, which is a median of {SLOWER:g} or more.", "",
              f"| notebooks from nothing | seconds without workers | with {record['workers']} | times as fast: median "
              "(min to max) | aim |", "|---|---|---|---|---|"]  # fmt: skip
     lines += [
@@ -68,11 +68,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--whole", action="store_true")
     given = parser.parse_args()
     record = {"hardware": compute.hardware(), "versions": compute.versions(), "cores": os.cpu_count(), **vars(given)}
     record["rows"] = [
         {"notebooks": names, **spread(turns(names, given.workers, 1 if names == ALL else given.repeats), *WAYS)}
-        for names in ROWS
+        for names in (*ROWS, *[ALL] * given.whole)
     ]
     write_json(HERE / "workers.json", record)
     write_part("workers", table(record), ROOT / "docs/scaling.md")
