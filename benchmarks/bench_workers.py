@@ -49,9 +49,9 @@ def turns(notebooks, workers, repeats):
 
 def table(record):
     machine = record["hardware"]
-    lines = [f"{machine['device']}, {record['cores']} cores, {machine['precision']}; by the "
-             f"clock, start of the workers included; turns: {record['repeats']}"
-             f"{', of all notebooks one' * record['whole']}. Aim: no slower, which is a median of {SLOWER:g} or more.", "",
+    lines = [f"{machine['device']}, {record['cores']} cores, {machine['precision']}; by the clock, start of the "
+             f"workers included; turns: {record['repeats']}{', of all notebooks one' * record['whole']}. Aim: no "
+             f"slower, which is a median of {SLOWER:g} or more.", "",
              f"| notebooks from nothing | seconds without workers | with {record['workers']} | times as fast: median "
              "(min to max) | aim |", "|---|---|---|---|---|"]  # fmt: skip
     lines += [
