@@ -411,6 +411,21 @@ def test_workers_find_their_gpu_in_their_environment(monkeypatch):
         assert sorted(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values()) == ["0", "1"]
 
 
+def test_the_settings_of_dask_outlive_a_cluster():
+    """In a process that has not met dask before."""
+    code = """if __name__ == "__main__":
+        from argparse import Namespace
+        import cluster
+        with cluster.started(Namespace(workers=1, per_gpu=None, slurm=None, scheduler=None)):
+            pass
+        import dask
+        print(*(dask.config.get(f"distributed.{key}") for key in ("deploy.lost-worker-timeout", "comm.retry.count")))
+    """
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"}
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "15s 0"
+
+
 def test_workers_that_cannot_be_started_are_named_and_end_the_run(monkeypatch, capfd):
     import distributed
 

@@ -31,9 +31,6 @@ def environment() -> dict:
 
 def local(workers: int, per_gpu: int):
     """A scheduler and so many workers on this machine, each in a process of its own; so many of them share a GPU."""
-    if FORKS:  # first of all: it imports them beside this process
-        CONTEXT.set_forkserver_preload([*PRELOAD, "distributed"])
-        forkserver.ensure_running()
     import torch
     from distributed import Nanny, Scheduler, SpecCluster
 
@@ -112,7 +109,11 @@ def started(args):
         return
     with ExitStack() as stack:
         try:
+            if FORKS and not args.slurm:  # first of all: that process imports them beside this one
+                CONTEXT.set_forkserver_preload([*PRELOAD, "distributed"])
+                forkserver.ensure_running()
             import dask
+            import distributed  # noqa: F401 - its settings come with it, and would end with ours if these were first
 
             stack.enter_context(dask.config.set(STEADY | {START: "forkserver" if FORKS else "spawn"}))
             stack.enter_context(dask.config.set({"distributed.nanny.pre-spawn-environ": environment()}))
