@@ -1,12 +1,10 @@
 """The workers of a run: what --workers, --slurm and --scheduler stand for, as the address that notebooks are given."""
 
-import _thread
-import asyncio
 import logging
 import os
+import signal
 import sys
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from multiprocessing import forkserver
 
 from execute import CONTEXT, FORKS, PRELOAD
@@ -44,28 +42,18 @@ def local(workers: int, per_gpu: int):
     own = [environment() | ({"CUDA_VISIBLE_DEVICES": cards[i % gpus]} if gpus else {}) for i in range(workers)]
     spec = {i: {"cls": Nanny, "options": common | {"env": env}} for i, env in enumerate(own)}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
-    made = SpecCluster(scheduler=scheduler, silence_logs=logging.CRITICAL)
-    made.worker_spec.update(spec)
-    # They are not waited for: notebooks have something to do before they need one.
-    asyncio.run_coroutine_threadsafe(_all(made), made.loop.asyncio_loop).add_done_callback(partial(_said, made))
-    return made
-
-
-async def _all(made):
-    await made
-
-
-def _said(made, coming):
-    """End what waits for workers that could not be started, with the reason."""
-    if made.status.name == "running" and not coming.cancelled() and (error := coming.exception()):
-        print(f"run_all.sh: no workers: {error.__cause__ or error}", file=sys.stderr, flush=True)
-        _thread.interrupt_main()
+    try:
+        return SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.CRITICAL)
+    except (RuntimeError, OSError) as error:
+        raise ClusterError(f"no workers: {error.__cause__ or error}") from error
 
 
 def slurm(settings: str, workers: int):
     """Workers that Slurm starts, one thread and one job each: settings are sbatch's, "partition=short,gres=gpu:1"."""
+    handler = signal.getsignal(signal.SIGINT)
     from dask_jobqueue import SLURMCluster
 
+    signal.signal(signal.SIGINT, handler)  # it has set one that ends in silence
     given = dict(part.strip().partition("=")[::2] for part in settings.split(",") if part.strip())
     if not given or not all(key and value for key, value in given.items()):
         raise ClusterError(f"--slurm {settings!r}: it is a list of name=value, such as partition=short,gres=gpu:1")
