@@ -1,11 +1,11 @@
 """What handing the training to workers costs or gains on one machine: notebooks from nothing, with and without.
 
-    python benchmarks/bench_workers.py [--repeats 2] [--workers 2] [--whole]
+    python benchmarks/bench_workers.py [--repeats 2] [--workers 2]
 
 By the clock, in turns, on an idle machine: the runner with all that it starts, as a reader starts it. Each notebook of
 a row is one process without workers; with them the workers train, and what is measured afterwards stays with the
-notebook. With --whole there is a row of all notebooks, which takes ten minutes each way and has one turn. The result
-goes to workers.json and, as a table, into docs/scaling.md. Apart from bench_all.py: it needs every core.
+notebook. The result goes to workers.json and, as a table, into docs/scaling.md. Apart from bench_all.py: it needs every
+core.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from lib.files import write_json
 ROOT = HERE.parent
 SLOWER = 0.95  # as "auto" beside "full" in bench_pgd.py: what is nearer to 1 is the noise of the measurement
 WAYS = ("none", "workers")
-ALL = sorted(path.stem for path in (ROOT / "notebooks").glob("*.py"))
 ROWS = (["03_early_training"], ["03_early_training", "10_certified_bounds"])
 
 
@@ -50,12 +49,12 @@ def turns(notebooks, workers, repeats):
 def table(record):
     machine = record["hardware"]
     lines = [f"{machine['device']}, {record['cores']} cores, {machine['precision']}; by the clock, start of the "
-             f"workers included; turns: {record['repeats']}{', of all notebooks one' * record['whole']}. Aim: no "
-             f"slower, which is a median of {SLOWER:g} or more.", "",
+             f"workers included; turns: {record['repeats']}. Aim: no slower, "
+             f"which is a median of {SLOWER:g} or more.", "",
              f"| notebooks from nothing | seconds without workers | with {record['workers']} | times as fast: median "
              "(min to max) | aim |", "|---|---|---|---|---|"]  # fmt: skip
     lines += [
-        f"| {'all of them' if len(r['notebooks']) > 2 else ' and '.join(r['notebooks'])} | "
+        f"| {' and '.join(r['notebooks'])} | "
         f"{r['seconds_peer']:.0f} | {r['seconds_ours']:.0f} | "
         f"{r['ratio_median']:.2f} ({r['ratio_min']:.2f} to {r['ratio_max']:.2f}) | "
         f"{'met' if r['ratio_median'] >= SLOWER else 'missed'} |"
@@ -68,13 +67,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--whole", action="store_true")
     given = parser.parse_args()
     record = {"hardware": compute.hardware(), "versions": compute.versions(), "cores": os.cpu_count(), **vars(given)}
-    record["rows"] = [
-        {"notebooks": names, **spread(turns(names, given.workers, 1 if names == ALL else given.repeats), *WAYS)}
-        for names in (*ROWS, *[ALL] * given.whole)
-    ]
+    record["rows"] = [{"notebooks": names, **spread(turns(names, given.workers, given.repeats), *WAYS)}
+                      for names in ROWS]  # fmt: skip
     write_json(HERE / "workers.json", record)
     write_part("workers", table(record), ROOT / "docs/scaling.md")
     print(table(record))
