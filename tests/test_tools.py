@@ -754,6 +754,18 @@ def test_an_interrupt_leaves_no_kernel_and_no_half_file(long_run, number):
     assert not (layout.notebooks / "02_b.ipynb").exists()
 
 
+def test_two_runners_of_one_notebook_at_once_both_end_well(toy):
+    """Each waits for the other to be inside the notebook; the last one's stands."""
+    add(toy, "01_a", "import os, pathlib, time\npathlib.Path(f'{os.getpid()}.pid').touch()"
+        "\nwhile len(list(pathlib.Path().glob('*.pid'))) < 2:\n    time.sleep(0.05)\nprint('both')")  # fmt: skip
+    command = [sys.executable, str(TOOLS / "run.py"), "--root", str(toy.root)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    words = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], words
+    assert "both" in (toy.notebooks / "01_a.ipynb").read_text()
+    assert not list(toy.build.rglob("*.ipynb"))
+
+
 def test_a_killed_runner_takes_its_kernels_along(long_run):
     _, process, family = long_run
     kernel = next(member for member in family if member.pid == int((long_run[0].notebooks / "01_a.pid").read_text()))

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ class Job:
 
     name: str
     final: Path  # the clean executed notebook, written only when all of it ran
-    part: Path  # what papermill writes while it runs
+    part: Path  # what papermill writes while it runs, in a folder of this run alone: another may run the same notebook
     log: Path
     spec: dict  # what tools/execute.py is told
     env: dict
@@ -66,11 +67,11 @@ class Job:
     @property
     def failed(self) -> Path:
         """Where a notebook that failed is kept, for a look at it."""
-        return self.part.with_name(f"{self.name}.failed.ipynb")
+        return self.log.with_name(f"{self.name}.failed.ipynb")
 
     def follow(self) -> None:
         """Read what the log has gained: the cell it is at, and its last line (progress bars included)."""
-        if self.reader is None:  # interrupted while it started
+        if self.reader is None or self.reader.closed:  # interrupted while it started, or at its end
             return
         self.seconds = time.monotonic() - self.started
         for line in execute.ANSI.sub("", self.reader.read()).replace("\r", "\n").split("\n"):
@@ -90,9 +91,8 @@ class Job:
             as_run = jupytext.writes(nbformat.reads(notebook, as_version=4), "py:percent")
             write_bytes(self.final, notebook.encode())
             write_bytes(self.log.with_suffix(".py"), as_run.encode())  # for check_pairs.edited
-            self.part.unlink()
         elif self.part.exists():
-            os.replace(self.part, self.failed)
+            shutil.move(self.part, self.failed)
 
     def stop(self) -> None:
         """Kill it with all its descendants; nothing half-written stays."""
@@ -100,7 +100,6 @@ class Job:
             execute.kill_tree(self.process.pid)
         self.process.join()
         self.follow()
-        self.part.unlink(missing_ok=True)
 
     def state(self) -> str:
         return f"{self.name} cell {self.cell}/{self.cells}, {duration(self.seconds)}"
@@ -146,10 +145,11 @@ def make_jobs(layout: Layout, sections: dict, timeout: int, scratch: Path) -> li
     for name in sorted(sections, key=lambda name: (-times[profile_of[name]].get(name, float("inf")), name)):
         profile, private, parameters = sections[name]
         build, asked = layout.build / profile, profiles.QUICK if profile == profiles.MINE else profile
-        source, part = layout.notebooks / f"{name}.py", build / f"{name}.part.ipynb"
+        source, own = layout.notebooks / f"{name}.py", scratch / str(len(jobs))
+        part = own / f"{name}.ipynb"
         spec = {
             "source": str(source), "output": str(part), "cwd": str(layout.notebooks), "timeout": timeout,
-            "parameters": {**parameters, "profile": asked}, "scratch": str(scratch / str(len(jobs))),
+            "parameters": {**parameters, "profile": asked}, "scratch": str(own),
         }  # fmt: skip
         final = (layout.notebooks if profile == profiles.QUICK else build) / f"{name}.ipynb"
         cells = len(jupytext.read(source).cells) + 1  # papermill adds one with the parameters
