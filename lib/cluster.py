@@ -73,11 +73,11 @@ def each(function, tasks, desc):
         bar.set_postfix_str(f"on {client.dashboard_link}", refresh=False)
         try:
             while rest := {name: arguments for name, arguments in tasks.items() if name not in found}:
-                others = [worker for worker in client.nthreads() if worker not in full] if full else []
-                where = {"workers": others, "allow_other_workers": True} if others else {}
-                futures = [client.submit(_unless_full, function, *a, key=n, pure=False, retries=TRIES - 1, **where)
-                           for n, a in rest.items()]  # fmt: skip
                 try:
+                    others = [worker for worker in client.nthreads() if worker not in full] if full else []
+                    where = {"workers": others, "allow_other_workers": True} if others else {}
+                    futures = [client.submit(_unless_full, function, *a, key=n, pure=False, retries=TRIES - 1, **where)
+                               for n, a in rest.items()]  # fmt: skip
                     for future in as_completed(futures, loop=client.loop):
                         try:
                             value = future.result()

@@ -354,9 +354,14 @@ def loss_gradient(model, x, y, *, again=False):
 
     again: keep the graph, to differentiate it again. Raises ValueError for what are no logits, or not finite.
     """
-    logits = model(channels_last(x) if any_layout(model) else x)
+    ours = any_layout(model)
+    # Others' models are asked for the gradient of x as well: where they make activations again in the backward pass
+    # (torch.utils.checkpoint, reentrant) that of the parameters alone is zero, without a word.
+    x, more = (channels_last(x), []) if ours else (leaf := x.detach().requires_grad_(), [leaf])
+    logits = model(x)
     check_labels(logits, y)
-    return _flat(gradient(F.cross_entropy(logits, y, reduction="sum"), [*model.parameters()], again=again))
+    pieces = gradient(F.cross_entropy(logits, y, reduction="sum"), [*model.parameters(), *more], again=again)
+    return _flat(pieces[: len(pieces) - len(more)])
 
 
 def _finite(v):

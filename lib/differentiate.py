@@ -46,7 +46,8 @@ def gradient(value, inputs, v=None, *, again=False, keep=None):
         again: keep a graph of the result, to differentiate it again.
         keep: keep the graph of value (default: as `again`).
     Raises:
-        ValueError: a part of the model has no derivative of this order (with PyTorch's reason).
+        ValueError: a part of the model has no derivative of this order, or it throws activations away and cannot make
+            them again here (with PyTorch's reason).
     """
     if not value.requires_grad:  # it depends on none of them
         return tuple(torch.zeros_like(t) for t in inputs)
@@ -56,9 +57,12 @@ def gradient(value, inputs, v=None, *, again=False, keep=None):
     try:
         return torch.autograd.grad(value, inputs, create_graph=again, retain_graph=keep, materialize_grads=True)
     except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "torch.utils.checkpoint" in reason:  # what is made again there is not what was frozen or copied here
+            raise ValueError(f"switch activation checkpointing off, as when the model is used: {reason}") from error
         if not any(words in str(error) for words in ("is not implemented", "double backward")):
             raise
-        raise ValueError(f"the model has no derivative of this order: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"the model has no derivative of this order: {reason}") from error
 
 
 def as_module(model):

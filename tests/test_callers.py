@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import check_rounding
@@ -15,7 +16,7 @@ from pyautoattack import AutoAttack
 from pyautoattack.autopgd_base import APGDAttack
 from torch import nn
 
-from lib import attacks, audit, landscape, models
+from lib import attacks, audit, curvature, landscape, models
 from lib.attacks import autoattack, fgsm, pgd, simba
 from lib.evaluation import attacked, evaluate, predict, robust_error, unit_activity, wrong
 
@@ -108,6 +109,42 @@ def test_a_model_made_in_inference_mode(name):
     with torch.inference_mode():
         model = network()
     same(FUNCTIONS[name](network(), X, Y), FUNCTIONS[name](model, X, Y))
+
+
+class Forgets(nn.Module):
+    """A network that throws activations away and makes them again in the backward pass."""
+
+    def __init__(self, reentrant=None):
+        super().__init__()
+        self.inner, self.reentrant = network("views"), reentrant
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.inner(x)
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+DERIVED = {
+    "hessian": lambda m, x, y: curvature.Hessian(m, x, y)(
+        torch.linspace(-1, 1, sum(p.numel() for p in m.parameters()))
+    ),
+    "top_eigenpairs": lambda m, x, y: curvature.top_eigenpairs(m, x, y, k=2).values,
+    "trace": lambda m, x, y: curvature.trace(m, x, y, num_probes=2),
+}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("function", (FUNCTIONS | DERIVED).values(), ids=FUNCTIONS | DERIVED)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_activation_checkpointing(function, reentrant):
+    """The plain network's answer, or a refusal; derivatives of the parameters would be zero, without a word."""
+    expected = function(Forgets().eval(), X, Y)
+    try:
+        found = function(Forgets(reentrant).eval(), X, Y)
+    except ValueError as error:
+        assert "switch activation checkpointing off" in str(error)
+    else:
+        same(expected, found)
 
 
 LAYOUTS = {
