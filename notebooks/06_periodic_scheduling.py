@@ -351,8 +351,9 @@ def ranges(part):
 
 
 # %%
+compared = {name: at_best(part) for name, part in grids.items()}
 for name, part in grids.items():
-    measured, finding, _, pairs, at = at_best(part)
+    measured, finding, _, pairs, at = compared[name]
     about = {"n": f"{pairs} seeds, {part[part.part == 'test']['n'].min():,} test images",
              "source": part["source"].iloc[0]}  # fmt: skip
     usual = recipes.get(part["recipe"].iloc[0])["lr"]
@@ -381,7 +382,7 @@ for name, part in grids.items():
 
 # %%
 for name, part in grids.items():
-    idle = at_best(part)[2]
+    idle = compared[name][2]
     rates, rising, constant = ranges(part)
     in_range = f"rates in range, of {len(rates)}: {rising.mean():.1f} (cosine), {constant.mean():.1f} (constant)"
     about = {"n": f"{len(rising)} seed{'s' * (len(rising) > 1)}, {len(rates)} rates", "source": part["source"].iloc[0]}
