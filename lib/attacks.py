@@ -202,7 +202,7 @@ def autoattack(
         raise ValueError(f"unknown attack {unknown}: choose some of {', '.join(LEAST_CLASSES)}")
     where, limits, x_adv = [x.device] if x.is_cuda else [], _limits(x, eps, norm), x.clone()
     with (
-        frozen(model, x, "full") as logits_of,
+        frozen(model, x, "full") as logits_of, _default_type(torch.float32),  # pyautoattack makes what it needs in it
         torch.random.fork_rng(devices=where), torch.no_grad(), warnings.catch_warnings(action="ignore"),
     ):  # fmt: skip
         run, image = partial(_Guarded.apply, logits_of, x.dtype), x.float()
@@ -243,6 +243,16 @@ def autoattack(
 
 
 LEAST_CLASSES = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "fab": 2, "fab-t": 2, "square": 2}
+
+
+@contextmanager
+def _default_type(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class _Guarded(torch.autograd.Function):
@@ -356,37 +366,34 @@ def frozen(model, x, precision="auto"):
     """
     model = as_module(model)
     check_choice("precision", precision, ("auto", "full"))
-    constants = {id(t): own(t) for t in model.parameters()}
-    constants = {id(t): own(t).clone() for t in model.buffers()} | constants  # some models count in their buffers
-    tensors = {k: constants[id(t)] for k, t in (*model.named_parameters(), *model.named_buffers())}
-    kind = "{0.dtype} on {0.device}".format
-    others = {kind(t) for t in tensors.values() if t.is_floating_point()} - {kind(x)}
-    mismatch = f"a model of {' and '.join(sorted(others))} does not take images of {kind(x)}"
-    if any_layout(model):
-        if others:
-            raise ValueError(mismatch)
-        low = fast_dtype(x.device) if precision == "auto" and x.dtype == torch.float32 else None
-        run = as_function(model, low)
-    else:
-
-        def run(inputs):
-            return functional_call(model, tensors, inputs.clone())  # some models write to what they get
-
-    def logits_of(inputs):
-        try:
-            with exact_convolutions() if precision == "full" and inputs.is_cuda else nullcontext():
-                logits = run(inputs)
-        except RuntimeError as error:
-            if not others:
-                raise
-            raise ValueError(f"{mismatch}: {error}") from error  # models may cast by themselves, so only now
-        check_logits(logits, len(inputs))
-        return logits.to(x.dtype) if x.dtype.is_floating_point else logits
-
     with unchanged(model):
-        model.eval()
+        model.eval()  # first: some models put weights together, or fill buffers, when their mode changes
+        constants = {id(t): own(t) for t in model.parameters()}
+        constants = {id(t): own(t).clone() for t in model.buffers()} | constants  # some models count in their buffers
+        tensors = {k: constants[id(t)] for k, t in (*model.named_parameters(), *model.named_buffers())}
+        kind = "{0.dtype} on {0.device}".format
+        others = {kind(t) for t in tensors.values() if t.is_floating_point()} - {kind(x)}
+        mismatch = f"a model of {' and '.join(sorted(others))} does not take images of {kind(x)}"
+        if ours := any_layout(model):
+            if others:
+                raise ValueError(mismatch)
+            low = fast_dtype(x.device) if precision == "auto" and x.dtype == torch.float32 else None
+            fast = as_function(model, low)
+
+        def logits_of(inputs):
+            try:
+                with exact_convolutions() if precision == "full" and inputs.is_cuda else nullcontext():
+                    # Some models write to what they get.
+                    logits = fast(inputs) if ours else functional_call(model, tensors, inputs.clone())
+            except RuntimeError as error:
+                if not others:
+                    raise
+                raise ValueError(f"{mismatch}: {error}") from error  # models may cast by themselves, so only now
+            check_logits(logits, len(inputs))
+            return logits.to(x.dtype) if x.dtype.is_floating_point else logits
+
         yield logits_of
 
 
 def _l2(t):
-    return torch.linalg.vector_norm(t, dim=tuple(range(1, t.dim())), keepdim=True)
+    return torch.linalg.vector_norm(t, dim=tuple(range(1, t.dim())), keepdim=True) if t.dim() > 1 else t.abs()

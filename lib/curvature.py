@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.utils import parametrize
 
 from .checks import check_count, check_labels, check_targets
 from .differentiate import as_module, differentiating, gradient, own
@@ -53,7 +54,7 @@ class Hessian:
         check_count(1, batch_size=batch_size)
         x, y = check(model, x, y)
         self.dtype, self.device = dtype, x.device
-        self._model, self._count = copied(model).to(dtype), len(x)
+        self._model, self._count = copied(model, x).to(dtype), len(x)
         self.size = sum(p.numel() for p in self._model.parameters())
         batches = list(zip(x.to(dtype).split(batch_size), y.split(batch_size), strict=True))
         self._check(*batches[0])
@@ -62,7 +63,9 @@ class Hessian:
 
     @differentiating(twice=True)
     def __call__(self, v):
-        """H v, a tensor (P,), for v (P,)."""
+        """H v, a tensor (P,), for v (P,). Raises ValueError for another shape."""
+        if tuple(v.shape) != (self.size,):
+            raise ValueError(f"v must be ({self.size},), one number for each parameter, got {tuple(v.shape)}")
         v, total = v.to(self.device, self.dtype), torch.zeros(self.size, dtype=self.dtype, device=self.device)
         for g in chain(self._kept, (self._gradient(*batch) for batch in self._others)):
             total += self._product(g, v)
@@ -114,6 +117,7 @@ class Eigenpairs(NamedTuple):
     residuals: torch.Tensor
 
 
+@differentiating()
 def top_eigenpairs(model, x, y, k=20, *, num_smallest=0, tolerance=5e-4, seed=0, **operator):
     """The k algebraically largest eigenvalues of the Hessian and their eigenvectors, by Lanczos.
 
@@ -184,11 +188,11 @@ def _lanczos(hessian, start, generator):
     what H takes out of the basis. Without re-orthogonalisation an outlying eigenvalue appears several times. Where
     the start vector's space is exhausted, a random vector goes on, uncoupled (off-diagonal 0). At most P steps.
     """
-    basis, diagonal, off_diagonal, v = torch.empty(0, hessian.size), [], [], start
+    basis, diagonal, off_diagonal, v = start.new_empty(0, hessian.size), [], [], start
     while True:
         m = len(diagonal)
         if m == len(basis):  # doubled when full
-            basis = torch.cat([basis.to(v), torch.empty(max(m, 32), hessian.size).to(v)])
+            basis = torch.cat([basis, v.new_empty(max(m, 32), hessian.size)])
         basis[m] = v / v.norm()
         w = hessian(basis[m])
         diagonal.append((basis[m] @ w).item())
@@ -213,7 +217,8 @@ def _orthogonal(w, basis):
 
 def _normal(hessian, generator):
     """A Gaussian vector (P,), made on the CPU so that every device has the same."""
-    return torch.randn(hessian.size, generator=generator).to(hessian.device, hessian.dtype)
+    normal = torch.randn(hessian.size, generator=generator, device="cpu", dtype=torch.float32)
+    return normal.to(hessian.device, hessian.dtype)
 
 
 class Density(NamedTuple):
@@ -231,6 +236,7 @@ class Density(NamedTuple):
     weights: np.ndarray
 
 
+@differentiating()
 def spectral_density(model, x, y, *, num_probes=5, num_steps=60, width=None, grid=None, seed=0, **operator):
     """The density of all P eigenvalues, by stochastic Lanczos quadrature (Ghorbani et al. 2019, arXiv:1901.10159).
 
@@ -278,6 +284,7 @@ def _quadrature(hessian, start, num_steps, generator):
     return nodes, vectors[0] ** 2
 
 
+@differentiating()
 def trace(model, x, y, *, num_probes=30, seed=0, **operator):
     """The trace of the Hessian and the standard error of the estimate (Hutchinson 1990): mean of v'Hv over signs v.
 
@@ -300,7 +307,7 @@ def trace(model, x, y, *, num_probes=30, seed=0, **operator):
 
 def _signs(hessian, generator):
     """A vector of random signs (P,), made on the CPU so that every device has the same."""
-    signs = torch.randint(2, (hessian.size,), generator=generator) * 2 - 1
+    signs = torch.randint(2, (hessian.size,), generator=generator, device="cpu") * 2 - 1
     return signs.to(hessian.device, hessian.dtype)
 
 
@@ -328,25 +335,60 @@ def check(model, x, y):
     return own(x).contiguous(), own(y).contiguous()
 
 
-def copied(model, name="the model"):
+def copied(model, x=None, name="the model"):
     """A deep copy of the model, ready to be differentiated, with its channels last where that is free (`any_layout`).
 
     Tensors that it keeps with a graph (an activation, a normalised weight) are cut off from it. torch.compile's
-    wrapper is left out. Raises ValueError, naming the module, for what cannot be copied.
+    wrapper is left out. Raises ValueError, naming the module, for what cannot be copied; and, where x (inputs) are
+    given to try it, for a copy that computes with something else than its own parameters.
     """
     model = as_module(model)
-    kept = [t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor) and not t.is_leaf]
+    if parametrize._cache_enabled:
+        raise ValueError("leave parametrize.cached(): parametrised weights would not follow their parameters")
+    kept = {f"what {type(m).__name__} keeps as {name!r}": t for m in model.modules() for name, t in vars(m).items()
+            if isinstance(t, torch.Tensor) and not t.is_leaf}  # fmt: skip
+    cut = {id(t): t.detach().clone() for t in kept.values()}
     with torch.inference_mode(False):
         try:
-            result = copy.deepcopy(model, {id(t): t.detach().clone() for t in kept}).requires_grad_(True)
+            result = copy.deepcopy(model, dict(cut)).requires_grad_(True)
         except Exception as error:
             for inner, child in model.named_children():
-                copied(child, f"module {inner!r}")  # the innermost speaks
+                copied(child, name=f"module {inner!r}")  # the innermost speaks
             raise ValueError(f"{name} ({type(model).__name__}) cannot be copied: {error}") from error
         if any_layout(result):
             for p in result.parameters():
                 p.data = channels_last(p.data)
+        elif x is not None:
+            made = {name: cut[id(t)] for name, t in kept.items() if t.is_floating_point()}
+            _check_copy(result, dict(model.named_parameters()) | made, x[:2])
     return result
+
+
+@differentiating()
+def _check_copy(result, others, x):
+    """Raise ValueError if logits of a copy depend on other tensors than its own parameters: a function that was put
+    into the model (a lambda) still has the given one, and what was made from a parameter beforehand stays as it is."""
+    flags = {name: t.requires_grad for name, t in others.items()}
+    changing = {name: t for name, t in others.items() if not t.is_inference()}
+    try:
+        for t in changing.values():
+            t.requires_grad_(True)
+        logits = result(x.detach().requires_grad_(x.is_floating_point()))
+        names, seen = {id(t): name for name, t in changing.items()}, {None}
+        todo = [logits.grad_fn] if isinstance(logits, torch.Tensor) else []  # what is no tensor is refused elsewhere
+        while todo:
+            if (node := todo.pop()) in seen:
+                continue
+            seen.add(node)
+            if (found := names.get(id(getattr(node, "variable", None)))) is not None:
+                raise ValueError(
+                    f"a copy of the model still computes with {found} of the given one: a lambda or closure in it, or "
+                    "a tensor that it keeps beside its parameters, cannot follow them"
+                )
+            todo += [following for following, _ in node.next_functions]
+    finally:
+        for name, t in changing.items():
+            t.requires_grad_(flags[name])
 
 
 def loss_gradient(model, x, y, *, again=False):

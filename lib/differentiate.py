@@ -68,11 +68,17 @@ def gradient(value, inputs, v=None, *, again=False, keep=None):
 def as_module(model):
     """The model, without the wrappers of torch.compile and of parallel training (same values).
 
-    Raises ValueError if it is no nn.Module, or TorchScript, the weights of which are its own.
+    Raises ValueError if it is no nn.Module, or TorchScript, the weights of which are its own; or if hooks are on the
+    wrapper, which would be lost.
     """
-    model = getattr(model, "_orig_mod", model)
+    # By name, since to import the class of torch.compile's takes seconds.
+    inner = model._orig_mod if type(model).__name__ == "OptimizedModule" else None
     if isinstance(model, (DataParallel, DistributedDataParallel)):
-        model = model.module
+        inner = model.module
+    if inner is not None:
+        if model._forward_hooks or model._forward_pre_hooks:
+            raise ValueError(f"register the hooks of {type(model).__name__} on the module inside, without this wrapper")
+        return as_module(inner)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from scipy.special import comb
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from .checks import check_choice, check_count
+from .checks import check_choice, check_count, check_labels
 from .curvature import check, copied, loss_gradient, top_eigenpairs
 from .differentiate import differentiating, own
 from .evaluation import attacked, predict
@@ -28,6 +28,7 @@ from .evaluation import attacked, predict
 ADVERSARIES = ("none", "frozen", "rerun")
 
 
+@differentiating()
 def random_directions(model, num, *, seed=0):
     """Filter-normalised Gaussian directions (Li et al. 2018, arXiv:1712.09913).
 
@@ -44,7 +45,7 @@ def random_directions(model, num, *, seed=0):
 def _filter_normalised(model, generator):
     pieces = []
     for p in model.parameters():
-        d = torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+        d = torch.randn(p.shape, generator=generator, dtype=p.dtype, device="cpu").to(p.device)
         if p.dim() < 2:
             d.zero_()
         else:
@@ -70,7 +71,7 @@ def descent_direction(model, x, y, *, batch_size=500):
     Raises ValueError as `surface`, and where the gradient is zero or not finite.
     """
     x, y = check(model, x, y)
-    gradient = _gradient(copied(model), x, y, batch_size)
+    gradient = _gradient(copied(model, x), x, y, batch_size)
     if not 0 < gradient.norm() < math.inf:
         raise ValueError(f"the gradient has length {gradient.norm().item()}: no direction is steepest")
     return (-gradient / gradient.norm() * random_directions(model, 1)[0].norm())[None]
@@ -83,6 +84,7 @@ class Surface(NamedTuple):
     error: np.ndarray
 
 
+@differentiating()
 def surface(model, directions, steps, x, y, *, attack=None, adversary="none", batch_size=500):
     """Loss and error at theta + sum_i a_i d_i, for all a_i in `steps`: a line for one direction, a plane for two.
 
@@ -110,8 +112,8 @@ def surface(model, directions, steps, x, y, *, attack=None, adversary="none", ba
     steps = steps if len(steps) and np.ndim(steps[0]) else [steps] * len(directions)
     if len(steps) != len(directions):
         raise ValueError(f"steps must be one list, or one for each direction, got {len(steps)} for {len(directions)}")
-    grid = torch.meshgrid([torch.as_tensor(s, dtype=theta.dtype) for s in steps], indexing="ij")
-    offsets, moved = torch.stack(grid, -1).to(theta), copied(model)
+    grid = torch.meshgrid([torch.as_tensor(s, dtype=theta.dtype, device="cpu") for s in steps], indexing="ij")
+    offsets, moved = torch.stack(grid, -1).to(theta), copied(model, x)
     if adversary == "frozen":
         x, attack = attacked(model, x, y, attack, batch_size=batch_size), None
     values = np.empty((2, *grid[0].shape))
@@ -125,10 +127,10 @@ def _loss_and_error(model, x, y, attack, batch_size):
     if attack is not None:
         x = attacked(model, x, y, attack, batch_size=batch_size)
     logits = predict(model, x, batch_size=batch_size)
-    loss = F.cross_entropy(logits.double(), y).item()
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss} at some point: check the parameters there, the data and the steps")
-    return loss, (logits.argmax(1) != y).double().mean().item()
+    if not torch.isfinite(logits).all():
+        raise ValueError("logits are NaN or infinite at some point: check the parameters there, the data and the steps")
+    check_labels(logits, y)
+    return F.cross_entropy(logits.double(), y).item(), (logits.argmax(1) != y).double().mean().item()
 
 
 def flat(model):
@@ -174,7 +176,7 @@ def scatter(model, direction, distances, x, y, attack, *, symmetric=False, batch
         ValueError: as for `surface`; a direction of length 0.
     """
     x, y = check(model, x, y)
-    theta, moved, rows = flat(model), copied(model), []
+    theta, moved, rows = flat(model), copied(model, x), []
     if not 0 < direction.norm() < math.inf or direction.numel() != len(theta):
         raise ValueError(
             f"the direction must be ({len(theta)},), of positive, finite length, got {tuple(direction.shape)}"
@@ -223,7 +225,7 @@ class Curve:
         shapes = [[(k, v.shape) for k, v in m.state_dict().items()] for m in (start, end)]
         if shapes[0] != shapes[1]:
             raise ValueError("start and end must be of one architecture: names or shapes of their tensors differ")
-        self.ends, self.kind = (copied(start).eval(), copied(end).eval()), kind
+        self.given, self.ends, self.kind = (start, end), (copied(start).eval(), copied(end).eval()), kind
         for (name, a), (_, b) in zip(*(model.named_buffers() for model in self.ends), strict=True):
             owner = self.ends[0].get_submodule(name.rpartition(".")[0])
             if not isinstance(owner, BatchNorm) and not torch.equal(a, b):
@@ -238,6 +240,7 @@ class Curve:
             raise ValueError(f"t must lie in [0, 1], got {t}")
         return self.points.new_tensor(KINDS[self.kind](t, len(self.points) - 1))
 
+    @differentiating()
     def model(self, t, x_statistics=None):
         """The model at t, in evaluation mode.
 
@@ -264,7 +267,7 @@ def _measure(model, x):
     for m in norms:
         m.reset_running_stats()
     momenta, seen = [m.momentum for m in norms], 0
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0), device="cpu").to(x.device)
     for part in _parts(own(x)[order].contiguous(), 500):
         seen += len(part)
         for m in norms:
@@ -314,12 +317,12 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
     curve = Curve(start, end, [a + i / (num_bends + 1) * (b - a) for i in range(1, num_bends + 1)], kind)
     bends = torch.nn.Parameter(curve.points[1:-1].clone())
     optimizer = torch.optim.Adam([bends], lr)
-    moved, generator = copied(start).train(), torch.Generator().manual_seed(seed)
+    moved, generator = copied(start, x).train(), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(seed)  # of Dropout
-        orders = (torch.randperm(len(x), generator=generator) for _ in range(epochs))
+        orders = (torch.randperm(len(x), generator=generator, device="cpu") for _ in range(epochs))
         for batch in chain.from_iterable(_parts(order, batch_size) for order in orders):
-            weights = curve.weights(torch.rand((), generator=generator).item())
+            weights = curve.weights(torch.rand((), generator=generator, device="cpu", dtype=torch.float32).item())
             inputs, labels = x[batch.to(x.device)], y[batch.to(x.device)]
             curve.points[1:-1] = bends.detach()
             move(moved, weights @ curve.points)
@@ -338,6 +341,8 @@ def along(curve, steps, x, y, *, attack=None, x_statistics=None, batch_size=500)
     Arguments as for `surface` and `Curve.model`. Returns Surface, of shape (S,).
     """
     x, y = check(curve.ends[0], x, y)
+    for model in curve.given:
+        copied(model, x)  # for its errors
     points = [_loss_and_error(curve.model(t, x_statistics), x, y, attack, batch_size) for t in steps]
     return Surface(*np.array(points).T)
 

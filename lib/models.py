@@ -167,7 +167,8 @@ def build(name, *, seed, **settings):
     Raises ValueError for an unknown name.
     """
     check_choice("model", name, MODELS)
-    with torch.random.fork_rng(devices=[]):
+    here = "meta" if torch.get_default_device().type == "meta" else "cpu"  # whatever device the caller has chosen
+    with torch.random.fork_rng(devices=[]), torch.device(here):
         torch.random.default_generator.manual_seed(seed)
         return MODELS[name](**settings)
 

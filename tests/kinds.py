@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ LAYOUTS = {  # the same numbers, laid out otherwise; x is (N, C, H, W)
     "expanded": lambda x: x[:1].expand_as(x),
     "requires grad": lambda x: x.clone().requires_grad_(),
 }
-STATES = {"as usual": nullcontext, "no gradients": torch.no_grad, "inference": torch.inference_mode}
+STATES = {"as usual": nullcontext, "no gradients": torch.no_grad, "inference": torch.inference_mode,
+          "autocast": partial(torch.autocast, "cpu", torch.bfloat16)}  # fmt: skip
 
 
 def data(seed=0, n=9):

@@ -125,9 +125,7 @@ class Forgets(nn.Module):
 
 
 DERIVED = {
-    "hessian": lambda m, x, y: curvature.Hessian(m, x, y)(
-        torch.linspace(-1, 1, sum(p.numel() for p in m.parameters()))
-    ),
+    "hessian": lambda m, x, y: curvature.Hessian(m, x, y)(landscape.random_directions(m, 1)[0]),
     "top_eigenpairs": lambda m, x, y: curvature.top_eigenpairs(m, x, y, k=2).values,
     "trace": lambda m, x, y: curvature.trace(m, x, y, num_probes=2),
 }
@@ -145,6 +143,161 @@ def test_activation_checkpointing(function, reentrant):
         assert "switch activation checkpointing off" in str(error)
     else:
         same(expected, found)
+
+
+class Prepares(Views):
+    """In evaluation mode it uses what it made of its weights when the mode changed."""
+
+    def __init__(self, rebinds):
+        super().__init__()
+        self.rebinds, self.merged = rebinds, False
+        self.extra = nn.Parameter(torch.ones(5, 4 * 64) / 100)
+        self.register_buffer("sum", torch.zeros(5, 4 * 64))
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged != (not mode):
+            self.merged = not mode
+            if self.rebinds:
+                self.f.weight.data = self.f.weight.data + (1 if self.merged else -1) * self.extra.data
+            else:
+                self.sum.copy_(self.f.weight.data + self.extra.data)
+        return self
+
+    def forward(self, x):
+        h = self.relu(self.c(x)).flatten(1)
+        weight = self.f.weight if self.rebinds else self.sum
+        return h @ (weight if self.merged else self.f.weight + self.extra).T
+
+
+@every_function
+@pytest.mark.parametrize("rebinds", [True, False])
+def test_models_that_prepare_themselves_when_their_mode_changes(function, rebinds):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Prepares(rebinds)
+    expected = function(model.eval(), X, Y)
+    model.train()
+    same(expected, function(model, X, Y))
+    assert model.training and not model.merged
+
+
+def _patched(model):
+    before = model.forward
+    model.forward = lambda x: before((x - 0.5) / 0.25)
+
+
+def _lambdas(model):
+    stages = [lambda x: model.relu(model.c(x)), lambda h: model.f(h.flatten(1))]
+    model.stages = stages
+    model.forward = lambda x: stages[1](stages[0](x))
+
+
+def _hooked(model):
+    model.register_forward_hook(lambda module, x, out: out * model.f.weight.norm())
+
+
+def _beside(model):
+    model.kept = model.f.weight.T * 2
+    type(model).forward = lambda self, x: self.relu(self.c(x)).flatten(1) @ self.kept
+
+
+STRAYS = {"patched forward": _patched, "lambdas": _lambdas, "hook": _hooked, "kept beside": _beside}
+OTHER = network("views", 1)
+MOVING = DERIVED | {
+    "surface": lambda m, x, y: landscape.surface(m, landscape.random_directions(m, 1), [0.0, 0.5], x, y),
+    "descent": landscape.descent_direction,
+    "scatter": lambda m, x, y: landscape.scatter(
+        m, landscape.random_directions(m, 1)[0], [0.1], x, y, partial(PGD, random_start=False)
+    ),
+    "connect": lambda m, x, y: landscape.connect(m, OTHER, x, y, epochs=1),
+    "along": lambda m, x, y: landscape.along(landscape.Curve(m, OTHER), [0, 0.5], x, y),
+}
+
+
+@pytest.mark.parametrize("stray", STRAYS.values(), ids=STRAYS)
+@pytest.mark.parametrize("function", MOVING.values(), ids=MOVING)
+def test_what_a_copy_cannot_follow_is_refused(function, stray):
+    """Its parameters would move, and the loss would not: flat surfaces and Hessians of zeros."""
+
+    class Own(Views):
+        pass
+
+    model = Own().eval()
+    flags = [p.requires_grad for p in model.parameters()]
+    stray(model)
+    with pytest.raises(ValueError, match="a copy of the model still computes with"):
+        function(model, X, Y)
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_cached_parametrisations_are_refused():
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(128, 5))
+    model = nn.Sequential(nn.Flatten(), model).eval()
+    with nn.utils.parametrize.cached(), pytest.raises(ValueError, match=r"leave parametrize.cached\(\)"):
+        landscape.surface(model, landscape.random_directions(model, 1), [0.0, 0.5], X, Y)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (-1, 1), (2, -1)])
+def test_a_hessian_takes_one_vector(shape):
+    hessian = curvature.Hessian(network(), X, Y)
+    v = torch.ones(hessian.size * (2 if shape[0] == 2 else 1)).view(shape) if -1 in shape else torch.ones(shape)
+    with pytest.raises(ValueError, match=f"v must be \\({hessian.size},\\), one number for each parameter"):
+        hessian(v)
+
+
+@pytest.mark.parametrize("label", [-100, -1, 5])
+def test_labels_that_the_model_has_no_class_for(label):
+    y = Y.clone()
+    y[2] = label
+    curve = landscape.Curve(network("views"), network("views", 1))
+    for function in (*FUNCTIONS.values(), *MOVING.values(), lambda m, x, y: landscape.along(curve, [0, 1], x, y)):
+        if function not in (FUNCTIONS["predict"], FUNCTIONS["unit_activity"]):
+            with pytest.raises(ValueError, match=f"labels run from .*{label}"):
+                function(network("views"), X, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("function", (FUNCTIONS | MOVING).values(), ids=FUNCTIONS | MOVING)
+def test_the_default_type_of_numbers_does_not_matter(function, dtype):
+    def numbers(found):
+        found = found.model(0.5).f.weight if isinstance(found, landscape.Curve) else found
+        found = [v for row in found for v in (list(row.values())[1:] if isinstance(row, dict) else [row])] if (
+            isinstance(found, list)) else found  # fmt: skip
+        found = list(found.values()) if isinstance(found, dict) else found
+        parts = found if isinstance(found, (tuple, list)) else [found]
+        return torch.cat([torch.as_tensor(part, dtype=torch.float64).reshape(-1) for part in parts])
+
+    model = network("views")
+    expected = numbers(function(model, X, Y))
+    torch.set_default_dtype(dtype)
+    try:
+        found = numbers(function(model, X, Y))
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("wrapper", ["compiled", "parallel"])
+def test_hooks_on_a_wrapper_are_not_lost(wrapper):
+    model = torch.compile(network(), backend="eager") if wrapper == "compiled" else nn.DataParallel(network())
+    same(predict(network(), X), predict(model, X))
+    model.register_forward_hook(lambda module, x, out: -out)
+    with pytest.raises(ValueError, match=r"register the hooks of .* on the module inside"):
+        predict(model, X)
+
+
+def test_a_class_of_the_readers_may_call_its_part_as_a_compiled_one_does():
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._orig_mod = network("views")
+
+        def forward(self, x):
+            return -self._orig_mod(x)
+
+    same(-predict(network("views"), X), predict(Mine().eval(), X))
 
 
 LAYOUTS = {
