@@ -139,13 +139,15 @@ class Book:
         """
         row = self._add("claims", claims.claim(claim, **{"figure": self.last} | facts))
         measured = row["measured"] + (f" ({row['why']})" if row["why"] else "")
-        paper = f" The paper (Section {row['section']}): {row['paper']}." if row["paper"] else ""
+        where = row["section"] if row["section"].startswith("Appendix") else f"Section {row['section']}"
+        paper = f" The paper ({where}): {row['paper']}." if row["paper"] else ""
         display(Markdown(f"**{row['verdict'].capitalize()}**: {claim}.{paper} Measured: {measured}. n: {row['n']}."))
 
     def answer(self, question, answer, **facts):
         """Add a row to the reviewers' ledger and show it (`claims.answer`: reviewer, n, source, figure)."""
         row = self._add("answers", claims.answer(question, answer, **{"figure": self.last} | facts))
-        display(Markdown(f"**{row['reviewer']} asked:** {question} **Answer:** {answer} n: {row['n']}."))
+        asked = f"{row['reviewer']} asked" if row["reviewer"].startswith("Reviewer") else row["reviewer"]
+        display(Markdown(f"**{asked}:** {question} **Answer:** {answer} n: {row['n']}."))
 
     def check(self, what, **facts):
         """Add a row to the self-checks and show it (`claims.check`: holds, measured, figure)."""
@@ -183,15 +185,15 @@ class Book:
 
     def _answers(self, seconds):
         lines = [f"**{row['verdict'].capitalize()}**: {row['claim']}" for row in self.rows["claims"]]
-        lines += [f"**{row['reviewer']}**: {row['question']} {row['answer']}" for row in self.rows["answers"]]
+        lines += [f"**{row['reviewer']}**: {row['question']} *Answer*: {row['answer']}" for row in self.rows["answers"]]
         failed = [row["check"] for row in self.rows["checks"] if not row["passed"]]
         if self.rows["checks"]:
             n = len(self.rows["checks"])
             lines.append(f"Self-checks: {n - len(failed)} of {n} pass" + "".join(f"; FAILS: {text}" for text in failed))
         own = [entry for entry in runs.journal if entry["state"] != "committed"]
         where = sorted({f"{m['device']}, {m['precision']}" for m in _made(own)} or {compute.hardware()["device"]})
-        foot = (f"Profile `{self.profile}`; {seconds:.0f} s of computing from nothing, all its networks counted, on "
-                f"{'; '.join(where)}.")  # fmt: skip
+        foot = (f"Profile `{self.profile}`; {seconds:.0f} s of computing from nothing, with the networks that are made "
+                f"here (committed cells are not counted), on {'; '.join(where)}.")  # fmt: skip
         return "\n".join(["**Answers**", "", *(f"- {line.rstrip('.')}." for line in lines), "", foot])
 
     def _about(self):

@@ -374,7 +374,7 @@ found = rule_dead(deadest)
 book.claim(
     "The larger eps, the more dead units the deadest layer has",
     section="4.1, Figure 3",
-    paper="constant classifiers come with dead or degenerate layers",
+    paper="constant classifiers come with dead or degenerate layers (counted here; the trend is what is judged)",
     measured=f"{found.measured}; a degenerate layer in {len(degenerate_in & one_answer)} of {len(one_answer)} networks "
     "that give one answer to all digits",
     holds=found,

@@ -20,8 +20,8 @@
 # What should be seen if they hold:
 #
 # 1. round the *initial point* (Section 4.1) steepest descent gains less in the adversarial loss the larger eps is;
-# 2. round the *end of training* (Section 4.2) the adversarial loss rises faster the larger eps is: a shorter step makes
-#    it rise by 1.
+# 2. round the *end of training* (Section 4.2) the loss, of each of the two kinds below, rises faster the larger eps is:
+#    a shorter step makes it rise by 1.
 #
 # Two losses are drawn. *Adversarial*: the attack is made anew at each point; this is the loss that adversarial training
 # descends. *Frozen*: the adversarial images of the network in the centre, kept everywhere; its second derivative is the
@@ -245,7 +245,9 @@ for direction, named in (("random", "random directions"), ("top eigenvector", "t
         f"Round the end of training both losses rise faster at larger eps, along {named}",
         section="4.2",
         paper="minima are sharper at larger eps (the surfaces are our reading)",
-        holds=inference.together({loss: findings[direction, loss] for loss in ("frozen", "adversarial")}),
+        holds=inference.together(
+            {f"log of the step, {loss} loss": findings[direction, loss] for loss in ("frozen", "adversarial")}
+        ),
         n=n,
         source=images.source,
     )

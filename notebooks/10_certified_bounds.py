@@ -353,8 +353,6 @@ print(", ".join(f"{k}: {v.sum()}" for k, v in only.items()), f"of {len(constants
 # (Jordan & Dimakis 2020, arXiv:2003.01219). They are not here. They would narrow the shaded bands of the first figure
 # from above; how far is not known from this notebook. That interval bounds are vacuous for the paper's networks says
 # nothing against the networks: the true robust error lies anywhere in the band.
-#
-# ## The ledger
 
 # %%
 book.close()

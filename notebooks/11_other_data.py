@@ -212,12 +212,13 @@ pd.DataFrame([{"network": place[0], "dataset": place[1], **stalls[place],
               for place, text in places.items()])  # fmt: skip
 
 # %%
-count = f"{len(eps_grid)} budgets, {images[1]} test images, {len(sets)} sets"
+count = f"{len(eps_grid)} budgets, {images[1]} test images"
 for network, found in findings.items():
     book.claim(
         f"{network}, other data: a rising budget ends in the smaller clean error where a constant one stalls",
         section="5", paper="the rising budget is shown for one network on each set",
-        holds=inference.together(found), n=f"{len(seeds_of[network])} seeds, {count}", source=sources,
+        holds=inference.together(found), source=sources,
+        n=f"{len(seeds_of[network])} seeds, {count}, {len(found)} of {len(sets)} sets are judged",
     )  # fmt: skip
 
 # %%
@@ -234,12 +235,12 @@ book.answer(
     + ". In clean error over the grid a rising budget errs "
     + "; ".join(f"{word} with {', '.join(text for text, found in outcomes.items() if found == word)}"
                 for word in dict.fromkeys(outcomes.values()))
-    + f". Under attack, at eps {cells.budget(largest)}, less by {margin:g} with {', '.join(gains) or 'none'} "
-    "(cosine and constant: "
+    + f". Under attack, at eps {cells.budget(largest)}, its mean robust error is smaller by more than {margin:g} with "
+    f"{', '.join(gains) or 'none of them'} (cosine and constant: "
     + "; ".join(f"{robust[*place, 'cosine']:.3f} and {robust[*place, 'constant']:.3f}, {text}"
                 for place, text in places.items())
     + ")." + same,
-    reviewer="Reviewer 3", n=f"{n}, {count}", source=sources,
+    reviewer="Reviewer 3", n=f"{n}, {count}, {len(sets)} sets", source=sources,
 )  # fmt: skip
 
 # %% [markdown]

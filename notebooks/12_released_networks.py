@@ -136,8 +136,8 @@ if not theirs:
 # %% [markdown]
 # ## Table 1 by our attacks
 #
-# The same attacks as in notebook 7, on the first test images. The paper's own numbers are in its Table 1; here are
-# ours, with the spread over the three networks of each arm.
+# The same kinds of attack as in notebook 7, on the first test images. The paper's own numbers are in its Table 1; here
+# are ours, with the spread over the three networks of each arm.
 
 
 # %%
@@ -242,7 +242,8 @@ axes[1].set(xlabel="largest eigenvalue of the Hessian")
 book.save(
     fig, "12_networks", table, source=source, seeds=[] if theirs else seeds,
     caption=f"{'The released networks' if theirs else 'Networks of our own in the released layout'}: errors on "
-    f"{images} test images (clean hollow, worst case over {', '.join(kinds[1:-1])} filled; dotted: guessing) and the "
+    f"{images} test images (clean hollow, worst case over {', '.join(kinds[1:-1])} filled, over the hollow "
+    "one where they are equal; dotted: guessing) and the "
     f"largest eigenvalue of the Hessian at {sharp_images} attacked test images; a point per network.",
 )  # fmt: skip
 
