@@ -56,7 +56,8 @@ class Hessian:
         self.dtype, self.device = dtype, x.device
         self._model, self._count = copied(model, x).to(dtype), len(x)
         self.size = sum(p.numel() for p in self._model.parameters())
-        batches = list(zip(x.to(dtype).split(batch_size), y.split(batch_size), strict=True))
+        x = x.to(dtype) if x.is_floating_point() else x  # names of words, say
+        batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
         self._check(*batches[0])
         self._kept = [self._gradient(*batch) for batch in batches[:kept_batches]]
         self._others = batches[kept_batches:]
@@ -396,10 +397,10 @@ def loss_gradient(model, x, y, *, again=False):
 
     again: keep the graph, to differentiate it again. Raises ValueError for what are no logits, or not finite.
     """
-    ours = any_layout(model)
+    plain = any_layout(model) or not x.is_floating_point()
     # Others' models are asked for the gradient of x as well: where they make activations again in the backward pass
     # (torch.utils.checkpoint, reentrant) that of the parameters alone is zero, without a word.
-    x, more = (channels_last(x), []) if ours else (leaf := x.detach().requires_grad_(), [leaf])
+    x, more = (channels_last(x), []) if plain else (leaf := x.detach().requires_grad_(), [leaf])
     logits = model(x)
     check_labels(logits, y)
     pieces = gradient(F.cross_entropy(logits, y, reduction="sum"), [*model.parameters(), *more], again=again)

@@ -420,6 +420,31 @@ class UnsureBackward(torch.autograd.Function):
         return g * torch.rand(())
 
 
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.last = nn.Embedding(6, 2), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.table(x)).flatten(1))
+
+
+def test_inputs_may_be_whole_numbers():
+    torch.manual_seed(0)
+    model, x, y = Words().double().eval(), torch.randint(6, (9, 4)), torch.randint(3, (9,))
+    hessian = Hessian(model, x, y, **DOUBLE)
+    theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+    def loss(theta):
+        pieces = theta.split([p.numel() for p in model.parameters()])
+        named = {k: t.view_as(p) for (k, p), t in zip(model.named_parameters(), pieces, strict=True)}
+        return F.cross_entropy(torch.func.functional_call(model, named, x), y)
+
+    exact = torch.autograd.functional.hessian(loss, theta)
+    v = torch.linspace(-1, 1, len(theta), dtype=torch.float64)
+    torch.testing.assert_close(hessian(v), exact @ v)
+
+
 def test_an_operator_that_is_not_deterministic_is_named():
     model, x, y = network("mlp")
     noisy = nn.Sequential(*model[:2], Noise(), *model[2:]).eval()
