@@ -135,6 +135,9 @@ case ${1-} in
   --lab | --site) mode=${1#--} dev=$1; shift ;;
 esac
 here=$PWD
+for name in FIGURES_DIR RUNS_DIR DATA_DIR; do # from here, wherever notebooks and tests stand
+  case ${!name-} in '' | /* | '~'*) ;; *) export "$name=$here/${!name}" ;; esac
+done
 cd "$root"
 choose_python $dev
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONHASHSEED=0 PYTHONPATH=$root

@@ -80,8 +80,15 @@ def make(recipe, settings, arm, data, aside, **changes):
         changes: of the settings: eps, lr, seed.
     Returns:
         A dict, for `write`.
+    Raises:
+        ValueError: periods that the run will not keep; nothing is trained then.
     """
-    run, plan, periods = runs.run(configure(settings, arm, **changes), data), settings["plan"], settings["periods"]
+    config, plan, periods = configure(settings, arm, **changes), settings["plan"], settings["periods"]
+    kept = {*range(0, config.epochs, config.keep_every or config.epochs), *config.restarts}
+    if sorted({*periods}) != list(periods) or not {*periods} <= kept - {0}:
+        raise ValueError(f"periods {list(periods)} of {recipe!r} must increase, end before epoch {config.epochs}, be "
+                         f"multiples of keep_every ({config.keep_every}): their networks are needed")  # fmt: skip
+    run = runs.run(config, data)
     facts = {"run": run.folder.name, "aside": aside and aside.fingerprint, "plan": plan, "periods": periods}
     measured = runs.remember("cells", facts, lambda: _measure(run, data, aside, periods, **plan), version=2)
     made = {"training": run.made, "attacks": measured["made"]}
@@ -108,7 +115,8 @@ def _make_there(folder, recipe, settings, arm, changes, *named):
 
 def _asked(recipe, arm, config, data, settings):
     asked = {"recipe": recipe, "arm": arm, "config": asdict(config), "version": training.VERSION, "data": data.source,
-             "fingerprint": data.fingerprint, "plan": settings["plan"], "periods": settings["periods"]}  # fmt: skip
+             "fingerprint": data.fingerprint,
+             **{name: settings[name] for name in ("plan", "periods", "stops")}}  # fmt: skip
     return json.loads(json.dumps(asked))  # tuples become lists, as they are read back
 
 
@@ -207,10 +215,11 @@ COLUMNS = ["profile", "recipe", "row", "arm", "lr", "seed", "network", "part", "
 
 
 def _lines(profile, cell):
-    """The lines of a cell: what its row has in common is hashed, so that nothing unlike is averaged."""
+    """The lines of a cell: what its row has in common is hashed, so that nothing unlike is averaged. Where budgets go
+    and when periods begin differ by arm in one row, and so the recipe's `stops` and `periods` stand for them."""
     config = cell["config"]
     common = {key: value for key, value in config.items() if key not in ARM}
-    row = checksum([common, cell["fingerprint"], cell["plan"]])
+    row = checksum([common, *(cell[name] for name in ("fingerprint", "plan", "periods", "stops"))])
     made = cell["made"]["training"]
     about = {"profile": profile, "recipe": cell["recipe"], "row": f"{profile}-{row[:6]}", "arm": cell["arm"],
              "lr": config["lr"], "seed": config["seed"], "eps": config["eps"], "source": cell["data"],

@@ -113,12 +113,13 @@ def trend(what, *, expect, margin=0.0, level=LEVEL):
         if against <= level:
             return Finding("falls" if sign > 0 else "rises", False, measured)
         inside = math.inf  # how many seeds would put the interval of the change inside the margin
-        if margin and seeds > 1 and np.isfinite(change).all():
-            half = stats.t.ppf(1 - level / 2, seeds - 1) * stats.sem(change)
+        if margin and seeds > 1 and k > 1 and np.isfinite(change).all():
+            unseen = np.ptp(change) == 0 and seeds < _alike(level)  # no spread seen is not no spread
+            half = math.inf if unseen else stats.t.ppf(1 - level / 2, seeds - 1) * stats.sem(change)
             if abs(mean) + half < margin:
                 return Finding(f"no change beyond {margin:g}", False, measured)
             if abs(mean) < margin:
-                inside = math.ceil(seeds * (half / (margin - abs(mean))) ** 2)
+                inside = _alike(level) if unseen else math.ceil(seeds * (half / (margin - abs(mean))) ** 2)
         return Finding("undecided", None, measured, _why_no_trend(seeds, k, z, p, level, inside))
 
     return Rule(text, test)
@@ -244,6 +245,8 @@ def _errors(d, level):
     both = ((d - seeds[:, None] - images + mean) ** 2).sum() / ((s - 1) * (n - 1))  # mean squares of a crossed design
     from_seeds = max(n * seeds.var(ddof=1), both) / (s * n)
     from_images = max(s * images.var(ddof=1) - both, 0) / (s * n)
+    if not np.ptp(d, axis=0).any() and s < _alike(level):  # all seeds alike, image by image: no spread seen, again
+        from_seeds = math.inf
     least = 0.0
     if np.ptp(d) == 0:  # the rule of three, from so many images on that chance is excluded
         least = math.inf if n < _alike(level) else -math.log(level) / n / stats.t.isf(level / 2, n - 1)
@@ -268,7 +271,7 @@ def _why_no_difference(d, goal, half, errors, level):
         return "one seed: the spread between seeds is unknown; three at least"
     if math.isinf(image_error):
         return f"too few images: {n}, all alike; {_alike(level)} alike would decide"
-    if math.isinf(half):
+    if math.isinf(seed_error):
         return f"too few seeds: {s}, all alike, so that their spread is unknown; {_alike(level)} alike would decide"
     more_images = max(1.0, 2 * (stats.norm.isf(level / 2) * image_error / goal) ** 2)
     numbers = range(s + 1, 1001)  # of seeds, each of which narrows the interval

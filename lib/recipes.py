@@ -42,8 +42,10 @@ RECIPES = {
     "vgg16 on cifar10": dict(model="vgg16", **CIFAR10),
     "resnet18 on cifar10": dict(model="resnet18", **CIFAR10),
 }  # fmt: skip
-# Settings that are no fields of TrainConfig:
+# Settings that are no fields of TrainConfig, and fields that no recipe sets:
 BESIDE = {"dataset", "images", "set_aside", "step_fraction", "stops", "periods", "plan"}
+PER_RUN = {"eps": "is the notebook's", "seed": "is the notebook's", "schedule": "is the arm's",
+           "schedule_stop": "follows from stops and eps", "restarts": "are the arm's, by periods"}  # fmt: skip
 KNOWN = BESIDE | {field.name for field in fields(TrainConfig)}
 
 
@@ -64,8 +66,13 @@ def get(name, changes=None):
         for setting, value in settings.items():
             if setting not in KNOWN:
                 raise SettingError(f"{recipe!r} has no setting {setting!r}: there are {', '.join(sorted(KNOWN))}")
+            if setting in PER_RUN:
+                raise SettingError(f"{setting} of {recipe!r} {PER_RUN[setting]}: no recipe sets it")
             exactly(f"{setting} of {recipe!r}", value, RECIPES[recipe].get(setting))
-    return RECIPES[name] | (changes or {}).get(name, {})
+        if any(type(n) is not int for n in settings.get("images", []) if n is not None):
+            raise SettingError(f"images of {recipe!r} are {settings['images']}: two whole numbers, or null for all")
+    old, new = RECIPES[name], (changes or {}).get(name, {})  # what a change of a dict does not name stays
+    return old | {key: old[key] | value if isinstance(old.get(key), dict) else value for key, value in new.items()}
 
 
 def load(settings):
@@ -93,7 +100,9 @@ def configure(settings, **changes):
         raise SettingError(f"unknown setting {', '.join(sorted(unknown))}: there are {', '.join(sorted(KNOWN))}")
     chosen = settings | changes
     beside = {name: chosen.pop(name, None) for name in BESIDE}
-    if beside["step_fraction"] and "step_size" not in changes:
+    if "step_size" not in chosen:
+        if not beside["step_fraction"]:
+            raise SettingError("there is neither a step_fraction above 0 nor a step_size")
         chosen["step_size"] = beside["step_fraction"] * chosen["eps"]
     stop = (beside["stops"] or {}).get(chosen.get("schedule"))
     if stop and "schedule_stop" not in chosen:

@@ -225,7 +225,7 @@ def train(config, data, *, folder, quiet=False):
     """
     folder = Path(folder)
     if (folder / "run.json").exists():
-        return read(folder, config)
+        return read(folder, config, data)
     state = _State(config, data)
     start = clock()
     if (folder / "checkpoint.safetensors").exists():
@@ -245,19 +245,26 @@ def train(config, data, *, folder, quiet=False):
         start = clock()
         state.save(folder / "checkpoint.safetensors")
     write_json(folder / "made.json", made(state.seconds))
-    write_json(folder / "run.json", {"config": asdict(config), "data": data.source, "history": state.history,
-                                     "steps": state.steps})  # fmt: skip
+    write_json(folder / "run.json", {"config": asdict(config), "data": data.source, "pixels": data.fingerprint,
+                                     "history": state.history, "steps": state.steps})  # fmt: skip
     (folder / "checkpoint.safetensors").unlink()
-    return read(folder, config)
+    return read(folder, config, data)
 
 
-def read(folder, config):
-    """The finished run in a folder. Raises ValueError if its record is corrupted or of another config."""
+def read(folder, config, data=None):
+    """The finished run in a folder. Raises ValueError if its record is corrupted, or of another config or data."""
     record = read_json(folder / "run.json")
-    if record["config"] != json.loads(json.dumps(asdict(config))):
-        raise ValueError(f"{folder} holds a run of another config: choose another folder")
+    _check_same(folder, record, config, data)
     steps = pd.DataFrame(record["steps"], columns=STEP_COLUMNS)
     return Run(config, folder, pd.DataFrame(record["history"]), steps, read_json(folder / "made.json"))
+
+
+def _check_same(folder, record, config, data):
+    """Raise ValueError unless a record is of this config and these pixels (of which older ones say nothing)."""
+    if record["config"] != json.loads(json.dumps(asdict(config))):
+        raise ValueError(f"{folder} holds a run of another config: choose another folder")
+    if data is not None and record.get("pixels", data.fingerprint) != data.fingerprint:
+        raise ValueError(f"{folder} holds a run on other data: choose another folder")
 
 
 def damage(folder):
@@ -376,7 +383,8 @@ class _State:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         for i, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items() if v is not None}
-        _save(path, tensors, {"config": asdict(self.config)} | {name: getattr(self, name) for name in self.KEPT})
+        about = {"config": asdict(self.config), "pixels": self.data.fingerprint}
+        _save(path, tensors, about | {name: getattr(self, name) for name in self.KEPT})
 
     def restore(self, path):
         try:
@@ -384,8 +392,7 @@ class _State:
         except ValueError as error:
             warnings.warn(f"{error}: the run begins again", stacklevel=3)
             return
-        if about["config"] != json.loads(json.dumps(asdict(self.config))):
-            raise ValueError(f"{path.parent} holds a run of another config: choose another folder")
+        _check_same(path.parent, about, self.config, self.data)
         for name in self.KEPT:
             setattr(self, name, about[name])
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})

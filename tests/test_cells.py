@@ -114,7 +114,7 @@ def cell(arm="cosine", seed=0, lr=0.1, data="digits", wrong_images=(0, 3), **cha
     ]
     made = {"device": "a machine", "precision": "float32"}
     about = {"recipe": "lenet on mnist", "arm": arm, "version": training.VERSION, "data": data, "fingerprint": data,
-             "plan": PLAN, "periods": [2, 3], "masks": entries,
+             "plan": PLAN, "periods": [2, 3], "stops": {"cosine": 1.5}, "masks": entries,
              "made": {"training": made, "attacks": made}}  # fmt: skip
     return json.loads(json.dumps({**about, "config": config, **changes}))
 
@@ -247,6 +247,24 @@ def test_a_cell_holds_what_its_networks_do(folder, tmp_path, monkeypatch):
     chosen = rows[(rows.network == "best") & (rows.kind == "PGD")]["epochs"].iloc[0]
     assert errors[chosen[0]] == min(errors.values())
     assert set(rows[rows.part == "strong"]["kind"]) == {"clean", "APGD CE", "APGD DLR", "Square"}
+
+
+@pytest.mark.parametrize("change", [{"stops": {"cosine": 0.1}}, {"periods": [1, 2]}])
+def test_cells_whose_budgets_go_elsewhere_or_begin_again_elsewhere_are_another_row(folder, change):
+    for seed in range(4):
+        write(folder, cell(seed=seed, **(change if seed > 1 else {})))
+    rows, notes = read()
+    assert rows.groupby("row")["seed"].agg(set).tolist() in ([{0, 1}, {2, 3}], [{2, 3}, {0, 1}])
+    assert len(notes) == 1 and "differ in data or settings, and are kept apart" in notes[0]
+
+
+@pytest.mark.parametrize("change", [{"periods": [3, 2]}, {"periods": [2, 4]}, {"periods": [2, 2]}, {"epochs": 3},
+                                    {"keep_every": 2}])  # fmt: skip
+def test_periods_whose_networks_are_not_kept_are_refused_before_training(monkeypatch, digits, change):
+    monkeypatch.setattr(cells.runs, "run", lambda *_: pytest.fail("it trains"))
+    settings = recipes.get("lenet on few digits") | change
+    with pytest.raises(ValueError, match=r"periods .* of 'lenet on few digits' must increase"):
+        cells.make("lenet on few digits", settings, "cosine", digits, None, eps=0.4, seed=0)
 
 
 def test_a_budget_is_written_as_people_write_it():

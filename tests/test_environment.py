@@ -191,6 +191,13 @@ def test_run_all_takes_an_active_environment_that_fits(tmp_path, active):
     assert done.stdout.split() == [sys.prefix, str(ROOT), "0"], done.stderr
 
 
+def test_folders_are_where_the_caller_is(tmp_path, active):
+    given = {"RUNS_DIR": "my runs", "DATA_DIR": "/data", "FIGURES_DIR": "~/figures"}
+    look = "import os; print([os.environ[name] for name in ('RUNS_DIR', 'DATA_DIR', 'FIGURES_DIR')])"
+    done = start(ROOT / "run_all.sh", "--python", "-c", look, cwd=tmp_path, env=active | given)
+    assert done.stdout.strip() == str([f"{tmp_path}/my runs", "/data", "~/figures"]), done.stderr
+
+
 def test_run_all_passes_options_and_errors_on(tmp_path, active):
     done = start(ROOT / "run_all.sh", "--profile", "no-such", env=active, cwd=tmp_path)
     assert done.returncode == 2 and "no profile 'no-such'" in done.stderr

@@ -78,8 +78,27 @@ class TestTrend:
         wanted = int(found.why.split("about ")[1].split()[0])
         assert rule(np.tile(flat, (math.ceil(wanted / 4), 1))).outcome == "no change beyond 0.1"
 
+    def test_changes_that_are_alike_have_no_spread_to_go_by(self):
+        rule = trend("x", expect="falls", margin=0.1)
+        for n in range(1, 12):
+            assert rule(np.ones((n, 2))).outcome == ("undecided" if n < 8 else "no change beyond 0.1"), n
+        assert "about 8 would decide if the change stays as it is" in rule(np.ones((3, 2))).why
+
+    def test_one_condition_has_no_trend_with_a_margin_either(self):
+        found = trend("x", expect="falls", margin=0.1)(np.arange(9.0)[:, None])
+        assert found.holds is None and "one condition has no trend" in found.why
+
 
 class TestDifference:
+    def test_networks_that_are_often_the_same_one_are_not_called_so_too_soon(self):
+        """By a coin both are one network, else the first errs less on five images in a hundred."""
+        for n in range(2, 12):
+            wrong, same = np.zeros((n, 1000), bool), np.zeros((n, 1000), bool)
+            wrong[:, :50] = same[:, :50] = True
+            found = difference("x", margin=0.01)(wrong, same)
+            assert found.outcome == ("undecided" if n < 8 else "no difference beyond 0.01"), n
+        assert "8 alike would decide" in difference("x", margin=0.01)(wrong[:3], same[:3]).why
+
     @pytest.mark.parametrize("shift", [1.0, 0.1, 1e6 + 0.1])
     def test_seeds_that_are_alike_up_to_rounding_have_no_spread_to_go_by(self, shift):
         rule = difference("x", margin=0.05)
@@ -186,9 +205,9 @@ class TestDifference:
         assert difference("x", margin=0.5)(np.zeros(8), np.ones(8)).holds is True
 
     def test_no_image_that_differs_is_no_proof_of_equality_on_few(self):
-        same = np.zeros((3, 20), bool)
+        same = np.zeros((8, 20), bool)
         assert difference("x", margin=0.01, expect="no difference")(same, same).holds is None
-        same = np.zeros((3, 2000), bool)
+        same = np.zeros((8, 2000), bool)
         assert difference("x", margin=0.01, expect="no difference")(same, same).holds is True
 
     def test_the_n_it_asks_for_is_near(self):

@@ -25,6 +25,22 @@ def test_changes_go_before_the_recipe_and_leave_it_alone():
     assert recipes.get("lenet on mnist5k", changes)["width"] == 1
 
 
+def test_a_step_size_of_a_recipe_goes_before_its_fraction_of_eps():
+    settings = recipes.get("lenet on mnist5k", {"lenet on mnist5k": {"step_size": 0.01}})
+    assert recipes.configure(settings, eps=0.4).step_size == 0.01
+    for nothing in (0, None):
+        settings = recipes.get("lenet on mnist5k") | {"step_fraction": nothing}
+        with pytest.raises(ValueError, match="neither a step_fraction above 0 nor a step_size"):
+            recipes.configure(settings, eps=0.4)
+
+
+def test_what_a_change_does_not_name_stays():
+    changes = {"lenet on few digits": {"stops": {"cosine": 1.0}, "plan": {"queries": 50}}}
+    settings, before = recipes.get("lenet on few digits", changes), recipes.get("lenet on few digits")
+    assert settings["stops"] == before["stops"] | {"cosine": 1.0} and before["stops"]["cosine"] == 1.5
+    assert settings["plan"] == before["plan"] | {"queries": 50}
+
+
 def test_computed_and_written_numbers_name_one_run():
     settings = recipes.get("lenet on mnist5k")
     computed = recipes.configure(settings, eps=0.4, schedule="cosine")
@@ -37,6 +53,13 @@ def test_computed_and_written_numbers_name_one_run():
     ("lenet on mnist5k", {"lenet on mnist5k": {"epoch": 3}}, "has no setting 'epoch': there are"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"lr": "1e-4"}}, "lr of 'lenet on mnist5k' is '1e-4': write numbers"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"images": 100}}, "images of 'lenet on mnist5k' is 100"),
+    ("lenet on mnist5k", {"lenet on mnist5k": {"images": ["1e3", 500]}}, "two whole numbers, or null for all"),
+    ("lenet on mnist5k", {"lenet on mnist5k": {"images": [1e3, 500]}}, "two whole numbers, or null for all"),
+    ("lenet on mnist5k", {"lenet on mnist5k": {"eps": 0.1}}, "eps of 'lenet on mnist5k' is the notebook's"),
+    ("lenet on mnist5k", {"lenet on mnist5k": {"seed": 1}}, "seed of 'lenet on mnist5k' is the notebook's"),
+    ("lenet on mnist5k", {"lenet on mnist5k": {"schedule": "linear"}}, "schedule of .* is the arm's: no recipe"),
+    ("lenet on mnist5k", {"lenet on mnist5k": {"restarts": [2]}}, "restarts of .* are the arm's, by periods"),
+    ("lenet on mnist5k", {"lenet on mnist5k": {"schedule_stop": 1.0}}, "schedule_stop .* follows from stops and eps"),
 ])  # fmt: skip
 def test_refused(name, changes, message):
     with pytest.raises(ValueError, match=message):

@@ -410,10 +410,11 @@ def test_an_unknown_profile_is_refused(toy):
     (toy.profiles / "gpu.yaml").touch()
     with pytest.raises(profiles.ProfileError, match="no profile 'gpuu': choose one of quick, gpu"):
         profiles.read_profile(toy, "gpuu")
-    own = toy.root / "gpu.yaml"
-    own.touch()
-    with pytest.raises(profiles.ProfileError, match="the name gpu is taken: rename the file"):
-        profiles.read_profile(toy, str(own))
+    for name in ("gpu", "mine", "site", "stability"):  # folders of build/ that something else writes
+        own = toy.root / f"{name}.yaml"
+        own.touch()
+        with pytest.raises(profiles.ProfileError, match=f"the name {name} is taken: rename the file"):
+            profiles.read_profile(toy, str(own))
 
 
 BAD_CELLS = {

@@ -309,6 +309,15 @@ class TestFiles:
         with pytest.raises(ValueError, match="holds a run of another config: choose another folder"):
             train(replace(BASE, seed=1), stripes(50), folder=tmp_path / "unfinished")
 
+    def test_a_folder_of_other_data(self, folder, tmp_path, monkeypatch):
+        with pytest.raises(ValueError, match="holds a run on other data: choose another folder"):
+            train(replace(BASE, epochs=1), stripes(49), folder=folder)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(patch, 1)
+            train(BASE, stripes(50), folder=tmp_path / "unfinished")
+        with pytest.raises(ValueError, match="holds a run on other data: choose another folder"):
+            train(BASE, stripes(49), folder=tmp_path / "unfinished")
+
     def test_an_epoch_that_was_not_kept(self, folder):
         with pytest.raises(ValueError, match="kept no model after epoch 7: it has model-0, model-1"):
             training.read(folder, replace(BASE, epochs=1)).model(7)

@@ -26,6 +26,7 @@ from lib.settings import PLAIN, differing, fit, kind
 from lib.settings import SettingError as ProfileError
 
 QUICK, MINE = "quick", "mine"
+TAKEN = (MINE, "site", "doctrees", "stability")  # folders in build/ that are no profile of a file
 
 
 class _Loader(yaml.SafeLoader):
@@ -161,7 +162,7 @@ def find(layout: Layout, asked: str) -> tuple[str, Path]:
         return asked, layout.profiles / f"{asked}.yaml"
     if path.suffix != ".yaml" or not path.is_file():
         raise ProfileError(f"no profile {asked!r}: choose one of {', '.join(names)}, or a file NAME.yaml of your own")
-    if path.stem in (*names, MINE) and path.resolve().parent != layout.profiles.resolve():
+    if path.stem in (*names, *TAKEN) and path.resolve().parent != layout.profiles.resolve():
         raise ProfileError(f"{asked}: the name {path.stem} is taken: rename the file")
     return path.stem, path
 
@@ -227,7 +228,7 @@ def _recipes(where: str, changes: dict) -> dict:
             raise ProfileError(f"{where}: {error}") from None
         found[name] = fit(f"{where}: {name}", settings, known)
         try:
-            recipes.configure(known | found[name], eps=0.1)
+            recipes.configure(recipes.get(name, {name: found[name]}), eps=0.1)
         except ValueError as error:
             raise ProfileError(f"{where}: {name}: {error}") from None
     return found
