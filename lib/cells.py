@@ -43,6 +43,7 @@ QUESTIONS = {
     "cosine - constant": (("cosine", "end"), ("constant", "end")),
     "linear - constant": (("linear", "end"), ("constant", "end")),
 }
+PAPER = ("eps 8/255", "eps 0.4")  # how the titles of rows end that the paper has, too
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 ARM = ("schedule", "schedule_stop", "restarts", "lr", "seed")  # by these settings the cells of one row may differ
 

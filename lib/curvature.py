@@ -346,7 +346,7 @@ def copied(model, x=None, name="the model"):
     model = as_module(model)
     if parametrize._cache_enabled:
         raise ValueError("leave parametrize.cached(): parametrised weights would not follow their parameters")
-    kept = {f"what {type(m).__name__} keeps as {name!r}": t for m in model.modules() for name, t in vars(m).items()
+    kept = {f"{inner}.{name}".lstrip("."): t for inner, m in model.named_modules() for name, t in vars(m).items()
             if isinstance(t, torch.Tensor) and not t.is_leaf}  # fmt: skip
     cut = {id(t): t.detach().clone() for t in kept.values()}
     with torch.inference_mode(False):

@@ -31,7 +31,12 @@ class Finding:
     @property
     def words(self):
         """For an answer: outcome (interval; why, if undecided), without what is said of these networks alone."""
-        return f"{self.outcome} ({self.measured.split(' (')[0]}{f'; {self.why}' * bool(self.why)})"
+        return f"{self.outcome} ({self.measured.split(' (')[0]}{self.because})"
+
+    @property
+    def because(self):
+        """To go on with after what was measured: the cause of what is undecided, or nothing."""
+        return f"; {self.why}" if self.why else ""
 
     def _repr_markdown_(self):
         return f"**{self.outcome}**: {self.measured}" + (f" ({self.why})" if self.why else "")
@@ -114,7 +119,7 @@ def trend(what, *, expect, margin=0.0, level=LEVEL):
             return Finding("falls" if sign > 0 else "rises", False, measured)
         inside = math.inf  # how many seeds would put the interval of the change inside the margin
         if margin and seeds > 1 and k > 1 and np.isfinite(change).all():
-            unseen = np.ptp(change) == 0 and seeds < _alike(level)  # no spread seen is not no spread
+            unseen = _unseen(change, level)
             half = math.inf if unseen else stats.t.ppf(1 - level / 2, seeds - 1) * stats.sem(change)
             if abs(mean) + half < margin:
                 return Finding(f"no change beyond {margin:g}", False, measured)
@@ -232,6 +237,11 @@ def _alike(level):
     return math.ceil(1 - math.log2(level))
 
 
+def _unseen(values, level):
+    """Whether too few seeds (the first axis) are all alike: no spread seen is not no spread."""
+    return not np.ptp(values, axis=0).any() and len(values) < _alike(level)
+
+
 def _errors(d, level):
     """Mean of differences (seeds, images), and the standard errors that come from the seeds and from the images."""
     s, n = d.shape
@@ -239,14 +249,12 @@ def _errors(d, level):
     if s == 1:
         return mean, math.inf, 0.0
     if n == 1:
-        if np.ptp(seeds) == 0:  # no spread seen is not no spread
-            return mean, math.inf if s < _alike(level) else 0.0, 0.0
+        if np.ptp(seeds) == 0:
+            return mean, math.inf if _unseen(d, level) else 0.0, 0.0
         return mean, seeds.std(ddof=1) / math.sqrt(s), 0.0
     both = ((d - seeds[:, None] - images + mean) ** 2).sum() / ((s - 1) * (n - 1))  # mean squares of a crossed design
-    from_seeds = max(n * seeds.var(ddof=1), both) / (s * n)
+    from_seeds = math.inf if _unseen(d, level) else max(n * seeds.var(ddof=1), both) / (s * n)
     from_images = max(s * images.var(ddof=1) - both, 0) / (s * n)
-    if not np.ptp(d, axis=0).any() and s < _alike(level):  # all seeds alike, image by image: no spread seen, again
-        from_seeds = math.inf
     least = 0.0
     if np.ptp(d) == 0:  # the rule of three, from so many images on that chance is excluded
         least = math.inf if n < _alike(level) else -math.log(level) / n / stats.t.isf(level / 2, n - 1)

@@ -65,7 +65,8 @@ def get(name, changes=None):
             raise SettingError(f"no recipe {recipe!r}: there are {', '.join(RECIPES)}")
         for setting, value in settings.items():
             if setting not in KNOWN:
-                raise SettingError(f"{recipe!r} has no setting {setting!r}: there are {', '.join(sorted(KNOWN))}")
+                there = ", ".join(sorted(KNOWN - set(PER_RUN)))
+                raise SettingError(f"{recipe!r} has no setting {setting!r}: there are {there}")
             if setting in PER_RUN:
                 raise SettingError(f"{setting} of {recipe!r} {PER_RUN[setting]}: no recipe sets it")
             exactly(f"{setting} of {recipe!r}", value, RECIPES[recipe].get(setting))

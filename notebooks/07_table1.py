@@ -183,11 +183,32 @@ better = inference.difference("clean error, cosine minus constant, at one learni
 display(escape, better)
 
 # %%
-arms_there = table[["network", "arm", "lr"]].drop_duplicates()
+# The row in which a claim is judged: the one with the most cells, and of equal ones this profile's own.
+sizes = found.groupby(["recipe", "eps", "row"]).size().reset_index(name="size")
+sizes["own"] = sizes["row"].str.startswith(f"{book.profile}-")
+sizes = sizes.sort_values(["size", "own"]).groupby(["recipe", "eps"])["row"].last()
+judged = {cells.title(of[row]): row for row in sizes}
+claimed = {name: row for name, row in judged.items() if of[row]["recipe"].iloc[0] not in judged_elsewhere}
+shown = claimed or judged  # what notebook 6 draws is not drawn again, unless there is nothing else
+shown_table = table[table["network"].isin(names[row] for row in shown.values())]
+usual = {what: recipes.get(of[row]["recipe"].iloc[0], changes)["lr"] for what, row in judged.items()}
+
+
+def counts(row, first, second):
+    """Seeds and images by which two (arm, lr) of a row are compared, and where they were made if not in one place."""
+    pair = [of[row][(of[row]["arm"] == arm) & (of[row]["lr"] == lr)] for arm, lr in (first, second)]
+    seeds = len(set.intersection(*(set(part["seed"]) for part in pair)))
+    n = of[row][(of[row].part == "test") & (of[row].attack != "clean")]["n"].min()
+    places = cells.places(of[row], first, second)
+    return f"{seeds} seed{'s' * (seeds != 1)}, {n:,} test images, {names[row]}{f'; {places}' * bool(places)}"
+
+
+# %%
+arms_there = shown_table[["network", "arm", "lr"]].drop_duplicates()
 heights = arms_there.groupby("network", sort=False).size()
 fig, axes = plt.subplots(len(heights), figsize=(7, 0.7 * len(heights) + 0.26 * heights.sum() + 0.3), squeeze=False,
                          sharex=True, height_ratios=heights + 0.6)  # fmt: skip
-for ax, (network, lines) in zip(axes[:, 0], table.groupby("network", sort=False)):
+for ax, (network, lines) in zip(axes[:, 0], shown_table.groupby("network", sort=False)):
     labels = []
     for i, ((arm, lr), part) in enumerate(lines.groupby(["arm", "lr"])):
         colour = SCHEDULE_COLOURS[arm.split()[-1]]
@@ -210,27 +231,8 @@ book.save(
     caption="Errors by arm and learning rate, a point per seed: filled, the worst case over PGD, APGD (CE, DLR) and "
     f"Square; hollow, clean, of the same images (covered by the filled one where both are equal). Dotted: guessing "
     "among ten classes; a network that gives one answer errs on all images but those of that class, which are not just "
-    "a tenth. A periodic arm is its ensemble. "
-    f"{counted(table, 'm')}.",
+    f"a tenth. A periodic arm is its ensemble. {counted(shown_table, 'm')}. The numbers hold all rows of the table.",
 )  # fmt: skip
-
-# %%
-# The row in which a claim is judged: the one with the most cells, and of equal ones this profile's own.
-sizes = found.groupby(["recipe", "eps", "row"]).size().reset_index(name="size")
-sizes["own"] = sizes["row"].str.startswith(f"{book.profile}-")
-sizes = sizes.sort_values(["size", "own"]).groupby(["recipe", "eps"])["row"].last()
-judged = {cells.title(of[row]): row for row in sizes}
-claimed = {name: row for name, row in judged.items() if of[row]["recipe"].iloc[0] not in judged_elsewhere}
-usual = {what: recipes.get(of[row]["recipe"].iloc[0], changes)["lr"] for what, row in judged.items()}
-
-
-def counts(row, first, second):
-    """Seeds and images by which two (arm, lr) of a row are compared, and where they were made if not in one place."""
-    pair = [of[row][(of[row]["arm"] == arm) & (of[row]["lr"] == lr)] for arm, lr in (first, second)]
-    seeds = len(set.intersection(*(set(part["seed"]) for part in pair)))
-    n = of[row][(of[row].part == "test") & (of[row].attack != "clean")]["n"].min()
-    places = cells.places(of[row], first, second)
-    return f"{seeds} seed{'s' * (seeds != 1)}, {n:,} test images, {names[row]}{f'; {places}' * bool(places)}"
 
 
 # %%
@@ -269,7 +271,7 @@ for name, row in claimed.items():
         )  # fmt: skip
     else:
         book.answer(f"Does a rising budget end in the smaller clean error, at one learning rate? {name}",
-                    f"{finding.outcome.capitalize()}, {measured}{f'; {finding.why}' * bool(finding.why)}.",
+                    f"{finding.outcome.capitalize()}, {measured}{finding.because}.",
                     reviewer="Our own question", **about)  # fmt: skip
 
 
@@ -291,7 +293,6 @@ rules = {what: inference.difference(f"robust error under PGD, {what}", margin=ma
 rules["periodic ensemble - single run"]
 
 # %%
-shown = claimed or judged  # what notebook 6 has drawn is not drawn again, unless there is nothing else
 differences = pd.DataFrame(
     {"row": names[row]} | line
     for row in shown.values()
@@ -301,7 +302,6 @@ differences = pd.DataFrame(
 differences.round(4)
 
 # %%
-shown_table = table[table["network"].isin(names[row] for row in shown.values())]
 shown_sources = "; ".join(dict.fromkeys(of[row]["source"].iloc[0] for row in shown.values()))
 shown_count = counted(shown_table, "n")
 rows_there = differences.groupby("row", sort=False).size()
@@ -321,9 +321,8 @@ book.save(
     fig, "07_differences", differences, source=shown_sources, seeds=sorted(shown_table["seed"].unique().tolist()),
     caption="Differences in robust error under PGD, first minus second (negative: the first is better), at equal "
     "learning rates (the numbers), with 99 % intervals over seeds and images; a bar that ends at the edge goes on "
-    f"beyond it. Filled: decided. Without a bar: one seed. Grey band: the margin of {100 * margin:g} point. Star: of "
-    "some seed the two were made on two machines, some of them in two number formats. "
-    f"{shown_count}.",
+    f"beyond it. Filled: decided. Without a bar: one seed. Grey band: the margin of {100 * margin:g} point. Star: for "
+    f"some seed the two were made on unlike machines or in unlike number formats. {shown_count}.",
 )  # fmt: skip
 
 # %%
@@ -342,7 +341,7 @@ for name, row in claimed.items():
         lr = usual[name]
         finding = cells.compare(rules[what], of[row], (arm, lr, network), (other, lr, end))
         about = {"n": counts(row, (arm, lr), (other, lr)), "source": of[row]["source"].iloc[0]}
-        if finding.measured != "nothing" and paper and name.endswith(("eps 8/255", "eps 0.4")):
+        if finding.measured != "nothing" and paper and name.endswith(cells.PAPER):
             book.claim(f"{text}: {name}", section="5, Table 1", paper=paper, holds=finding, **about)
         elif finding.measured != "nothing":
             book.answer(f"Is it so? {text}: {name}", f"Robust error under PGD, {what}: {finding.words}.",
@@ -386,8 +385,7 @@ for (name, row), best in product(claimed.items(), (False, True)):
     book.answer(
         f"Is the robust error smaller in the worst case over all attacks, too? {name}, learning rate {lr:g}",
         f"Cosine minus constant, PGD, APGD (CE, DLR) and Square together: {finding.outcome}, {finding.measured}"
-        f"{f'; {finding.why}' * bool(finding.why)}. By PGD alone on the same images: "
-        f"{pgd_alone.measured.split(' (')[0]}. "
+        f"{finding.because}. By PGD alone on the same images: {pgd_alone.measured.split(' (')[0]}. "
         f"Of the images that PGD leaves Square turns {' and '.join(said.values())}.",
         reviewer="Reviewer 1", n=f"{len(both)} seeds, {pairs['worst'][0].shape[1]:,} test images",
         source=of[row]["source"].iloc[0],
@@ -526,8 +524,7 @@ for (row, arm, lr), part in twins.groupby(["row", "arm", "lr"]):
         book.answer(
             "Do a GPU in bfloat16 and a processor in float32 make the same networks? "
             f"{cells.title(part)}, {cells.spelt(arm)}, learning rate {lr:g}",
-            f"Robust error, the former minus the latter: {finding.outcome}, {finding.measured}"
-            f"{f'; {finding.why}' * bool(finding.why)}.",
+            f"Robust error, the former minus the latter: {finding.outcome}, {finding.measured}{finding.because}.",
             reviewer="Our own question", n=f"{len(both)} seed{'s' * (len(both) > 1)}, {a.shape[1]:,} test images",
             source=part["source"].iloc[0],
         )  # fmt: skip

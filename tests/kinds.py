@@ -110,6 +110,15 @@ def _weight_norm():
     return model
 
 
+def _two_weight_norms():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Softplus(), nn.Conv2d(2, 2, 2), nn.Flatten(), nn.Linear(2, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.nn.utils.weight_norm(model[0])
+        torch.nn.utils.weight_norm(model[2])
+    return model
+
+
 def _parametrised():
     model = Views()
     torch.nn.utils.parametrizations.weight_norm(model.linear)
@@ -145,6 +154,7 @@ MODULES = {
     "scalar": Scalar,
     "attention": Attention,
     "old weight_norm": _weight_norm,
+    "two old weight_norms": _two_weight_norms,
     "parametrised": _parametrised,
     "compiled": lambda: torch.compile(Views(), backend="aot_eager"),
     "made in inference mode": _made_in_inference_mode,

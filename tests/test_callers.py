@@ -261,12 +261,13 @@ def test_labels_that_the_model_has_no_class_for(label):
 @pytest.mark.parametrize("function", (FUNCTIONS | MOVING).values(), ids=FUNCTIONS | MOVING)
 def test_the_default_type_of_numbers_does_not_matter(function, dtype):
     def numbers(found):
-        found = found.model(0.5).f.weight if isinstance(found, landscape.Curve) else found
-        found = [v for row in found for v in (list(row.values())[1:] if isinstance(row, dict) else [row])] if (
-            isinstance(found, list)) else found  # fmt: skip
-        found = list(found.values()) if isinstance(found, dict) else found
-        parts = found if isinstance(found, (tuple, list)) else [found]
-        return torch.cat([torch.as_tensor(part, dtype=torch.float64).reshape(-1) for part in parts])
+        if isinstance(found, landscape.Curve):
+            found = found.model(0.5).f.weight
+        if isinstance(found, dict):
+            found = [value for name, value in found.items() if name != "layer"]
+        if isinstance(found, (tuple, list)):
+            return torch.cat([numbers(part) for part in found])
+        return torch.as_tensor(found, dtype=torch.float64).reshape(-1)
 
     model = network("views")
     expected = numbers(function(model, X, Y))
