@@ -4,7 +4,8 @@ A cell is one run in a table: a recipe at an eps, an arm, a learning rate, a see
 the budget, with "periodic " before it if it begins again. A cell's masks are of three networks, in the images for
 testing and in those set aside for choosing: "end", the last one; "ensemble", the mean of those at the ends of the
 periods, which of an arm without periods are its own checkpoints at the same epochs; "best", of all that the run kept
-the one with the least robust error on the images set aside. It stands in
+the one with the least robust error on the images set aside. Of "end" there may be masks of more images, too, for a
+comparison that asks for them. A cell stands in
 figures/<profile>/cells/<recipe>-eps<eps>/<arm>-lr<rate>-seed<seed>.json.
 """
 
@@ -71,13 +72,14 @@ def mistakes(model, x, y, attacks):
     return {name: wrong(model, x, y, attack).cpu().numpy() for name, attack in ({"clean": None} | attacks).items()}
 
 
-def make(recipe, settings, arm, data, aside, **changes):
+def make(recipe, settings, arm, data, aside, *, more=None, **changes):
     """Train, or find, a run, and measure its cell; both are found again (`runs`).
 
     Args:
         recipe, settings: a recipe's name and its settings, with plan and periods.
         arm: as for `configure`.
         data, aside: of `recipes.load`.
+        more: None, or Data of `recipes.more`, in whose test part PGD sees the last network, too.
         changes: of the settings: eps, lr, seed.
     Returns:
         A dict, for `write`.
@@ -92,8 +94,11 @@ def make(recipe, settings, arm, data, aside, **changes):
     run = runs.run(config, data)
     facts = {"run": run.folder.name, "aside": aside and aside.fingerprint, "plan": plan, "periods": periods}
     measured = runs.remember("cells", facts, lambda: _measure(run, data, aside, periods, **plan), version=2)
-    made = {"training": run.made, "attacks": measured["made"]}
-    return _asked(recipe, arm, run.config, data, settings) | {"masks": measured["masks"], "made": made}
+    masks, made = measured["masks"], {"training": run.made, "attacks": measured["made"]}
+    if more:
+        facts = {"run": run.folder.name, "more": more.fingerprint, "plan": plan}
+        masks = masks + runs.remember("cells", facts, lambda: _measure_more(run, more, **plan))
+    return _asked(recipe, arm, run.config, data, settings, more) | {"masks": masks, "made": made}
 
 
 def ahead(jobs, data):
@@ -114,10 +119,11 @@ def _make_there(folder, recipe, settings, arm, changes, *named):
     make(recipe, settings, arm, *(d and cluster.on_worker(folder, *d) for d in named), **changes)
 
 
-def _asked(recipe, arm, config, data, settings):
+def _asked(recipe, arm, config, data, settings, more=None):
     asked = {"recipe": recipe, "arm": arm, "config": asdict(config), "version": training.VERSION, "data": data.source,
              "fingerprint": data.fingerprint,
-             **{name: settings[name] for name in ("plan", "periods", "stops")}}  # fmt: skip
+             **{name: settings[name] for name in ("plan", "periods", "stops")},
+             **({"more": more.fingerprint} if more else {})}  # fmt: skip
     return json.loads(json.dumps(asked))  # tuples become lists, as they are read back
 
 
@@ -126,24 +132,43 @@ def _measure(run, data, aside, periods, *, pgd_images, strong_images, **plan):
     (name, first), *others = attacks(config.eps, config.seed, **plan).items()
 
     def look(network, epochs, part, images, chosen):
-        members = [run.model(epoch) for epoch in epochs]
-        net = (Ensemble(members) if len(members) > 1 else members[0]).to(compute.device())
-        masks = mistakes(net, *(t.to(compute.device()) for t in images), chosen)
-        entries.extend({"network": network, "part": part, "epochs": epochs, "attack": attack, "n": len(mask),
-                        "wrong": np.packbits(mask).tobytes().hex()} for attack, mask in masks.items())  # fmt: skip
-        return masks[next(iter(chosen))].mean()
+        entries.extend(_look(run, network, epochs, part, images, chosen))
+        return entries[-1]
 
     ends, step = [*periods, config.epochs], config.keep_every or config.epochs
     networks = {"end": ends[-1:], "ensemble": ends}
     if aside:
         kept = sorted({*range(step, config.epochs, step), *config.restarts, config.epochs})
         robust = {e: look(f"epoch {e}", [e], "aside", (aside.x_test, aside.y_test), {name: first}) for e in kept}
-        networks["best"] = [min(kept, key=robust.get)]
+        networks["best"] = [min(kept, key=lambda epoch: _bits(robust[epoch]).mean())]
     for network, epochs in networks.items():
         look(network, epochs, "test", (data.x_test[:pgd_images], data.y_test[:pgd_images]), {name: first})
     row = "ensemble" if config.restarts else "end"  # the network that stands in the paper's Table 1
     look(row, networks[row], "strong", (data.x_test[:strong_images], data.y_test[:strong_images]), dict(others))
     return {"masks": entries, "made": compute.made(compute.clock() - began)}
+
+
+def _measure_more(run, more, *, pgd_images, strong_images, **plan):
+    """PGD alone, its random points drawn anew from the seed, so that a test image has other ones than in `_measure`."""
+    name, first = next(iter(attacks(run.config.eps, run.config.seed, **plan).items()))
+    return _look(run, "end", [run.config.epochs], "more", (more.x_test, more.y_test), {name: first})
+
+
+def _look(run, network, epochs, part, images, chosen):
+    """The masks of the network at an epoch of a run, or of the ensemble of several, without attack and under each."""
+    members = [run.model(epoch) for epoch in epochs]
+    net = (Ensemble(members) if len(members) > 1 else members[0]).to(compute.device())
+    masks = mistakes(net, *(t.to(compute.device()) for t in images), chosen)
+    return [{"network": network, "part": part, "epochs": epochs, "attack": attack, "n": len(mask),
+             "wrong": np.packbits(mask).tobytes().hex()} for attack, mask in masks.items()]  # fmt: skip
+
+
+def _bits(entry):
+    """The mask (n,) of an entry of a cell. Raises ValueError where it is none of n images."""
+    mask, n = bytes.fromhex(entry["wrong"]), entry["n"]
+    if n < 1 or len(mask) != -(-n // 8):
+        raise ValueError(f"a mask of {n} images has {len(mask)} bytes")
+    return np.unpackbits(np.frombuffer(mask, np.uint8), count=n).astype(bool)
 
 
 def path_of(folder, cell):
@@ -162,9 +187,9 @@ def write(folder, cell):
     return path
 
 
-def stands(folder, recipe, settings, arm, data, **changes):
+def stands(folder, recipe, settings, arm, data, *, more=None, **changes):
     """Whether the folder has a cell of just this config, data and plan, wherever it was made (as for `make`)."""
-    asked = _asked(recipe, arm, configure(settings, arm, **changes), data, settings)
+    asked = _asked(recipe, arm, configure(settings, arm, **changes), data, settings, more)
     there = read_if_whole(path_of(folder, asked))
     return {key: there.get(key) for key in asked} == asked
 
@@ -177,8 +202,8 @@ def read(folders=None):
     Returns:
         rows: DataFrame, a line per mask, in an order that the files decide and not the order in which they came:
             profile, recipe, row (cells are compared and averaged within one only: all but arm, learning rate and seed
-            is equal there), arm, lr, seed, network, part ("test", "aside", or "strong": other attacks), kind ("clean",
-            "PGD", ...), attack, epochs, n, wrong (the mask), eps, source, device.
+            is equal there), arm, lr, seed, network, part ("test", "aside", "more", or "strong": other attacks), kind
+            ("clean", "PGD", ...), attack, epochs, n, wrong (the mask), eps, source, device.
         notes: sentences that name the cells left out (of another version, unreadable, or not what their name says),
             and those that are there twice with unlike masks.
     """
@@ -226,12 +251,8 @@ def _lines(profile, cell):
              "lr": config["lr"], "seed": config["seed"], "eps": config["eps"], "source": cell["data"],
              "device": f"{made['device']}, {made['precision']}"}  # fmt: skip
     for entry in cell["masks"]:
-        mask, n = bytes.fromhex(entry["wrong"]), entry["n"]
-        if n < 1 or len(mask) != -(-n // 8):
-            raise ValueError(f"a mask of {n} images has {len(mask)} bytes")
-        bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=n).astype(bool)
         kind = re.sub(r"-\d+", "", entry["attack"])  # PGD-10 and PGD-40 are of one kind
-        yield about | entry | {"kind": kind, "wrong": bits}
+        yield about | entry | {"kind": kind, "wrong": _bits(entry)}
 
 
 def _mixed(rows):
@@ -287,9 +308,17 @@ def pair(first, second):
     return *(np.array([m[s][:n] for s in seeds]).reshape(len(seeds), n) for m in (first, second)), seeds
 
 
-def compare(rule, rows, first, second, unless=""):
-    """What a rule finds of two arms of a row, each as (arm, lr) or (arm, lr, network), paired by seed."""
-    a, b, seeds = pair(masks(rows, *first), masks(rows, *second))
+def both(rows, first, second, kind="PGD"):
+    """What `pair` has of two arms of a row, each as (arm, lr) or (arm, lr, network): of more images where as many seeds
+    have both of these as have both of the test images, else of the test images."""
+    more, test = (pair(*(masks(rows, *asked, part=part, kind=kind) for asked in (first, second)))
+                  for part in ("more", "test"))  # fmt: skip
+    return more if len(more[-1]) >= max(1, len(test[-1])) else test
+
+
+def compare(rule, rows, first, second, *, kind="PGD", unless=""):
+    """What a rule finds of two arms, as of `both`."""
+    a, b, seeds = both(rows, first, second, kind)
     none = inference.Finding("undecided", None, "nothing", "no cells of a common seed yet")
     return rule(a, b, unless=unless) if seeds else none
 
@@ -314,7 +343,7 @@ def differences(rows, rules, at):
     for what, rule in rules.items():
         (arm, network), (other, end) = QUESTIONS[what]
         lr, than = at.get(arm), at.get(other)
-        a, b, seeds = pair(masks(rows, arm, lr, network), masks(rows, other, than, end))
+        a, b, seeds = both(rows, (arm, lr, network), (other, than, end))
         if seeds:
             (mean, half), found = inference.interval(a, b), rule(a, b)
             yield {"difference": what, "lr": lr, "second_lr": than, "mean": mean,

@@ -142,6 +142,17 @@ class Data:
         parts = self.x_train[:-n], self.y_train[:-n], self.x_train[-n:], self.y_train[-n:]
         return Data(*parts, f"{self.source}, {n:,} training images set aside", self._then("set_aside", n))
 
+    def more(self, n_train, n):
+        """The first training images, and as the test part n images beside them: all test images, then the training
+        images after the first. Raises ValueError for more than there are, or less than one."""
+        rest = self.x_train[n_train:], self.y_train[n_train:]
+        if not 1 <= n <= len(self.y_test) + len(rest[1]):
+            raise ValueError(f"cannot take {n} of {len(self.y_test)} test images and {len(rest[1])} training images")
+        x_test, y_test = (_joined(*parts) for parts in zip((self.x_test, self.y_test), rest, strict=True))
+        source = f"{self.source}, {n_train:,} training images and {n:,} of those after them and of the test images"
+        return Data(self.x_train[:n_train], self.y_train[:n_train], x_test[:n], y_test[:n], source,
+                    self._then("more", n_train, n))  # fmt: skip
+
     def rgb(self):
         """Grey images as networks for small colour images take them: three equal channels, a black border up to
         32 x 32. Colour images stay as they are."""
@@ -152,6 +163,10 @@ class Data:
 
     def _then(self, *step):
         return (*self.origin, step) if self.origin else ()
+
+
+def _joined(a, b):
+    return replace(a, files=a.files + b.files) if isinstance(a, Images) else torch.cat([a, b])
 
 
 def _rgb(x):

@@ -88,6 +88,13 @@ def load(settings):
     return replace(rest, source=found.source), found.set_aside(n)
 
 
+def more(settings, n):
+    """Data whose test part are n images that no run of a recipe learns from or chooses by, beyond its own test part:
+    all test images, then the training images that the recipe leaves. Raises ValueError where there are fewer."""
+    whole = data.load(settings["dataset"])
+    return whole.more(settings["images"][0] or len(whole.y_train), n)
+
+
 def configure(settings, **changes):
     """The TrainConfig of a recipe's settings, with what differs in this run.
 

@@ -35,8 +35,17 @@ profile = "quick"
 changes = {}  # of recipes: {recipe: {setting: value}}
 seeds = [0, 1, 2, 3]
 # What is made here, in this order: each recipe at an eps and a learning rate, its arms, and how many of the seeds.
+# more: on how many images that no run of the recipe has learned from or chosen by (`recipes.more`) PGD sees the last
+# network, too: for differences that the images, and not the seeds, leave undecided.
 todo = [
-    {"recipe": "lenet on few digits", "eps": "0.4", "lr": 1e-2, "arms": ["constant", "linear", "cosine"], "seeds": 4},
+    {
+        "recipe": "lenet on few digits",
+        "eps": "0.4",
+        "lr": 1e-2,
+        "arms": ["constant", "linear", "cosine"],
+        "seeds": 4,
+        "more": 0,
+    },
 ]
 keep_cells = False  # True: a cell that stands there with just these settings is taken, whatever machine made it
 minutes = None  # begin no new cell after this long; the table says what is there, and the next run goes on
@@ -73,22 +82,25 @@ folder = book.folder / "cells"
 
 # %%
 data = {name: recipes.load(chosen) for name, chosen in settings.items()}
+more = {(item["recipe"], n): recipes.more(settings[item["recipe"]], n) for item in todo if (n := item.get("more"))}
 wanted = [
     (item["recipe"], settings[item["recipe"]], arm,
-     {"eps": float(Fraction(item["eps"])), "lr": item["lr"], "seed": seed})
+     {"eps": float(Fraction(item["eps"])), "lr": item["lr"], "seed": seed},
+     more.get((item["recipe"], item.get("more"))))
     for item in todo for seed in seeds[: item["seeds"]] for arm in item["arms"]
 ]  # fmt: skip
-for _, chosen, arm, which in wanted:
+for _, chosen, arm, which, _ in wanted:
     cells.configure(chosen, arm, **which)  # what cannot be trained is refused before anything is
-missing = [job for job in wanted if not (keep_cells and cells.stands(folder, *job[:3], data[job[0]][0], **job[3]))]
+missing = [(*job, which, beside) for *job, which, beside in wanted
+           if not (keep_cells and cells.stands(folder, *job, data[job[0]][0], more=beside, **which))]  # fmt: skip
 if minutes is None:
-    cells.ahead(missing, data)  # all at once, where a cluster is at hand
+    cells.ahead([job for *job, _ in missing], data)  # all at once, where a cluster is at hand
 began, left = time.monotonic(), []
-for name, chosen, arm, which in tqdm(missing, desc="cells", mininterval=1):
+for name, chosen, arm, which, beside in tqdm(missing, desc="cells", mininterval=1):
     if minutes is not None and time.monotonic() - began > 60 * minutes:
         left.append(f"{name} {arm} lr {which['lr']:g} seed {which['seed']}")
         continue
-    cells.write(folder, cells.make(name, chosen, arm, *data[name], **which))
+    cells.write(folder, cells.make(name, chosen, arm, *data[name], more=beside, **which))
 there = len(wanted) - len(left)
 print(f"{there} of {len(wanted)} cells of this profile are there; not made:", ", ".join(left) or "none")
 
@@ -196,11 +208,11 @@ usual = {what: recipes.get(of[row]["recipe"].iloc[0], changes)["lr"] for what, r
 
 def counts(row, first, second):
     """Seeds and images by which two (arm, lr) of a row are compared, and where they were made if not in one place."""
-    pair = [of[row][(of[row]["arm"] == arm) & (of[row]["lr"] == lr)] for arm, lr in (first, second)]
-    seeds = len(set.intersection(*(set(part["seed"]) for part in pair)))
-    n = of[row][(of[row].part == "test") & (of[row].attack != "clean")]["n"].min()
+    a, _, seeds = cells.both(of[row], first, second)
     places = cells.places(of[row], first, second)
-    return f"{seeds} seed{'s' * (seeds != 1)}, {n:,} test images, {names[row]}{f'; {places}' * bool(places)}"
+    return (
+        f"{len(seeds)} seed{'s' * (len(seeds) != 1)}, {a.shape[1]:,} images, {names[row]}{f'; {places}' * bool(places)}"
+    )
 
 
 # %%
@@ -254,7 +266,7 @@ for name, row in claimed.items():
     on = {arm: len(cells.stuck(of[row], arm, lr)) for arm in of_arm}
     nothing = plateau and all(of_arm.values()) and not on["constant"]
     finding = cells.compare(
-        escape if plateau else better, of[row], *((arm, lr, "end", "test", "clean") for arm in ("cosine", "constant")),
+        escape if plateau else better, of[row], *((arm, lr) for arm in ("cosine", "constant")), kind="clean",
         unless="no constant run is on the plateau: nothing to leave" if nothing else "",
     )  # fmt: skip
     if not all(of_arm.values()):

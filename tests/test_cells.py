@@ -37,6 +37,7 @@ from lib.runs import run
 from lib.training import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import dry_run
 import profiles
 from layout import Layout
 
@@ -247,6 +248,34 @@ def test_a_cell_holds_what_its_networks_do(folder, tmp_path, monkeypatch):
     chosen = rows[(rows.network == "best") & (rows.kind == "PGD")]["epochs"].iloc[0]
     assert errors[chosen[0]] == min(errors.values())
     assert set(rows[rows.part == "strong"]["kind"]) == {"clean", "APGD CE", "APGD DLR", "Square"}
+    more = recipes.more(settings, 1050)
+    longer = cells.make(*args, more=more, eps=0.4, seed=1)
+    assert longer["masks"][:-2] == made["masks"] and {e["network"] for e in longer["masks"][-2:]} == {"end"}
+    mask = masks(table([longer]), "periodic cosine", 0.01, part="more", kind="clean")[1]
+    assert mask.tolist() == (predict(trained.model(3), more.x_test).argmax(1) != more.y_test).tolist()
+    assert not cells.stands(folder, *args[:4], more=more, eps=0.4, seed=1)
+    write(folder, longer)
+    assert cells.stands(folder, *args[:4], eps=0.4, seed=1)
+    assert cells.stands(folder, *args[:4], more=more, eps=0.4, seed=1)
+    assert not cells.stands(folder, *args[:4], more=recipes.more(settings, 1049), eps=0.4, seed=1)
+    which = {"eps": 0.4, "lr": 0.01, "seed": 1}
+    assert [dry_run.stands(folder, *args[:3], which, n) for n in (None, 1050, 1049)] == [True, True, False]
+
+
+def test_of_more_images_is_judged_where_as_many_seeds_have_them():
+    def rows(*seeds):
+        of = [cell(arm, s, wrong_images=(s,)) for arm in ("cosine", "constant") for s in (0, 1)]
+        for made in of:
+            if made["config"]["seed"] in seeds:
+                made["masks"].append(next(m for m in made["masks"] if m["network"] == "end") | {
+                    "part": "more", "attack": "PGD-10", "n": 24, "wrong": "ff0000"})  # fmt: skip
+        return table(of)
+
+    for seeds, images in (((), 12), ((0,), 12), ((0, 1), 24)):
+        a, b, common = cells.both(rows(*seeds), ("cosine", 0.1), ("constant", 0.1))
+        assert common == [0, 1] and a.shape == b.shape == (2, images) and (images == 12 or a[:, :8].all())
+    assert cells.both(rows(0, 1), ("cosine", 0.1), ("constant", 0.1), kind="clean")[0].shape == (2, 12)
+    assert cells.both(rows(0, 1), ("cosine", 0.1, "ensemble"), ("constant", 0.1))[0].shape[1] != 24
 
 
 @pytest.mark.parametrize("change", [{"stops": {"cosine": 0.1}}, {"periods": [1, 2]}])
@@ -315,6 +344,6 @@ def test_every_cell_that_the_overnight_profile_asks_for_is_committed():
     asked = profiles.read_profile(Layout(), "overnight")["07_table1"]
     for item in asked["todo"]:
         for arm, seed in product(item["arms"], asked["seeds"][: item["seeds"]]):
-            config = {"eps": float(Fraction(item["eps"])), "lr": item["lr"], "seed": seed}
-            path = path_of(cells.FIGURES / "overnight/cells", {"recipe": item["recipe"], "arm": arm, "config": config})
-            assert path.exists(), path
+            which = {"eps": float(Fraction(item["eps"])), "lr": item["lr"], "seed": seed}
+            job = item["recipe"], recipes.get(item["recipe"]), arm, which, item.get("more")
+            assert dry_run.stands(cells.FIGURES / "overnight/cells", *job), job

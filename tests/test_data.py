@@ -118,6 +118,18 @@ class TestMnist5k:
             with pytest.raises(ValueError, match=f"cannot set aside {n} of 300 training images"):
                 few.set_aside(n)
 
+    def test_more(self, digits):
+        more = digits.more(300, 1100)
+        assert torch.equal(more.x_test, torch.cat([digits.x_test, digits.x_train[300:400]]))
+        assert torch.equal(more.y_test, torch.cat([digits.y_test, digits.y_train[300:400]]))
+        assert (
+            torch.equal(more.x_train, digits.x_train[:300]) and "300 training images and 1,100 of those" in more.source
+        )
+        assert torch.equal(digits.more(4000, 7).x_test, digits.x_test[:7])
+        for n in (0, 4701):
+            with pytest.raises(ValueError, match=f"cannot take {n} of 1000 test images and 3700 training images"):
+                digits.more(300, n)
+
     @pytest.mark.parametrize("n_train, n_test", [(0, 1), (4001, 1), (1, 1001), (-3, None)])
     def test_first_refuses_more_than_there_is(self, digits, n_train, n_test):
         with pytest.raises(ValueError, match=r"cannot take -?\d+ of \d+ images"):
@@ -625,6 +637,7 @@ class TestStreamed:
             assert torch.equal(mine, theirs) if "y_" in part else mine == theirs
         assert torch.equal(streamed.first(5, 2).x_train[torch.arange(5)], held.first(5, 2).x_train)
         assert torch.equal(streamed.set_aside(7).x_test[torch.arange(7)], held.set_aside(7).x_test)
+        assert torch.equal(streamed.more(30, 9).x_test[torch.arange(9)], held.more(30, 9).x_test)
         assert streamed.rgb() is streamed
         assert lazy.to("meta")[torch.arange(2)].device.type == "meta"  # decoded, then moved
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lib import recipes
+from lib import data, recipes
 from lib.training import TrainConfig
 
 
@@ -78,6 +78,18 @@ def test_images_set_aside_are_training_images_that_are_not_trained_on(digits):
     assert torch.equal(rest.x_train, digits.x_train[:70]) and torch.equal(rest.x_test, digits.x_test[:50])
     assert torch.equal(aside.x_test, digits.x_train[70:100]) and torch.equal(aside.x_train, rest.x_train)
     assert "30 training images set aside" in aside.source
+
+
+@pytest.mark.parametrize("images, first", [([100, 50], 100), ([None, 50], 4000)])
+def test_more_images_are_none_that_a_run_learns_from_or_chooses_by(digits, images, first):
+    settings = {"dataset": "mnist5k", "images": images, "set_aside": 30}
+    seen = {x.numpy().tobytes() for part in recipes.load(settings) for x in part.x_train}
+    seen |= {x.numpy().tobytes() for x in recipes.load(settings)[1].x_test}
+    more = recipes.more(settings, n := 5000 - first)
+    assert len(more.y_test) == n and not seen & {x.numpy().tobytes() for x in more.x_test}
+    assert data.again(more.origin).fingerprint == more.fingerprint
+    with pytest.raises(ValueError, match=f"cannot take {n + 1} of 1000 test images and {n - 1000} training images"):
+        recipes.more(settings, n + 1)
 
 
 def test_what_stands_beside_a_config_is_no_field_of_it():

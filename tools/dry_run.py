@@ -60,8 +60,9 @@ def images(settings: dict, source: str) -> tuple[int, int]:
     return min(settings["images"][0] or counts[0], counts[0]), counts[-1]
 
 
-def stands(folder: Path, recipe: str, settings: dict, arm: str, which: dict) -> bool:
-    """As `cells.stands`, of as many images, whatever their pixels: to load those would take longer than all else."""
+def stands(folder: Path, recipe: str, settings: dict, arm: str, which: dict, more: int | None = None) -> bool:
+    """As `cells.stands`, of as many images (`more`: beside the recipe's), whatever their pixels: to load those would
+    take longer than all else."""
     from lib import cells  # takes seconds, as `recipes` does: only where cells are asked for
 
     there = read_if_whole(cells.path_of(folder, {"recipe": recipe, "arm": arm, "config": which}))
@@ -69,7 +70,10 @@ def stands(folder: Path, recipe: str, settings: dict, arm: str, which: dict) -> 
         return False
     asked, had = images(settings, there["data"])
     data = SimpleNamespace(source=there["data"], fingerprint=there["fingerprint"])
-    return asked == had and cells.stands(folder, recipe, settings, arm, data, **which)
+    beside = {entry["n"] for entry in there.get("masks", []) if entry["part"] == "more"}
+    return (
+        asked == had and (not more or beside == {more}) and cells.stands(folder, recipe, settings, arm, data, **which)
+    )
 
 
 def seconds(cell: dict, settings: dict) -> float:
@@ -108,7 +112,8 @@ def missing_cells(job: Job):
         settings, eps = recipes.get(recipe, asked.get("changes")), float(Fraction(item["eps"]))
         known[recipe] = known.get(recipe) or speeds(source.parents[1] / "figures", recipe, settings)
         for arm in item["arms"]:
-            there = sum(stands(own, recipe, settings, arm, {"eps": eps, "lr": lr, "seed": seed}) for seed in seeds)
+            there = sum(stands(own, recipe, settings, arm, {"eps": eps, "lr": lr, "seed": seed}, item.get("more"))
+                        for seed in seeds)  # fmt: skip
             title, count = f"{recipe}, eps {cells.budget(eps)}, lr {lr:g}, {arm}", len(seeds) - there
             yield count, there, title, {machine: count * each for machine, each in known[recipe].items()}
 
