@@ -278,10 +278,11 @@ book.answer(
 # %% [markdown]
 # ## Fractions of directions, and the question of the complement
 #
-# A reviewer asked whether T is simply the complement of V. For **one point and two classes** it is, but for the border:
-# of the classifiers whose robust margin is positive. With one point in the plane and the Euclidean norm, V is the cone
-# of half-angle $\arccos(\epsilon/\|x\|)$ round $x$, a fraction $\arccos(\epsilon/\|x\|)/\pi$ of all directions, and T
-# is the rest. **In general it is not.** Both counter-examples have eps = 0 and one input:
+# A reviewer asked whether T is simply the complement of V. For **one point and two classes** it is, up to the border:
+# of the classifiers whose robust margin is positive, T is the complement. With one point in the plane and the Euclidean
+# norm, V is the cone of half-angle $\arccos(\epsilon/\|x\|)$ round $x$, a fraction $\arccos(\epsilon/\|x\|)/\pi$
+# of all directions, and T is the rest. **In general it is not.** Both counter-examples have eps = 0 and inputs of one
+# dimension:
 #
 # * two points, x = 3 of class + and x = 1 of class −, with w = 1: the second point is wrong, so w is not in V, but
 #   scaling w up from 0 lowers the loss, so it is not in T;

@@ -393,7 +393,7 @@ book.answer(
 # $P(Z>\gamma)\le1/(\gamma-1)^2$; the paper's follows from it.
 #
 # *With noise* of variance $\sigma^2$ the same route leaves a term $2\sigma/e$ that does not go away as $T$ grows.
-# Another route does. $L_\epsilon$ is a maximum of functions with $\beta$-Lipschitz gradients
+# Another route leaves no such term. $L_\epsilon$ is a maximum of functions with $\beta$-Lipschitz gradients
 # ($\beta=L_{\theta\theta}$), so it is $\beta$-weakly convex. Its Moreau envelope $\varphi(\theta)=\min_u
 # L_\epsilon(u)+\beta\|u-\theta\|^2$, attained at $\hat\theta$, has under SGD with steps $\alpha$ (Davis & Drusvyatskiy
 # 2019, arXiv:1803.06523, Theorem 3.1)

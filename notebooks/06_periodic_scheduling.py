@@ -186,7 +186,7 @@ book.claim(
     section="5", paper="LeNet at eps 0.4 does not train under a constant budget, and does under a rising one",
     measured=f"on the plateau: {', '.join(f'{k} of {count} {cells.spelt(a)}' for a, k in on.items())}; "
     f"{finding.measured}",
-    holds=finding, n=paired, source=digits.source, believe=True,
+    holds=finding, n=paired, source=digits.source,
 )  # fmt: skip
 
 # %% [markdown]
@@ -224,7 +224,7 @@ book.save(
 # %%
 book.answer(
     f"Is the ensemble of the periods better than a single run of as many epochs? {cells.title(rows)}",
-    f"Robust error: {findings['periodic ensemble - single run'].words}. (A periodic LeNet is our extension.)",
+    f"A periodic LeNet is our extension. Robust error: {findings['periodic ensemble - single run'].words}.",
     reviewer="Our own question", n=paired, source=digits.source,
 )  # fmt: skip
 book.answer(
@@ -403,7 +403,7 @@ for name, part in grids.items():
     about = {"n": f"{len(rising)} seed{'s' * (len(rising) > 1)}, {len(rates)} rates", "source": part["source"].iloc[0]}
     if idle:  # no number of seeds would decide: there is nothing to be near
         book.answer(f"Is a rising budget less sensitive to the learning rate? {name}",
-                    f"It cannot be asked: under the budget {' and '.join(idle)} the mean robust error is that of "
+                    f"It cannot be asked: under the {' and '.join(idle)} budget the mean robust error is that of "
                     "guessing at every rate, and none is best.", reviewer="Our own question", **about)  # fmt: skip
         continue
     narrow = ""

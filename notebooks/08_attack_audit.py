@@ -146,7 +146,7 @@ def in_words(what, found):
         f" Undecided: {found.why}." if found.why else "")  # fmt: skip
 
 
-ERRORS = f"two standard errors are at most {len(x) ** -0.5:.2f} on {len(x):,} digits"
+ERRORS = f"two standard errors are at most {len(x) ** -0.5:.3f} on {len(x):,} digits"
 base = {name: subject.mask(**pgd(eps_of[name])) for name, subject in subjects.items()}
 stand = {name: ~mask for name, mask in base.items()}  # what the reported attack leaves
 
@@ -639,7 +639,7 @@ book.save(
     fig, "08_recipes", contest, source=digits.source, seeds=[first],
     caption=f"Error of networks by recipe and eps, {settings['epochs']} epochs each: without an attack, under one step "
     f"(FGSM), under PGD-{reported['num_steps']}, and under the worst of these and APGD-DLR. {len(x):,} test digits, "
-    f"one network each; two standard errors are at most {len(x) ** -0.5:.2f}.",
+    f"one network each; two standard errors are at most {len(x) ** -0.5:.3f}.",
 )  # fmt: skip
 
 # %%

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 from test_browser import CI, ROOT, page, reader  # noqa: F401 - `page` is a fixture
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -73,12 +74,16 @@ def test_no_link_of_the_repository_is_dead(name):
     assert links or name == "CONTRIBUTING.md"
 
 
-def test_the_lines_of_the_readme_run(digits):
+def test_the_lines_of_the_readme_run(digits, capsys):
     (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
     names = {}
     exec(lines, names)
-    assert names["x_adv"].shape == (100, 1, 28, 28)
-    assert 0.29 < (names["x_adv"] - digits.x_test[:100]).abs().max() <= 0.3 + 1e-6
+    model, x, y, attack = (names[name] for name in ("model", "x", "y", "attack"))
+    x_adv = attack(model, x, y)
+    assert torch.equal(x, digits.x_test[:100]) and 0.09 < (x_adv - x).abs().max() <= 0.1 + 1e-6
+    error, values = capsys.readouterr().out.split(" ", 1)
+    assert (model(x).argmax(1) != y).double().mean() <= float(error) <= 1
+    assert values.startswith("tensor([") and values.count(",") == 2
 
 
 @pytest.fixture(scope="module")

@@ -245,7 +245,7 @@ def notebooks(layout: Layout) -> str:
     together = sum(shared.values()) + sum(use["seconds"] for use in uses)
     groups = {name: [record for record in claims if record["notebook"] == name] for name in layout.names()}
     rows = [_notebook(records, times.get(name, 0)) for name, records in groups.items() if records]
-    rows.append(["together, two side by side", "", _counts(claims), _minutes(together / 2)])
+    rows.append(["together, two side by side (half of the sum)", "", _counts(claims), _minutes(together / 2)])
     heads = ["notebook", "a claim of the paper, or a question of its reviewers", "all verdicts", "time from nothing"]
     return table(heads, rows)
 
