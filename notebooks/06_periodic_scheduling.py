@@ -303,13 +303,13 @@ tried = pd.DataFrame(
 # %%
 if grids:
     across, down = min(3, len(grids)), -(-len(grids) // 3)
-    fig, axes = plt.subplots(down, across, figsize=(7, 0.4 + 2.5 * down), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(down, across, figsize=(7, 0.4 + 2.5 * down), squeeze=False)
     for ax, (name, part) in zip(axes.flat, tried.groupby("cells", sort=False)):
         for arm, shift in zip(both, (0.94, 1.06)):  # side by side, where the errors are equal
             group, colour = part[part["arm"] == arm], SCHEDULE_COLOURS[arm]
             ax.plot(group.groupby("lr")["robust"].mean(), color=colour, label=arm)
             ax.plot(shift * group["lr"], group["robust"], "o", color=colour, mfc="none", ms=4)
-        ax.set(xscale="log", xlabel="learning rate", ylim=(0, 1.03))
+        ax.set(xscale="log", xlabel="learning rate")
         ax.set_title(name, fontsize=8)
         at = {f"{rate:g}": rate for rate in sorted(part["lr"].unique())}
         ax.set_xticks(list(at.values()), at, fontsize=8, rotation=40)
@@ -321,8 +321,8 @@ if grids:
         fig, "06_learning_rates", tried, seeds=sorted(set(tried["seed"])),
         source="; ".join(dict.fromkeys(part["source"].iloc[0] for part in grids.values())),
         caption="Robust error on images set aside (PGD) by the learning rate of the training: a point per seed "
-        f"(at most {tried['seed'].nunique()}), lines through the means, arms side by side. From committed cells, made "
-        f"on {' and '.join(sorted(set(committed['device'])))}.",
+        f"(at most {tried['seed'].nunique()}), lines through the means, arms side by side; each row on a scale of its "
+        f"own. From committed cells, made on {' and '.join(sorted(set(committed['device'])))}.",
     )  # fmt: skip
 else:
     print("No committed cells at several learning rates: ./run_all.sh --profile overnight 07 makes them.")

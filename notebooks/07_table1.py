@@ -337,7 +337,8 @@ book.save(
     caption="Differences in robust error under PGD, first minus second (negative: the first is better), at equal "
     "learning rates (the numbers), with 99 % intervals over seeds and images; a bar that ends at the edge goes on "
     f"beyond it. Filled: decided. Without a bar: one seed. Grey band: the margin of {100 * margin:g} point. Star: for "
-    f"some seed the two were made on unlike machines or in unlike number formats. {shown_count}.",
+    f"some seed the two were made on unlike machines or in unlike number formats. {shown_count} (more, where the "
+    "numbers say so).",
 )  # fmt: skip
 
 # %%
