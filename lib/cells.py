@@ -79,7 +79,8 @@ def make(recipe, settings, arm, data, aside, *, more=None, **changes):
         recipe, settings: a recipe's name and its settings, with plan and periods.
         arm: as for `configure`.
         data, aside: of `recipes.load`.
-        more: None, or Data of `recipes.more`, in whose test part PGD sees the last network, too.
+        more: None, or Data of `recipes.more`, in whose test part the attacks see the last network, too: PGD in all of
+            it, the others in the first of it, as large a share as in the plan.
         changes: of the settings: eps, lr, seed.
     Returns:
         A dict, for `write`.
@@ -97,7 +98,7 @@ def make(recipe, settings, arm, data, aside, *, more=None, **changes):
     masks, made = measured["masks"], {"training": run.made, "attacks": measured["made"]}
     if more:
         facts = {"run": run.folder.name, "more": more.fingerprint, "plan": plan}
-        masks = masks + runs.remember("cells", facts, lambda: _measure_more(run, more, **plan))
+        masks = masks + runs.remember("cells", facts, lambda: _measure_more(run, more, **plan), version=2)
     return _asked(recipe, arm, run.config, data, settings, more) | {"masks": masks, "made": made}
 
 
@@ -149,9 +150,12 @@ def _measure(run, data, aside, periods, *, pgd_images, strong_images, **plan):
 
 
 def _measure_more(run, more, *, pgd_images, strong_images, **plan):
-    """PGD alone, its random points drawn anew from the seed, so that a test image has other ones than in `_measure`."""
-    name, first = next(iter(attacks(run.config.eps, run.config.seed, **plan).items()))
-    return _look(run, "end", [run.config.epochs], "more", (more.x_test, more.y_test), {name: first})
+    """Random points are drawn anew from the seed, so that a test image has other ones than in `_measure`."""
+    (name, first), *others = attacks(run.config.eps, run.config.seed, **plan).items()
+    n = max(1, len(more.y_test) * strong_images // pgd_images)
+    end = run, "end", [run.config.epochs]
+    return [*_look(*end, "more", (more.x_test, more.y_test), {name: first}),
+            *_look(*end, "more strong", (more.x_test[:n], more.y_test[:n]), dict(others))]  # fmt: skip
 
 
 def _look(run, network, epochs, part, images, chosen):
@@ -202,8 +206,8 @@ def read(folders=None):
     Returns:
         rows: DataFrame, a line per mask, in an order that the files decide and not the order in which they came:
             profile, recipe, row (cells are compared and averaged within one only: all but arm, learning rate and seed
-            is equal there), arm, lr, seed, network, part ("test", "aside", "more", or "strong": other attacks), kind
-            ("clean", "PGD", ...), attack, epochs, n, wrong (the mask), eps, source, device.
+            is equal there), arm, lr, seed, network, part ("test", "aside", "more"; "strong", "more strong": other
+            attacks), kind ("clean", "PGD", ...), attack, epochs, n, wrong (the mask), eps, source, device.
         notes: sentences that name the cells left out (of another version, unreadable, or not what their name says),
             and those that are there twice with unlike masks.
     """

@@ -250,7 +250,9 @@ def test_a_cell_holds_what_its_networks_do(folder, tmp_path, monkeypatch):
     assert set(rows[rows.part == "strong"]["kind"]) == {"clean", "APGD CE", "APGD DLR", "Square"}
     more = recipes.more(settings, 1050)
     longer = cells.make(*args, more=more, eps=0.4, seed=1)
-    assert longer["masks"][:-2] == made["masks"] and {e["network"] for e in longer["masks"][-2:]} == {"end"}
+    assert longer["masks"][:-6] == made["masks"] and {e["network"] for e in longer["masks"][-6:]} == {"end"}
+    assert [e["n"] for e in longer["masks"][-6:]] == [1050] * 2 + [525] * 4  # half of PGD's images, as in the plan
+    assert [e["part"] for e in longer["masks"][-6:]] == ["more"] * 2 + ["more strong"] * 4
     mask = masks(table([longer]), "periodic cosine", 0.01, part="more", kind="clean")[1]
     assert mask.tolist() == (predict(trained.model(3), more.x_test).argmax(1) != more.y_test).tolist()
     assert not cells.stands(folder, *args[:4], more=more, eps=0.4, seed=1)
