@@ -6,7 +6,7 @@ batch-normalisation buffers are afterwards as they were before, whatever happens
 """
 
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -202,9 +202,11 @@ def autoattack(
         raise ValueError(f"unknown attack {unknown}: choose some of {', '.join(LEAST_CLASSES)}")
     where, limits, x_adv = [x.device] if x.is_cuda else [], _limits(x, eps, norm), x.clone()
     with (
-        frozen(model, x, "full") as logits_of, _default_type(torch.float32),  # pyautoattack makes what it needs in it
-        torch.random.fork_rng(devices=where), torch.no_grad(), warnings.catch_warnings(action="ignore"),
+        frozen(model, x, "full") as logits_of, torch.random.fork_rng(devices=where), torch.no_grad(),
+        warnings.catch_warnings(action="ignore"), ExitStack() as afterwards,
     ):  # fmt: skip
+        afterwards.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)  # pyautoattack makes what it needs in it
         run, image = partial(_Guarded.apply, logits_of, x.dtype), x.float()
         logits = torch.cat([run(part) for part in image.split(batch_size)])
         check_labels(logits, y)
@@ -215,16 +217,15 @@ def autoattack(
         if eps == 0:
             return x_adv
         ball = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed, "device": x.device}
-        targets = {"n_restarts": 1, "n_target_classes": min(9, classes - 1)}
-        steps, starts = {"n_iter": num_steps}, {"n_restarts": num_restarts}
-        squares = {"p_init": 0.8, "n_queries": num_queries, "resc_schedule": num_queries < 5000}
+        plain = {"n_iter": num_steps, "n_restarts": num_restarts}
+        targeted = {"n_iter": num_steps, "n_restarts": 1, "n_target_classes": min(9, classes - 1)}
         make = {  # all settings at once, since the constructors derive others from them
-            "apgd-ce": partial(APGDAttack, loss="ce", rho=0.75, **steps, **starts),
-            "apgd-dlr": partial(APGDAttack, loss="dlr", rho=0.75, **steps, **starts),
-            "apgd-t": partial(APGDAttack_targeted, rho=0.75, **steps, **targets),
-            "fab": partial(FABAttack_PT, **steps, **starts),
-            "fab-t": partial(FABAttack_PT, targeted=True, **steps, **targets),
-            "square": partial(SquareAttack, **squares),
+            "apgd-ce": partial(APGDAttack, loss="ce", rho=0.75, **plain),
+            "apgd-dlr": partial(APGDAttack, loss="dlr", rho=0.75, **plain),
+            "apgd-t": partial(APGDAttack_targeted, rho=0.75, **targeted),
+            "fab": partial(FABAttack_PT, **plain),
+            "fab-t": partial(FABAttack_PT, targeted=True, **targeted),
+            "square": partial(SquareAttack, p_init=0.8, n_queries=num_queries, resc_schedule=num_queries < 5000),
         }
         for attack in attacks:
             runner = make[attack](run, **ball)
@@ -243,16 +244,6 @@ def autoattack(
 
 
 LEAST_CLASSES = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "fab": 2, "fab-t": 2, "square": 2}
-
-
-@contextmanager
-def _default_type(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class _Guarded(torch.autograd.Function):
