@@ -16,6 +16,7 @@ from scipy import stats
 from .checks import check_choice
 
 LEVEL = 0.01
+ALIKE = math.ceil(1 - math.log2(LEVEL))  # seeds that agree exclude chance, a coin each, on both sides: 8
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def together(findings):
     return Finding(", ".join(dict.fromkeys(f.outcome for f in findings.values())), verdict, measured)
 
 
-def trend(what, *, expect, margin=0.0, level=LEVEL):
+def trend(what, *, expect, margin=0.0):
     """Do values rise or fall along ordered conditions, in every seed? Page's test.
 
     Args:
@@ -91,14 +92,14 @@ def trend(what, *, expect, margin=0.0, level=LEVEL):
         margin: the mean change from the first condition to the last that matters, in the unit of the values.
     Returns:
         A Rule for values (seeds, conditions), infinite ones allowed, no NaN. It holds if the p value in the expected
-        direction is at most `level` and the change at least the margin; it does not if that of the other direction
+        direction is at most LEVEL and the change at least the margin; it does not if that of the other direction
         is, or if Student's interval for the change lies inside the margin.
     """
     check_choice("expect", expect, ("rises", "falls"))
     sign = 1 if expect == "rises" else -1
     beyond = f", and the mean change from first to last is at least {margin:g}" if margin else ""
     none = " or the change is surely below that" if margin else ""
-    text = (f"{_upper(what)} {expect}: Page's test over the seeds, one-sided, p at most {level:g}{beyond}. It does not "
+    text = (f"{_upper(what)} {expect}: Page's test over the seeds, one-sided, p at most {LEVEL:g}{beyond}. It does not "
             f"if the test says so of the other direction{none}.")  # fmt: skip
 
     def test(values):
@@ -113,19 +114,19 @@ def trend(what, *, expect, margin=0.0, level=LEVEL):
         change = np.subtract(v[:, -1], v[:, 0], out=np.zeros(seeds), where=~equal)
         with np.errstate(invalid="ignore"):  # opposite infinities have no mean, and a NaN is not beyond the margin
             mean = change.mean()
-        if p <= level and sign * mean >= margin:
+        if p <= LEVEL and sign * mean >= margin:
             return Finding(expect, True, measured)
-        if against <= level:
+        if against <= LEVEL:
             return Finding("falls" if sign > 0 else "rises", False, measured)
         inside = math.inf  # how many seeds would put the interval of the change inside the margin
         if margin and seeds > 1 and k > 1 and np.isfinite(change).all():
-            unseen = _unseen(change, level)
-            half = math.inf if unseen else stats.t.ppf(1 - level / 2, seeds - 1) * stats.sem(change)
+            unseen = _unseen(change)
+            half = math.inf if unseen else stats.t.ppf(1 - LEVEL / 2, seeds - 1) * stats.sem(change)
             if abs(mean) + half < margin:
                 return Finding(f"no change beyond {margin:g}", False, measured)
             if abs(mean) < margin:
-                inside = _alike(level) if unseen else math.ceil(seeds * (half / (margin - abs(mean))) ** 2)
-        return Finding("undecided", None, measured, _why_no_trend(seeds, k, z, p, level, inside))
+                inside = ALIKE if unseen else math.ceil(seeds * (half / (margin - abs(mean))) ** 2)
+        return Finding("undecided", None, measured, _why_no_trend(seeds, k, z, p, inside))
 
     return Rule(text, test)
 
@@ -149,22 +150,22 @@ def _page(v):
     return p, against, ((ranks @ np.arange(1, k + 1)).sum() - seeds * k * (k + 1) ** 2 / 4) / spread
 
 
-def _why_no_trend(seeds, k, z, p, level, inside):
+def _why_no_trend(seeds, k, z, p, inside):
     if seeds < 2:
         return "one seed cannot decide"
     if k < 2:
         return "one condition has no trend: two at least, better three"
-    least = max(2, math.ceil(math.log(level) / -math.log(math.factorial(k))))
-    if p <= level:
+    least = max(2, math.ceil(math.log(LEVEL) / -math.log(math.factorial(k))))
+    if p <= LEVEL:
         return "the order is there, but the change is too near its margin"
-    ordered = max(least, math.ceil(seeds * (stats.norm.isf(level) / z) ** 2), seeds + 1) if z > 0 else math.inf
+    ordered = max(least, math.ceil(seeds * (stats.norm.isf(LEVEL) / z) ** 2), seeds + 1) if z > 0 else math.inf
     if math.isinf(min(ordered, inside)):
         return f"no rank order seen in {seeds} seed{'s' * (seeds > 1)}"
     stays = "order" if ordered <= inside else "change"
     return f"too few seeds: {seeds}; about {min(ordered, inside)} would decide if the {stays} stays as it is"
 
 
-def difference(what, *, margin, expect="smaller", level=LEVEL, over="seeds and images"):
+def difference(what, *, margin, expect="smaller", over="seeds and images"):
     """Does the first arm err less than the second? Paired by seed and image; Student's interval on two levels.
 
     The seeds' spread and the images' spread enter as two independent errors (a crossed design: every seed's network
@@ -187,14 +188,14 @@ def difference(what, *, margin, expect="smaller", level=LEVEL, over="seeds and i
         raise ValueError(f"the margin must be positive, got {margin}")
     worth = {"smaller": f"*not smaller beyond the margin* if it lies above -{margin:g}; ",
              "larger": f"*not larger beyond the margin* if it lies below {margin:g}; "}.get(expect, "")  # fmt: skip
-    text = (f"{_upper(what)}: {expect}, by the {1 - level:.0%} interval over {over}, paired. *No difference beyond "
+    text = (f"{_upper(what)}: {expect}, by the {1 - LEVEL:.0%} interval over {over}, paired. *No difference beyond "
             f"the margin* if the interval lies within ±{margin:g}; if not, *smaller* or *larger* if it leaves out 0; "
             f"{worth}else undecided.")  # fmt: skip
 
     def test(a, b):
         d = _differences(a, b)
-        mean, *errors = _errors(d, level)
-        half = _half(d.shape, *errors, level)
+        mean, *errors = _errors(d)
+        half = _half(d.shape, *errors)
         most = 1.0 if d.shape[1] > 1 else math.inf  # that shares of images can differ by
         ends = f" [{max(mean - half, -most):+.4g}, {min(mean + half, most):+.4g}]" if math.isfinite(half) else ""
         measured = f"{mean:+.4g}{ends}"
@@ -209,16 +210,16 @@ def difference(what, *, margin, expect="smaller", level=LEVEL, over="seeds and i
         if gain + half < margin:
             return Finding(f"not {expect} beyond {margin:g}", False, measured)
         goal = max(abs(mean), margin - min(abs(mean), gain))  # the shortest way out
-        return Finding("undecided", None, measured, _why_no_difference(d, goal, half, errors, level))
+        return Finding("undecided", None, measured, _why_no_difference(d, goal, half, errors))
 
     return Rule(text, test)
 
 
-def interval(a, b, *, level=LEVEL):
+def interval(a, b):
     """Mean of a - b and half the width of its interval, as in `difference` (infinite for one seed)."""
     d = _differences(a, b)
-    mean, *errors = _errors(d, level)
-    return mean, _half(d.shape, *errors, level)
+    mean, *errors = _errors(d)
+    return mean, _half(d.shape, *errors)
 
 
 def _differences(a, b):
@@ -232,17 +233,12 @@ def _differences(a, b):
     return d.reshape(len(d), -1)
 
 
-def _alike(level):
-    """How many seeds must agree before chance, a coin each, is excluded on both sides."""
-    return math.ceil(1 - math.log2(level))
-
-
-def _unseen(values, level):
+def _unseen(values):
     """Whether too few seeds (the first axis) are all alike: no spread seen is not no spread."""
-    return not np.ptp(values, axis=0).any() and len(values) < _alike(level)
+    return not np.ptp(values, axis=0).any() and len(values) < ALIKE
 
 
-def _errors(d, level):
+def _errors(d):
     """Mean of differences (seeds, images), and the standard errors that come from the seeds and from the images."""
     s, n = d.shape
     seeds, images, mean = d.mean(1), d.mean(0), d.mean()
@@ -250,20 +246,20 @@ def _errors(d, level):
         return mean, math.inf, 0.0
     if n == 1:
         if np.ptp(seeds) == 0:
-            return mean, math.inf if _unseen(d, level) else 0.0, 0.0
+            return mean, math.inf if _unseen(d) else 0.0, 0.0
         return mean, seeds.std(ddof=1) / math.sqrt(s), 0.0
     both = ((d - seeds[:, None] - images + mean) ** 2).sum() / ((s - 1) * (n - 1))  # mean squares of a crossed design
-    from_seeds = math.inf if _unseen(d, level) else max(n * seeds.var(ddof=1), both) / (s * n)
+    from_seeds = math.inf if _unseen(d) else max(n * seeds.var(ddof=1), both) / (s * n)
     from_images = max(s * images.var(ddof=1) - both, 0) / (s * n)
     least = 0.0
     if np.ptp(d) == 0:  # the rule of three, from so many images on that chance is excluded
-        least = math.inf if n < _alike(level) else -math.log(level) / n / stats.t.isf(level / 2, n - 1)
+        least = math.inf if n < ALIKE else -math.log(LEVEL) / n / stats.t.isf(LEVEL / 2, n - 1)
     return mean, math.sqrt(from_seeds), max(math.sqrt(from_images), least)
 
 
-def _half(shape, seed_error, image_error, level):
+def _half(shape, seed_error, image_error):
     parts = zip(shape, (seed_error, image_error), strict=True)
-    return math.hypot(*(stats.t.isf(level / 2, n - 1) * e if n > 1 else e for n, e in parts))
+    return math.hypot(*(stats.t.isf(LEVEL / 2, n - 1) * e if n > 1 else e for n, e in parts))
 
 
 def _mcnemar(d):
@@ -273,24 +269,24 @@ def _mcnemar(d):
     return f"these networks: more errors on {more:,} images, fewer on {less:,} of {d.shape[1]:,}, p = {_p(p)}"
 
 
-def _why_no_difference(d, goal, half, errors, level):
+def _why_no_difference(d, goal, half, errors):
     (s, n), (seed_error, image_error) = d.shape, errors
     if s == 1:
         return "one seed: the spread between seeds is unknown; three at least"
     if math.isinf(image_error):
-        return f"too few images: {n}, all alike; {_alike(level)} alike would decide"
+        return f"too few images: {n}, all alike; {ALIKE} alike would decide"
     if math.isinf(seed_error):
-        return f"too few seeds: {s}, all alike, so that their spread is unknown; {_alike(level)} alike would decide"
-    more_images = max(1.0, 2 * (stats.norm.isf(level / 2) * image_error / goal) ** 2)
+        return f"too few seeds: {s}, all alike, so that their spread is unknown; {ALIKE} alike would decide"
+    more_images = max(1.0, 2 * (stats.norm.isf(LEVEL / 2) * image_error / goal) ** 2)
     numbers = range(s + 1, 1001)  # of seeds, each of which narrows the interval
     enough = bisect_left(numbers, True, key=lambda k: _half(
-        (k, n), seed_error * math.sqrt(s / k), image_error / math.sqrt(more_images), level) < goal)  # fmt: skip
+        (k, n), seed_error * math.sqrt(s / k), image_error / math.sqrt(more_images)) < goal)  # fmt: skip
     wanted = f"about {numbers[enough]} seeds" if enough < len(numbers) else "more than 1,000 seeds"
     images = f" and {math.ceil(n * more_images / 100) * 100:,} images" if more_images > 1 else ""
     return f"half-width {half:.2g} at {s} seeds{f', {n:,} images' if n > 1 else ''}; {wanted}{images} would decide"
 
 
-def at_most(what, *, bound, level=LEVEL):
+def at_most(what, *, bound):
     """Is a share at most `bound`? Clopper and Pearson's one-sided bounds.
 
     Returns:
@@ -299,12 +295,12 @@ def at_most(what, *, bound, level=LEVEL):
     """
     if not 0 < bound < 1:
         raise ValueError(f"the bound of a share lies between 0 and 1, got {bound}")
-    least = math.ceil(math.log(level) / math.log(1 - bound))
-    text = (f"{_upper(what)}: at most {bound:g}, by Clopper and Pearson's {1 - level:.0%} bound. That needs at least "
+    least = math.ceil(math.log(LEVEL) / math.log(1 - bound))
+    text = (f"{_upper(what)}: at most {bound:g}, by Clopper and Pearson's {1 - LEVEL:.0%} bound. That needs at least "
             f"{least} cases, if none of them counts.")  # fmt: skip
 
     def upper(k, n):
-        return stats.beta.isf(level, k + 1, n - k) if k < n else 1.0
+        return stats.beta.isf(LEVEL, k + 1, n - k) if k < n else 1.0
 
     def test(count, n):
         if not (float(count).is_integer() and float(n).is_integer() and 0 <= count <= n):
@@ -312,7 +308,7 @@ def at_most(what, *, bound, level=LEVEL):
         k, n = int(count), int(n)
         if n == 0:
             return Finding("undecided", None, "0 of 0", f"there is no case to count; {least} at least")
-        high, low = upper(k, n), stats.beta.ppf(level, k, n - k + 1) if k else 0.0
+        high, low = upper(k, n), stats.beta.ppf(LEVEL, k, n - k + 1) if k else 0.0
         measured = f"{k} of {n:,}, that is {low:.3g} to {high:.3g}"
         if high <= bound:
             return Finding(f"at most {bound:g}", True, measured)
