@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -129,7 +130,7 @@ class Book:
         _write_record(self.folder / f"{stem}.json", record)
         plt.close(fig)
         self.last = stem
-        display(Shown(content["png"], format="png", width=_width(content["png"]), alt=caption))
+        display(Shown(content["png"], format="png", width=round(96 * fig.get_figwidth()), alt=caption))
         display(Markdown(f"*{caption}* Data: {source}."))
 
     def claim(self, claim, **facts):
@@ -177,21 +178,20 @@ class Book:
         path = self.folder / f"{self.name}.uses.json"
         _write_record(path, about | {"asked": self.asked, "runs": uses, "seconds": round(max(0, own), 1)})
         if journal := os.environ.get("JOURNAL"):  # for the runner's closing table
-            states = [entry["state"] for entry in used.values()]
-            write_json(Path(journal), {state: states.count(state) for state in dict.fromkeys(states)})
+            write_json(journal, Counter(entry["state"] for entry in used.values()))
         if self.box:
             record = read_json(path)
-            self.box.update(Markdown(self._answers(record["seconds"] + sum(run["seconds"] for run in record["runs"]))))
+            seconds = record["seconds"] + sum(run["seconds"] for run in record["runs"])
+            self.box.update(Markdown(self._answers(seconds, used.values())))
 
-    def _answers(self, seconds):
+    def _answers(self, seconds, used):
         lines = [f"**{row['verdict'].capitalize()}**: {row['claim']}" for row in self.rows["claims"]]
         lines += [f"**{row['reviewer']}**: {row['question']} *Answer*: {row['answer']}" for row in self.rows["answers"]]
         failed = [row["check"] for row in self.rows["checks"] if not row["passed"]]
         if self.rows["checks"]:
             n = len(self.rows["checks"])
             lines.append(f"Self-checks: {n - len(failed)} of {n} pass" + "".join(f"; FAILS: {text}" for text in failed))
-        own = [entry for entry in runs.journal if entry["state"] != "committed"]
-        where = sorted({f"{m['device']}, {m['precision']}" for m in _made(own)} or {compute.hardware()["device"]})
+        where = sorted({f"{m['device']}, {m['precision']}" for m in _made(used)} or {compute.hardware()["device"]})
         foot = (f"Profile `{self.profile}`; {seconds:.0f} s of computing from nothing, with the networks that are made "
                 f"here (committed cells are not counted), on {'; '.join(where)}.")  # fmt: skip
         return "\n".join(["**Answers**", "", *(f"- {line.rstrip('.')}." for line in lines), "", foot])
@@ -331,10 +331,6 @@ def _png(fig):
     out = io.BytesIO()
     (few if furthest <= 24 else whole).save(out, "png", optimize=True)
     return out.getvalue()
-
-
-def _width(png):
-    return round(Image.open(io.BytesIO(png)).width * 96 / DPI)
 
 
 def _short(value):
