@@ -102,22 +102,23 @@ def weight_box(model, x, y, *, radius):
     """
     (x, y, _), radius = check_inputs(x, y), check_eps(radius, name="radius", norm="l2")
     with torch.inference_mode(False), torch.no_grad():
-        exact, low, high, squares, backs = _exact(model), x.double(), x.double(), [], []
+        exact, squares = _exact(model), []
         _split(exact)
         owned = [id(p) for layer in exact if _moves(layer) for p in layer.parameters()]
         if owned != [id(p) for p in exact.parameters()]:  # which names a parameter once
             raise ValueError("a box of weights takes nn.Linear and nn.Conv2d, not nested, that share no parameter")
-        for layer in exact:
-            low, high, back = _moving(layer, low, high, radius, squares) if _moves(layer) else _carry(layer, low, high)
-            backs.insert(0, back)
+
+        def carry(layer, low, high):
+            return _moving(layer, low, high, radius, squares) if _moves(layer) else _carry(layer, low, high)
+
+        low, high, back = _sequential(exact, x.double(), x.double(), carry)
         check_labels(low, y)
         own = torch.eye(low.shape[1], dtype=torch.bool, device=low.device)  # a class and its rivals at opposite ends
         p_low, p_high = (torch.where(own, a[:, None], b[:, None]).log_softmax(2).diagonal(dim1=1, dim2=2)
                          for a, b in ((low, high), (high, low)))  # fmt: skip
         loss_high, loss_low = (F.nll_loss(p, y).item() for p in (p_low, p_high))
         g = [(p.exp() - F.one_hot(y, len(own)))[None] / len(y) for p in (p_low, p_high)]
-        for back in backs:
-            g = back(*g)
+        back(*g)
         return WeightBox(low, high, loss_low, loss_high, sum(squares) ** 0.5)
 
 
@@ -233,10 +234,10 @@ def _carry(layer, low, high):
     return RULES[type(layer)](layer, low, high)
 
 
-def _sequential(layers, low, high):
+def _sequential(layers, low, high, carry=_carry):
     backs = []
     for layer in layers:
-        low, high, back = _carry(layer, low, high)
+        low, high, back = carry(layer, low, high)
         backs.insert(0, back)
 
     def back(g_low, g_high):
