@@ -17,7 +17,7 @@ from torch import nn
 
 from . import runs
 from .attacks import LEAST_CLASSES, LOSSES, autoattack, fgsm, frozen, input_gradient, pgd, simba
-from .checks import check_choice, check_count, check_inputs
+from .checks import check_choice, check_count
 from .differentiate import differentiating
 from .evaluation import attacked, in_batches, wrong
 
@@ -37,8 +37,7 @@ def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
     Raises:
         ValueError: num_restarts or batch_size below 1, no images, and whatever the attack raises.
     """
-    check_count(1, num_restarts=num_restarts, batch_size=batch_size)
-    x, y, _ = check_inputs(x, y)
+    check_count(1, num_restarts=num_restarts)
     falls = torch.where(wrong(model, x, y, batch_size=batch_size), 0, num_restarts + 1)
     done = 0
     while done < num_restarts and len(left := (falls > done).nonzero().squeeze(1)):

@@ -90,7 +90,7 @@ class TestFirstFalls:
     @pytest.mark.parametrize("change, message", [
         ({"num_restarts": 0}, "num_restarts must be an integer >= 1, got 0"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
-        ({"x": torch.rand(0, 1, 28, 28), "y": torch.zeros(0, dtype=torch.int64)}, "B >= 1"),
+        ({"x": torch.rand(0, 1, 28, 28), "y": torch.zeros(0, dtype=torch.int64)}, "no data"),
     ])  # fmt: skip
     def test_bad_input(self, trained, batch, change, message):
         arguments = {"model": trained, "x": batch[0], "y": batch[1], "attack": partial(fgsm, eps=0.1)} | change
