@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from .checks import check_choice, check_count, check_labels
 from .curvature import check, copied, loss_gradient, top_eigenpairs
 from .differentiate import differentiating, own
-from .evaluation import attacked, predict
+from .evaluation import attacked, predict, share
 
 ADVERSARIES = ("none", "frozen", "rerun")
 
@@ -127,10 +127,8 @@ def _loss_and_error(model, x, y, attack, batch_size):
     if attack is not None:
         x = attacked(model, x, y, attack, batch_size=batch_size)
     logits = predict(model, x, batch_size=batch_size)
-    if not torch.isfinite(logits).all():
-        raise ValueError("logits are NaN or infinite at some point: check the parameters there, the data and the steps")
     check_labels(logits, y)
-    return F.cross_entropy(logits.double(), y).item(), (logits.argmax(1) != y).double().mean().item()
+    return F.cross_entropy(logits.double(), y).item(), share(logits.argmax(1) != y)
 
 
 def flat(model):
@@ -178,9 +176,7 @@ def scatter(model, direction, distances, x, y, attack, *, symmetric=False, batch
     x, y = check(model, x, y)
     theta, moved, rows = flat(model), copied(model, x), []
     if not 0 < direction.norm() < math.inf or direction.numel() != len(theta):
-        raise ValueError(
-            f"the direction must be ({len(theta)},), of positive, finite length, got {tuple(direction.shape)}"
-        )
+        raise ValueError(f"direction must be ({len(theta)},) of positive, finite length, got {tuple(direction.shape)}")
     v = direction.reshape(-1) / direction.norm()
 
     def look(a):
@@ -229,9 +225,7 @@ class Curve:
         for (name, a), (_, b) in zip(*(model.named_buffers() for model in self.ends), strict=True):
             owner = self.ends[0].get_submodule(name.rpartition(".")[0])
             if not isinstance(owner, BatchNorm) and not torch.equal(a, b):
-                raise ValueError(
-                    f"start and end differ in the buffer {name!r}, and no curve leads from one to the other"
-                )
+                raise ValueError(f"start and end differ in the buffer {name!r}: no curve leads from one to the other")
         self.points = torch.stack([flat(start), *bends, flat(end)])
 
     def weights(self, t):
@@ -257,7 +251,6 @@ class Curve:
         return moved
 
 
-@differentiating()
 def _measure(model, x):
     """Give batch normalisation the mean and variance over x, each image counted once, all else in evaluation mode.
 

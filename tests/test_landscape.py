@@ -418,7 +418,7 @@ def test_a_loss_that_is_not_finite():
         lambda: connect(model, other, x, y),
         lambda: along(Curve(model, other), [0, 0.5, 1], x, y),
     ):
-        with pytest.raises(ValueError, match=r"logits are NaN or infinite at some point|NaN or infinite logits"):
+        with pytest.raises(ValueError, match="NaN or infinite logits"):
             call()
 
 
