@@ -161,18 +161,14 @@ def top_eigenpairs(model, x, y, k=20, *, num_smallest=0, tolerance=5e-4, seed=0,
             )
     as_tensor = partial(torch.tensor, dtype=hessian.dtype, device=hessian.device)
     pairs = Eigenpairs(as_tensor(values), as_tensor(mixing.T) @ basis, as_tensor(residuals))
-    _check_residual(hessian, pairs, int(residuals.argmax()), scale, tolerance)
-    return pairs
-
-
-def _check_residual(hessian, pairs, i, scale, tolerance):
-    """One more product, for the pair that is least converged: rounding is in no recurrence."""
+    i = int(residuals.argmax())  # the pair that is least converged: one more product, as rounding is in no recurrence
     measured = ((hessian(pairs.vectors[i]) - pairs.values[i] * pairs.vectors[i]).norm() / scale).item()
     if not measured <= tolerance:
         raise RuntimeError(
             f"the residual of eigenpair {i + 1} is {measured:.2g}, above the tolerance {tolerance:.2g}: raise it, or "
             f"{_finer(hessian.dtype)}"
         )
+    return pairs
 
 
 def _finer(dtype):
