@@ -9,6 +9,7 @@ reached by two ways is one. A measurement works on a deep copy of the model, whi
 
 import copy
 import math
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple
@@ -365,10 +366,10 @@ def copied(model, x=None, name="the model"):
 def _check_copy(result, others, x):
     """Raise ValueError if logits of a copy depend on other tensors than its own parameters: a function that was put
     into the model (a lambda) still has the given one, and what was made from a parameter beforehand stays as it is."""
-    flags = {name: t.requires_grad for name, t in others.items()}
     changing = {name: t for name, t in others.items() if not t.is_inference()}
-    try:
+    with ExitStack() as afterwards:
         for t in changing.values():
+            afterwards.callback(t.requires_grad_, t.requires_grad)
             t.requires_grad_(True)
         logits = result(x.detach().requires_grad_(x.is_floating_point()))
         names, seen = {id(t): name for name, t in changing.items()}, {None}
@@ -383,9 +384,6 @@ def _check_copy(result, others, x):
                     "a tensor that it keeps beside its parameters, cannot follow them"
                 )
             todo += [following for following, _ in node.next_functions]
-    finally:
-        for name, t in changing.items():
-            t.requires_grad_(flags[name])
 
 
 def loss_gradient(model, x, y, *, again=False):

@@ -5,6 +5,8 @@ or an attack finds an x' with ||x' - x|| <= eps that is; a lower bound of the tr
 fail.
 """
 
+from contextlib import ExitStack
+
 import torch
 import torch.nn.functional as F
 
@@ -132,15 +134,12 @@ def unit_activity(model, x, *, batch_size=500):
         high[name] = torch.maximum(high.get(name, values), values).amax(0, keepdim=True)
 
     model = as_module(model)
-    hooks = [model.register_forward_pre_hook(lambda *_: used.clear())]
-    for name, m in model.named_modules():
-        if isinstance(m, tuple(ACTIVATIONS.values())):
-            hooks.append(m.register_forward_hook(lambda _m, _x, output, name=name: note(name, output.detach())))
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(model.register_forward_pre_hook(lambda *_: used.clear()))
+        for name, m in model.named_modules():
+            if isinstance(m, tuple(ACTIVATIONS.values())):
+                hooks.enter_context(m.register_forward_hook(lambda _m, _x, out, name=name: note(name, out.detach())))
         note("logits", predict(model, x, batch_size=batch_size))
-    finally:
-        for hook in hooks:
-            hook.remove()
     found = []
     for name in low:
         dead, constant = (low[name] == 0) & (high[name] == 0), high[name] - low[name] <= 1e-6
