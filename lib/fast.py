@@ -134,5 +134,4 @@ RULES = {
     nn.Conv2d: _convolution,
     nn.Linear: _linear,
     nn.BatchNorm2d: _batch_norm,
-    nn.Dropout: lambda _layer, _low: lambda h: h,
 }
