@@ -31,7 +31,7 @@ from .compute import clock, device, exact_convolutions, made
 from .differentiate import differentiating
 from .evaluation import evaluate, predict
 from .fast import channels_last
-from .files import read_json, write_bytes, write_json
+from .files import as_json, read_json, write_bytes, write_json
 
 # What a run of a config means. Raised by hand when training changes its meaning, so that runs made before are left
 # alone; tests/test_training.py notices when it should be.
@@ -232,9 +232,8 @@ def train(config, data, *, folder, quiet=False):
         state.restore(folder / "checkpoint.safetensors")
     else:
         state.keep(folder)
-    rest = range(state.epoch, config.epochs)
     bar = {"desc": config.describe(), "initial": state.epoch, "total": config.epochs, "leave": False, "mininterval": 1}
-    for _ in tqdm(rest, **bar, disable=quiet):
+    for _ in tqdm(range(state.epoch, config.epochs), **bar, disable=quiet):
         try:
             state.train_epoch()
         except ValueError as error:
@@ -261,7 +260,7 @@ def read(folder, config, data=None):
 
 def _check_same(folder, record, config, data):
     """Raise ValueError unless a record is of this config and these pixels (of which older ones say nothing)."""
-    if record["config"] != json.loads(json.dumps(asdict(config))):
+    if record["config"] != as_json(asdict(config)):
         raise ValueError(f"{folder} holds a run of another config: choose another folder")
     if data is not None and record.get("pixels", data.fingerprint) != data.fingerprint:
         raise ValueError(f"{folder} holds a run on other data: choose another folder")
