@@ -185,8 +185,7 @@ def _exact(model):
 def check_layers(model):
     """Raise ValueError, naming the layer, unless each has a rule in the mode that it is in."""
     for name, layer in model.named_modules():
-        objection = _objection(layer)
-        if objection:
+        if objection := _objection(layer):
             kind = str(layer).splitlines()[0].removesuffix("(")
             raise ValueError(f"no interval bounds for layer {kind} ({name or 'the model itself'}): {objection}")
 

@@ -74,15 +74,13 @@ class Book:
                              "committed figures stay as they are."))  # fmt: skip
 
     def _now(self):
-        missing = [name for name in self.names if name not in self.namespace]
-        if missing:
+        if missing := [name for name in self.names if name not in self.namespace]:
             raise SettingError(f"{', '.join(missing)} is not set: run the parameters cell first")
         return {name: self.namespace[name] for name in self.names}
 
     def _fresh(self):
         now = self._now()
-        changed = [name for name in self.names if repr(now[name]) != repr(self.parameters[name])]
-        if changed:
+        if changed := [name for name in self.names if repr(now[name]) != repr(self.parameters[name])]:
             raise SettingError(
                 f"{', '.join(changed)} changed since the book was opened: run the notebook again "
                 f"from the cell with Book({self.name!r}, ...) on, so that all of it has one setting"
@@ -118,9 +116,7 @@ class Book:
         if not isinstance(table, pd.DataFrame) or table.empty or not caption or not source:
             raise ValueError(f"{stem} needs a table of the numbers drawn, a caption and a source")
         if fig.get_figwidth() > WIDTH:
-            raise ValueError(
-                f"{stem} is {fig.get_figwidth():g} inches wide: more than {WIDTH}, its text gets too small"
-            )
+            raise ValueError(f"{stem} is {fig.get_figwidth():g} inches wide: beyond {WIDTH}, its text gets too small")
         content = {"png": _png(fig), "csv": table.to_csv(index=False, lineterminator="\n").encode()}
         record = self._about() | {"stem": stem, "caption": caption, "source": source, "seeds": list(seeds)}
         record["sha256"] = {kind: hashlib.sha256(data).hexdigest() for kind, data in content.items()}

@@ -348,9 +348,8 @@ def _data(x, y, norm, eps=0.0):
     """Checked points, labels and the number of classes."""
     x, y = _points(x, y, norm, eps)
     K = int(y.max()) + 1
-    missing = np.setdiff1d(np.arange(K), y)
-    if len(missing):
-        raise ValueError(f"labels skip class {missing[0]}: renumber them")
+    if missing := set(range(K)) - set(y.tolist()):
+        raise ValueError(f"labels skip class {min(missing)}: renumber them")
     if K < 2:
         raise ValueError("one class only: any constant classifier is perfect")
     return x, y, K
