@@ -16,7 +16,7 @@ import profiles
 from layout import HERE, Layout
 from nbclean import clean, dumps
 
-from lib.files import folder_from_environment, read_json, write_bytes
+from lib.files import folder_from_environment, read_if_whole, read_json, write_bytes
 
 TINY = "tiny"
 INLINE = "module://matplotlib_inline.backend_inline"  # what a kernel would set, after matplotlib is imported here
@@ -160,10 +160,7 @@ def make_jobs(layout: Layout, sections: dict, timeout: int, scratch: Path) -> li
 
 def read_times(layout: Layout, profile: str) -> dict[str, float]:
     """Seconds that each notebook took last time; empty when that is not known."""
-    try:
-        return json.loads((layout.build / profile / "times.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    return read_if_whole(layout.build / profile / "times.json")
 
 
 def recorded_times(layout: Layout, profile: str) -> dict[str, float]:
