@@ -47,9 +47,7 @@ def connect(patience=0):
             return Client(address(), timeout=ANSWER, set_as_default=False)
         except (OSError, ValueError) as error:
             if time.monotonic() > deadline:
-                raise ClusterError(
-                    f"no scheduler answers at {address()}: is it running, and is this its address?"
-                ) from error
+                raise ClusterError(f"no scheduler answers at {address()}: does it run, at this address?") from error
             time.sleep(1)
 
 

@@ -35,9 +35,7 @@ def write_bytes(path, content):
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(
-            error.errno, f"{path} was not written ({error.strerror}); the old file, if any, stands"
-        ) from error
+        raise OSError(error.errno, f"{path} was not written ({error.strerror}); the old file stands, if any") from error
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
