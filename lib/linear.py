@@ -213,7 +213,7 @@ class Minimum(NamedTuple):
     gap: float
 
 
-def minimize(x, y, *, eps, norm, bias=False, max_gap=1e-8, max_rounds=30):
+def minimize(x, y, *, eps, norm, bias=False, max_gap=1e-8):
     """Minimise the mean robust loss over all linear classifiers, with a certificate.
 
     Each round solves the convex program "mean of the largest loss among the perturbed points found so far" and adds
@@ -222,7 +222,7 @@ def minimize(x, y, *, eps, norm, bias=False, max_gap=1e-8, max_rounds=30):
 
     Args:
         x, y, norm, bias: as for `eps_bar`. eps: radius, >= 0.
-        max_gap: the rounds end when the gap is below this (nats), when they no longer help, or after max_rounds.
+        max_gap: the rounds end when the gap is below this (nats), when they no longer help, or after 30.
     Returns:
         Minimum. With four or more classes the gap contains the distance between the values of `robust_loss`.
     Raises:
@@ -239,7 +239,7 @@ def minimize(x, y, *, eps, norm, bias=False, max_gap=1e-8, max_rounds=30):
     x, eps = x / scale, eps / scale
     cuts, owner = x, np.arange(len(y))
     best, ceiling, floor = Minimum(None, None, np.inf, np.inf), np.inf, -np.inf
-    for _ in range(max_rounds):
+    for _ in range(30):
         X = np.hstack([cuts, np.ones((len(cuts), 1))]) if bias else cuts
         try:
             W, b, values, weights = _solve_cuts(X, y[owner], owner, K, bias)
