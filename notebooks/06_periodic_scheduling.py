@@ -335,9 +335,12 @@ better = 0.9 - margin  # a robust error below this is better than guessing among
 def counted(part, first, second):
     """Seeds and images by which two (arm, learning rate) are compared, as a text."""
     masks, _, pairs = cells.both(part, first, second)
-    return f"{len(pairs)} seed{'s' * (len(pairs) != 1)}, {masks.shape[1]:,} images"
+    beside = masks.shape[1] - part[part["part"] == "test"]["n"].max()
+    said = f", {beside:,} of them not of the recipe" if beside > 0 else ""
+    return f"{len(pairs)} seed{'s' * (len(pairs) != 1)}, {masks.shape[1]:,} images{said}"
 
 
+# %%
 def at_best(part):
     """Cosine against constant, each at its best rate: what is measured, and the finding."""
     mean = {arm: cells.means(part, arm) for arm in both}
