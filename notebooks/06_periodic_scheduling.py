@@ -262,7 +262,8 @@ book.answer(
 # grid *costs* is an answer beside it: the mean error over the rates above the least one, seed by seed. (Added when six
 # seeds of VGG16 had left the range open, and before six more.) Where both are best at the recipe's own rate,
 # the comparison is that of notebook 7, and is not counted again. Both budgets rate by rate are an answer and no claim:
-# it was added after VGG16 had been seen to end better under the rising one at the rate that widened its grid.
+# it was added after VGG16 had been seen to end better under the rising one at the rate that widened its grid (with six
+# seeds; with eight it is undecided).
 #
 # Where the images and not the seeds leave a comparison open, the networks are attacked on more of them: on all test
 # images, and on training images that no run of the recipe has learned from or chosen by. Where as many seeds have
