@@ -9,7 +9,6 @@ comparison that asks for them. A cell stands in
 figures/<profile>/cells/<recipe>-eps<eps>/<arm>-lr<rate>-seed<seed>.json.
 """
 
-import json
 import re
 from dataclasses import asdict
 from decimal import ROUND_HALF_UP, Decimal
@@ -23,7 +22,7 @@ import torch
 from . import cluster, compute, inference, recipes, runs, training
 from .attacks import autoattack, pgd
 from .evaluation import wrong
-from .files import checksum, read_if_whole, read_json, write_json
+from .files import as_json, checksum, read_if_whole, read_json, write_json
 from .models import Ensemble
 
 NAMES = {"lenet": "LeNet", "vgg": "VGG16", "vgg16": "VGG16", "resnet": "ResNet18", "resnet18": "ResNet18",
@@ -98,7 +97,8 @@ def make(recipe, settings, arm, data, aside, *, more=None, **changes):
     masks, made = measured["masks"], {"training": run.made, "attacks": measured["made"]}
     if more:
         facts = {"run": run.folder.name, "more": more.fingerprint, "plan": plan}
-        masks = masks + runs.remember("cells", facts, lambda: _measure_more(run, more, **plan), version=2)
+        beside = runs.remember("cells", facts, lambda: _measure_more(run, more, **plan), version=3)
+        masks, made = masks + beside["masks"], made | {"more": beside["made"]}
     return _asked(recipe, arm, run.config, data, settings, more) | {"masks": masks, "made": made}
 
 
@@ -125,7 +125,7 @@ def _asked(recipe, arm, config, data, settings, more=None):
              "fingerprint": data.fingerprint,
              **{name: settings[name] for name in ("plan", "periods", "stops")},
              **({"more": more.fingerprint} if more else {})}  # fmt: skip
-    return json.loads(json.dumps(asked))  # tuples become lists, as they are read back
+    return as_json(asked)
 
 
 def _measure(run, data, aside, periods, *, pgd_images, strong_images, **plan):
@@ -151,11 +151,12 @@ def _measure(run, data, aside, periods, *, pgd_images, strong_images, **plan):
 
 def _measure_more(run, more, *, pgd_images, strong_images, **plan):
     """Random points are drawn anew from the seed, so that a test image has other ones than in `_measure`."""
-    (name, first), *others = attacks(run.config.eps, run.config.seed, **plan).items()
+    began, ((name, first), *others) = compute.clock(), attacks(run.config.eps, run.config.seed, **plan).items()
     n = max(1, len(more.y_test) * strong_images // pgd_images)
     end = run, "end", [run.config.epochs]
-    return [*_look(*end, "more", (more.x_test, more.y_test), {name: first}),
-            *_look(*end, "more strong", (more.x_test[:n], more.y_test[:n]), dict(others))]  # fmt: skip
+    entries = _look(*end, "more", (more.x_test, more.y_test), {name: first})
+    entries += _look(*end, "more strong", (more.x_test[:n], more.y_test[:n]), dict(others))
+    return {"masks": entries, "made": compute.made(compute.clock() - began)}
 
 
 def _look(run, network, epochs, part, images, chosen):
@@ -313,11 +314,16 @@ def pair(first, second):
 
 
 def both(rows, first, second, kind="PGD"):
-    """What `pair` has of two arms of a row, each as (arm, lr) or (arm, lr, network): of more images where as many seeds
-    have both of these as have both of the test images, else of the test images."""
+    """What `pair` has of two arms of a row, each as (arm, lr) or (arm, lr, network): of more images where `as_many`
+    seeds have these, else of the test images."""
     more, test = (pair(*(masks(rows, *asked, part=part, kind=kind) for asked in (first, second)))
                   for part in ("more", "test"))  # fmt: skip
-    return more if len(more[-1]) >= max(1, len(test[-1])) else test
+    return more if as_many(more[-1], test[-1]) else test
+
+
+def as_many(more, test):
+    """Whether more images are judged by: of the seeds of both arms as many have these as have the test images."""
+    return len(more) >= max(1, len(test))
 
 
 def compare(rule, rows, first, second, *, kind="PGD", unless=""):

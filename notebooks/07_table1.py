@@ -387,12 +387,10 @@ display(stronger, masked)
 
 # %%
 def masks_at(row, lr):
-    """{arm: {seed: {attack: mask}}} of the two arms, on the images that all attacks have seen: on more of them where
-    as many seeds have these."""
+    """{arm: {seed: {attack: mask}}} of the two arms, on the images that all attacks have seen, as in `cells.both`."""
     more, test = ({arm: {key[-1]: masks for key, masks in worst.items() if key[:-1] == (part, row, arm, lr)}
                    for arm in ("cosine", "constant")} for part in ("more", "test"))  # fmt: skip
-    seeds = [len(set.intersection(*map(set, arms.values()))) for arms in (more, test)]
-    return more if seeds[0] >= max(1, seeds[1]) else test
+    return more if cells.as_many(*(set.intersection(*map(set, arms.values())) for arms in (more, test))) else test
 
 
 # %%

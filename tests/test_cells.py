@@ -251,6 +251,7 @@ def test_a_cell_holds_what_its_networks_do(folder, tmp_path, monkeypatch):
     more = recipes.more(settings, 1050)
     longer = cells.make(*args, more=more, eps=0.4, seed=1)
     assert longer["masks"][:-6] == made["masks"] and {e["network"] for e in longer["masks"][-6:]} == {"end"}
+    assert longer["made"].keys() == {"training", "attacks", "more"} and longer["made"]["more"]["seconds"] > 0
     assert [e["n"] for e in longer["masks"][-6:]] == [1050] * 2 + [525] * 4  # half of PGD's images, as in the plan
     assert [e["part"] for e in longer["masks"][-6:]] == ["more"] * 2 + ["more strong"] * 4
     mask = masks(table([longer]), "periodic cosine", 0.01, part="more", kind="clean")[1]
