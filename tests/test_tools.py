@@ -681,36 +681,43 @@ def test_a_dry_run_says_which_cells_are_missing(toy):
     arms = ["constant", "cosine", "linear"]
     todo = [{"recipe": "vgg16 on cifar10", "eps": "8/255", "lr": 0.1, "arms": arms, "seeds": 2},
             {"recipe": "resnet18 on cifar10", "eps": "8/255", "lr": 0.1, "arms": ["periodic cosine"], "seeds": 3},
-            {"recipe": "lenet on mnist", "eps": "0.4", "lr": 1e-3, "arms": ["cosine"], "seeds": 1}]  # fmt: skip
+            {"recipe": "lenet on mnist", "eps": "0.4", "lr": 1e-3, "arms": ["cosine"], "seeds": 1},
+            {"recipe": "vgg16 on cifar10", "eps": "8/255", "lr": 0.3, "arms": arms[:1], "seeds": 1,
+             "more": 20000}]  # fmt: skip
     own = f"{changes=}\n{todo=}\nseeds = [4, 5, 6]\nkeep_cells = True"
     add(toy, "07_a", SHOW, parameters=f'profile = "quick"\n{own}')
     (toy.profiles / "long.yaml").write_text("07_a: {}")
 
-    def made(profile, recipe, arm, seed, training, attacks, images="11,000", **settings):
+    def made(profile, recipe, arm, seed, training, attacks, images="11,000", more=None, **settings):
         data = SimpleNamespace(source=f"CIFAR-10 (50,000 + 10,000), the first {images} + 5,000", fingerprint="a")
         chosen = recipes.get(recipe, {recipe: settings})
         config = cells.configure(chosen, arm, eps=8 / 255, lr=0.1, seed=seed)
         cell = cells._asked(recipe, arm, config, data, chosen)
         place = {"device": profile, "precision": "float32", "date": "2026-01-02"}
         cell["made"] = {"training": place | {"seconds": training}, "attacks": place | {"seconds": attacks}}
+        cell["masks"] = [{"part": "test", "n": 5000}]
+        if more:
+            cell["masks"] += [{"part": "more", "n": more}]
+            cell["made"]["more"] = place | {"seconds": 50}
         cells.write(toy.figures / profile / "cells", cell)
 
     for arm in arms:
         made("long", "vgg16 on cifar10", arm, 4, 1000, 100)
     made("long", "vgg16 on cifar10", "constant", 5, 500, 100, epochs=16)  # each takes 1100 seconds, as they are wanted
     made("long", "vgg16 on cifar10", "cosine", 5, 500, 100, images="5,500")
-    made("long", "vgg16 on cifar10", "linear", 5, 1000, 100)
+    made("long", "vgg16 on cifar10", "linear", 5, 1000, 100, more=10000)  # with 20,000 more it takes 100 seconds more
     for seed, seconds in enumerate((30, 30, 900)):  # each takes 1440 + 4 * 15 seconds, but the last
         made("other", "resnet18 on cifar10", "cosine", seed, seconds, 15)
     assert run(toy, "--profile", "long", "--dry-run").stdout.splitlines() == [
         "07_a  has not run here: it makes what is missing",
-        "         6 of 10 cells are missing, by their settings (pixels are not compared here)",
+        "         7 of 11 cells are missing, by their settings (pixels are not compared here)",
         "         1 missing, 1 there: vgg16 on cifar10, eps 8/255, lr 0.1, constant: 18 min [1]",
         "         1 missing, 1 there: vgg16 on cifar10, eps 8/255, lr 0.1, cosine: 18 min [1]",
         "         3 missing, 0 there: resnet18 on cifar10, eps 8/255, lr 0.1, periodic cosine: 75 min [2]",
         "         1 missing, 0 there: lenet on mnist, eps 0.4, lr 0.001, cosine: in a time that is not known",
-        "         2 of these 6: 37 min one by one on [1] long, float32",
-        "         3 of these 6: 75 min one by one on [2] other, float32",
+        "         1 missing, 0 there: vgg16 on cifar10, eps 8/255, lr 0.3, constant: 20 min [1]",
+        "         3 of these 7: 57 min one by one on [1] long, float32",
+        "         3 of these 7: 75 min one by one on [2] other, float32",
         "           by cells made there, as docs/scaling.md counts; what wider networks take on a GPU stands there",
     ]
 

@@ -60,7 +60,7 @@ def images(settings: dict, source: str) -> tuple[int, int]:
     return min(settings["images"][0] or counts[0], counts[0]), counts[-1]
 
 
-def stands(folder: Path, recipe: str, settings: dict, arm: str, which: dict, more: int | None = None) -> bool:
+def stands(folder: Path, recipe: str, settings: dict, arm: str, which: dict, more: int = 0) -> bool:
     """As `cells.stands`, of as many images (`more`: beside the recipe's), whatever their pixels: to load those would
     take longer than all else."""
     from lib import cells  # takes seconds, as `recipes` does: only where cells are asked for
@@ -76,7 +76,7 @@ def stands(folder: Path, recipe: str, settings: dict, arm: str, which: dict, mor
     )
 
 
-def seconds(cell: dict, settings: dict) -> float:
+def seconds(cell: dict, settings: dict, more: int = 0) -> float:
     """What a cell would take where it was made, under other settings, as docs/scaling.md counts.
 
     Its attacks see neither the training images nor the epochs, and cost more in a wider network alone.
@@ -84,18 +84,22 @@ def seconds(cell: dict, settings: dict) -> float:
     had, (asked, there) = cell["config"], images(settings, cell["data"])
     longer = asked * settings["epochs"] * (settings["num_steps"] + 1.5)
     longer /= there * had["epochs"] * (had["num_steps"] + 1.5)
-    made = cell["made"]
-    return (settings["width"] / had["width"]) ** 2 * (longer * made["training"]["seconds"] + made["attacks"]["seconds"])
+    took = {part: made["seconds"] for part, made in cell["made"].items()}
+    beside = next((more / entry["n"] for entry in cell["masks"] if more and entry["part"] == "more"), 0)
+    each = longer * took["training"] + took["attacks"] + beside * took.get("more", 0)
+    return (settings["width"] / had["width"]) ** 2 * each
 
 
-def speeds(folder: Path, recipe: str, settings: dict) -> dict[str, float]:
-    """{machine: median seconds of a cell of this recipe}, by the cells of all profiles."""
+def speeds(folder: Path, recipe: str, settings: dict, more: int = 0) -> dict[str, float]:
+    """{machine: median seconds of a cell of this recipe}, by the cells of all profiles; with masks of `more` images, by
+    those that have some."""
     found = defaultdict(list)
     for path in folder.glob(f"*/cells/{recipe.replace(' ', '-')}-eps*/*.json"):
         made = (cell := read_json(path))["made"]["training"]
         # What a wider network takes on a GPU cannot be told from a narrow one, which leaves most of it idle.
-        if "NVIDIA" not in made["device"] or cell["config"]["width"] == settings["width"]:
-            found[f"{made['device']}, {made['precision']}"].append(seconds(cell, settings))
+        alike = "NVIDIA" not in made["device"] or cell["config"]["width"] == settings["width"]
+        if alike and (not more or "more" in cell["made"]):
+            found[f"{made['device']}, {made['precision']}"].append(seconds(cell, settings, more))
     return {machine: median(times) for machine, times in found.items()}
 
 
@@ -108,14 +112,15 @@ def missing_cells(job: Job):
     from lib import cells, recipes
 
     for item in asked.get("todo", []):
-        recipe, lr, seeds = item["recipe"], item["lr"], asked["seeds"][: item["seeds"]]
+        recipe, lr, seeds, more = item["recipe"], item["lr"], asked["seeds"][: item["seeds"]], item.get("more", 0)
         settings, eps = recipes.get(recipe, asked.get("changes")), float(Fraction(item["eps"]))
-        known[recipe] = known.get(recipe) or speeds(source.parents[1] / "figures", recipe, settings)
+        if (recipe, more) not in known:
+            known[recipe, more] = speeds(source.parents[1] / "figures", recipe, settings, more)
         for arm in item["arms"]:
-            there = sum(stands(own, recipe, settings, arm, {"eps": eps, "lr": lr, "seed": seed}, item.get("more"))
+            there = sum(stands(own, recipe, settings, arm, {"eps": eps, "lr": lr, "seed": seed}, more)
                         for seed in seeds)  # fmt: skip
             title, count = f"{recipe}, eps {cells.budget(eps)}, lr {lr:g}, {arm}", len(seeds) - there
-            yield count, there, title, {machine: count * each for machine, each in known[recipe].items()}
+            yield count, there, title, {machine: count * each for machine, each in known[recipe, more].items()}
 
 
 def rough(time: float) -> str:
