@@ -16,6 +16,7 @@ from scipy import stats
 from .checks import check_choice
 
 LEVEL = 0.01
+THROUGH = 0.75
 ALIKE = math.ceil(1 - math.log2(LEVEL))  # seeds that agree exclude chance, a coin each, on both sides: 8
 
 
@@ -129,6 +130,30 @@ def trend(what, *, expect, margin=0.0):
         return Finding("undecided", None, measured, _why_no_trend(seeds, k, z, p, inside))
 
     return Rule(text, test)
+
+
+def ended(through):
+    """Which ends of training to judge by: a network that never left the plateau says nothing of one.
+
+    At a large eps it is a matter of luck whether a run leaves it; among seeds enough some do not, and these must not
+    keep the others from being judged.
+
+    Args:
+        through: {(eps, seed): whether the network is through}.
+    Returns:
+        The eps at which at least `THROUGH` of the networks are through; the seeds whose networks are through at all of
+        these; which are left out, as a text; and "". Where less than two eps or no seed would be left: all of them, and
+        last a text on why nothing follows, for a rule's `unless`.
+    """
+    every, seeds = (sorted({key[i] for key in through}) for i in (0, 1))
+    kept = [e for e in every if np.mean([through[e, s] for s in seeds]) >= THROUGH]
+    whole = [s for s in seeds if all(through[e, s] for e in kept)]
+    if not whole or len(kept) < min(2, len(every)):
+        return every, seeds, "", f"{sum(not t for t in through.values())} of {len(through)} networks are not through"
+    out = [str(s) for s in seeds if s not in whole]
+    named = [f"eps {e:g}" for e in every if e not in kept]
+    named += [f"seed{'s' * (len(out) > 1)} {', '.join(out)}"] * bool(out)
+    return kept, whole, ", ".join(named), ""
 
 
 def by_seed(values):

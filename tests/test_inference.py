@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lib.inference import LEVEL, Finding, _errors, at_most, by_seed, difference, exact, interval, together, trend
+from lib.inference import LEVEL, Finding, _errors, at_most, by_seed, difference, ended, exact, interval, together, trend
 
 DRAWS = 2000
 # of DRAWS with the stated rate of false verdicts, more are seen once in ten thousand
@@ -287,3 +287,23 @@ def test_values_by_seed():
     np.testing.assert_array_equal(by_seed(values), [[0, 1], [1, 2], [2, 3]])
     with pytest.raises(KeyError):
         by_seed({(0, 0): 1.0, (1, 1): 2.0})  # a hole
+
+
+def test_ends_of_training_that_did_not_begin_are_left_out_and_named():
+    def through(stuck, every=(0.0, 0.1, 0.4), seeds=range(4)):
+        return {(e, s): (e, s) not in stuck for e in every for s in seeds}
+
+    every, seeds = [0.0, 0.1, 0.4], [0, 1, 2, 3]
+    assert ended(through([])) == (every, seeds, "", "")
+    assert ended(through([(0.4, 2)])) == (every, [0, 1, 3], "seed 2", "")
+    assert ended(through([(0.4, 2), (0.4, 1)])) == ([0.0, 0.1], seeds, "eps 0.4", "")
+    assert ended(through([(0.1, 0), (0.4, 2), (0.4, 1)])) == ([0.0, 0.1], [1, 2, 3], "eps 0.4, seed 0", "")
+    two = through([(0.1, 0), (0.4, 2)])
+    assert ended(two) == (every, [1, 3], "seeds 0, 2", "")
+    few = through([(0.1, 0), (0.1, 1), (0.4, 2), (0.4, 1)])  # one eps would be left, of which nothing follows
+    assert ended(few) == (every, seeds, "", "4 of 12 networks are not through")
+    assert ended(through([], every=[0.1])) == ([0.1], seeds, "", "")
+    each = through([(0.0, 0), (0.1, 1), (0.4, 2)], seeds=range(3))  # every seed fails somewhere
+    assert ended(each) == (every, [0, 1, 2], "", "3 of 9 networks are not through")
+    each = through([(0.0, 0), (0.1, 1), (0.3, 2), (0.4, 3)], every=[0.0, 0.1, 0.3, 0.4])
+    assert ended(each) == ([0.0, 0.1, 0.3, 0.4], seeds, "", "4 of 16 networks are not through")
