@@ -893,7 +893,9 @@ def test_the_gallery_shows_ledger_and_figures(shelf):
     gallery.write(shelf)
     assert (shelf.figures / "README.md").read_text() == text
     figure(shelf, "gpu", "01_slope", png=b"png of quick")
-    assert gallery.page(shelf).count("![01_slope]") == 1  # one picture under two profiles: once
+    text = gallery.page(shelf)
+    assert text.count("![01_slope]") == 1  # one picture under two profiles: once, and rows of both lead to it
+    assert "`gpu`, [01_slope](quick/01_slope.png)" in text and "(gpu/01_slope.png)" not in text
 
 
 def test_the_table_of_notebooks_is_filled_from_the_records(shelf):

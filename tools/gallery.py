@@ -136,9 +136,13 @@ def _heading(notebook: str, titles: dict[str, str]) -> str:
 
 
 def _place(figures: Path, row: dict, profile: str) -> str:
-    """Where a row comes from: its profile, and its figure if there is one."""
-    path = f"{profile}/{row.get('figure')}.png"
-    return f"`{profile}`" + (f", [{row['figure']}]({path})" if row.get("figure") and (figures / path).exists() else "")
+    """Where a row comes from: its profile, and its figure if there is one; of equal pictures the one that is shown."""
+    own = figures / profile / f"{row.get('figure')}.png"
+    if not own.exists():
+        return f"`{profile}`"
+    others = (figures / name / own.name for name in (*PROFILES, profile))
+    shown = next(path for path in others if path.exists() and path.read_bytes() == own.read_bytes())
+    return f"`{profile}`, [{own.stem}]({shown.parent.name}/{own.name})"
 
 
 def _value(row: dict, key: str) -> str:
