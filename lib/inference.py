@@ -2,7 +2,8 @@
 
 `trend`, `difference`, `at_most` and `exact` each return a Rule. Shown, it is a sentence, printed before the figure;
 called with the data, it gives a Finding, which says what was measured, whether the claim holds, and where that is
-undecided, why, and at which n it would be decided. The level is one in a hundred, so that a verdict is no coin.
+undecided, why, and at which n it would be decided, nine times in ten if all is as it was measured. The level is one in
+a hundred, so that a verdict is no coin.
 """
 
 import math
@@ -17,6 +18,8 @@ from .checks import check_choice
 
 LEVEL = 0.01
 THROUGH = 0.75
+MISSES = 0.1  # how often the n that is asked for does not decide, if all is as it was measured
+SURELY = stats.norm.isf(MISSES)
 ALIKE = math.ceil(1 - math.log2(LEVEL))  # seeds that agree exclude chance, a coin each, on both sides: 8
 
 
@@ -109,7 +112,7 @@ def trend(what, *, expect, margin=0.0):
             raise ValueError(f"a trend needs values (seeds, conditions) without NaN, got shape {v.shape}: {values}")
         seeds, k = v.shape
         means = ", ".join("never" if math.isinf(m) else f"{m:.3g}" for m in v.mean(0))
-        p, against, z = (1.0, 1.0, 0.0) if min(seeds, k) < 2 else _page(sign * v)
+        p, against, *order = (1.0, 1.0, 0.0, 0.0) if min(seeds, k) < 2 else _page(sign * v)
         measured = f"means {means}; p = {_p(min(p, against))}{'' if p <= against else ' for the other direction'}"
         equal = v[:, -1] == v[:, 0]  # two infinite ones, too
         change = np.subtract(v[:, -1], v[:, 0], out=np.zeros(seeds), where=~equal)
@@ -122,12 +125,14 @@ def trend(what, *, expect, margin=0.0):
         inside = math.inf  # how many seeds would put the interval of the change inside the margin
         if margin and seeds > 1 and k > 1 and np.isfinite(change).all():
             unseen = _unseen(change)
-            half = math.inf if unseen else stats.t.ppf(1 - LEVEL / 2, seeds - 1) * stats.sem(change)
+            error = stats.sem(change)
+            half = math.inf if unseen else stats.t.ppf(1 - LEVEL / 2, seeds - 1) * error
             if abs(mean) + half < margin:
                 return Finding(f"no change beyond {margin:g}", False, measured)
             if abs(mean) < margin:
-                inside = ALIKE if unseen else math.ceil(seeds * (half / (margin - abs(mean))) ** 2)
-        return Finding("undecided", None, measured, _why_no_trend(seeds, k, z, p, inside))
+                reach = (half + SURELY * error) / (margin - abs(mean))
+                inside = ALIKE if unseen else math.ceil(seeds * reach**2)
+        return Finding("undecided", None, measured, _why_no_trend(seeds, k, *order, p, inside))
 
     return Rule(text, test)
 
@@ -163,19 +168,21 @@ def by_seed(values):
 
 
 def _page(v):
-    """One-sided p values for a rise and for a fall, and the standardised statistic, of values (seeds, conditions)."""
+    """One-sided p values for a rise and for a fall, of values (seeds, conditions); then the statistic, standardised,
+    and its standard deviation over the seeds, in units of that without any order."""
     seeds, k = v.shape
     ranks = stats.rankdata(v, axis=1)
     if k == 2:  # Page's test begins at three conditions; with two it is the sign test
-        up, down = int((ranks[:, 1] > ranks[:, 0]).sum()), int((ranks[:, 1] < ranks[:, 0]).sum())
+        each, spread = np.sign(ranks[:, 1] - ranks[:, 0]), 1.0
+        up, down = int((each > 0).sum()), int((each < 0).sum())
         p, against = (stats.binom.sf(n - 1, up + down, 0.5) if up + down else 1.0 for n in (up, down))
-        return p, against, (up - down) / math.sqrt(seeds)
-    p, against = (stats.page_trend_test(r, ranked=True).pvalue for r in (ranks, k + 1 - ranks))
-    spread = math.sqrt(seeds * k**2 * (k + 1) ** 2 * (k - 1) / 144)
-    return p, against, ((ranks @ np.arange(1, k + 1)).sum() - seeds * k * (k + 1) ** 2 / 4) / spread
+    else:
+        each, spread = ranks @ np.arange(1, k + 1) - k * (k + 1) ** 2 / 4, k * (k + 1) * math.sqrt(k - 1) / 12
+        p, against = (stats.page_trend_test(r, ranked=True).pvalue for r in (ranks, k + 1 - ranks))
+    return p, against, each.mean() * math.sqrt(seeds) / spread, each.std(ddof=1) / spread
 
 
-def _why_no_trend(seeds, k, z, p, inside):
+def _why_no_trend(seeds, k, z, own, p, inside):
     if seeds < 2:
         return "one seed cannot decide"
     if k < 2:
@@ -183,7 +190,8 @@ def _why_no_trend(seeds, k, z, p, inside):
     least = max(2, math.ceil(math.log(LEVEL) / -math.log(math.factorial(k))))
     if p <= LEVEL:
         return "the order is there, but the change is too near its margin"
-    ordered = max(least, math.ceil(seeds * (stats.norm.isf(LEVEL) / z) ** 2), seeds + 1) if z > 0 else math.inf
+    reach = stats.norm.isf(LEVEL) + SURELY * own
+    ordered = max(least, math.ceil(seeds * (reach / z) ** 2), seeds + 1) if z > 0 else math.inf
     if math.isinf(min(ordered, inside)):
         return f"no rank order seen in {seeds} seed{'s' * (seeds > 1)}"
     stays = "order" if ordered <= inside else "change"
@@ -302,10 +310,14 @@ def _why_no_difference(d, goal, half, errors):
         return f"too few images: {n}, all alike; {ALIKE} alike would decide"
     if math.isinf(seed_error):
         return f"too few seeds: {s}, all alike, so that their spread is unknown; {ALIKE} alike would decide"
-    more_images = max(1.0, 2 * (stats.norm.isf(LEVEL / 2) * image_error / goal) ** 2)
+    more_images = max(1.0, 2 * ((stats.norm.isf(LEVEL / 2) + SURELY) * image_error / goal) ** 2)
     numbers = range(s + 1, 1001)  # of seeds, each of which narrows the interval
-    enough = bisect_left(numbers, True, key=lambda k: _half(
-        (k, n), seed_error * math.sqrt(s / k), image_error / math.sqrt(more_images)) < goal)  # fmt: skip
+
+    def decides(k):
+        left = seed_error * math.sqrt(s / k), image_error / math.sqrt(more_images)
+        return _half((k, n), *left) + SURELY * math.hypot(*left) < goal
+
+    enough = bisect_left(numbers, True, key=decides)
     wanted = f"about {numbers[enough]} seeds" if enough < len(numbers) else "more than 1,000 seeds"
     images = f" and {math.ceil(n * more_images / 100) * 100:,} images" if more_images > 1 else ""
     return f"half-width {half:.2g} at {s} seeds{f', {n:,} images' if n > 1 else ''}; {wanted}{images} would decide"
@@ -342,7 +354,7 @@ def at_most(what, *, bound):
         if k / n >= bound:
             return Finding("undecided", None, measured, f"too few cases: the share itself is {k / n:.3g}")
         grid = (math.ceil(n * 1.1**i) for i in range(1, 150))
-        wanted = next((m for m in grid if upper(math.ceil(k / n * m), m) <= bound), None)
+        wanted = next((m for m in grid if upper(stats.binom.isf(MISSES, m, k / n), m) <= bound), None)
         wanted = f"about {wanted:,}" if wanted else "far more"
         why = f"too few cases: {n}; {wanted} would decide if the share stays as it is"
         return Finding("undecided", None, measured, why)

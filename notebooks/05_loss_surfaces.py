@@ -179,7 +179,8 @@ book.claim(
 # interpolation; the longest step if it never does). So each network is looked at where the loss rises by 1, not at one
 # step for all, which would be too short for some and wreck others. There is a claim for each kind of direction, and it
 # holds if the rule does for both losses: the frozen one is what the Hessian describes, the adversarial one what is
-# trained. A tenth of the reach is what matters. (Four seeds leave this open; the profile overnight has 40.)
+# trained. A tenth of the reach is what matters. (Four seeds leave this open. The profile overnight has 40, and decides:
+# its verdicts stand in figures/README.md.)
 
 # %%
 rule_reach = inference.trend("log of the reach, along eps", expect="falls", margin=0.1)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -307,3 +308,27 @@ def test_ends_of_training_that_did_not_begin_are_left_out_and_named():
     assert ended(each) == (every, [0, 1, 2], "", "3 of 9 networks are not through")
     each = through([(0.0, 0), (0.1, 1), (0.3, 2), (0.4, 3)], every=[0.0, 0.1, 0.3, 0.4])
     assert ended(each) == ([0.0, 0.1, 0.3, 0.4], seeds, "", "4 of 16 networks are not through")
+
+
+PILOTS = {
+    "order": (trend("x", expect="rises"), lambda rng: rng.normal(size=(4, 4)) + 0.35 * np.arange(4)),
+    "change": (trend("x", expect="rises", margin=0.6), lambda rng: rng.normal(0, 0.5, (6, 3))),
+    "seeds": (lambda d: difference("x", margin=0.01)(d, 0 * d), lambda rng: rng.normal(-0.5, 0.8, 8)),
+    "margin": (lambda d: difference("x", margin=0.6)(d, 0 * d), lambda rng: rng.normal(0, 0.8, 8)),
+    "share": (lambda d: at_most("x", bound=0.2)(d.sum(), len(d)), lambda rng: np.arange(40) < 4 + rng.integers(3)),
+}
+
+
+@pytest.mark.parametrize("kind", PILOTS)
+def test_the_n_it_asks_for_decides_nine_times_in_ten(kind):
+    """If all is as it was measured: so what was measured is the population, and samples of the n are drawn from it."""
+    rng, (rule, draw) = np.random.default_rng(6), PILOTS[kind]
+    decided = []
+    while len(decided) < 600:
+        pilot = draw(rng)
+        found = rule(pilot)
+        wanted = re.search(r"about ([\d,]+)(?: seeds)? would decide", found.why)
+        if found.holds is None and wanted:
+            n = int(wanted[1].replace(",", ""))
+            decided += [rule(pilot[rng.integers(len(pilot), size=n)]).holds is not None for _ in range(20)]
+    assert 0.85 < np.mean(decided) < 0.99

@@ -35,14 +35,14 @@ INTRO = """\
 # Claims and figures
 
 Each notebook writes its figures here, one folder per profile: the picture, the numbers drawn (`.csv`) and a record
-(`.json`) with parameters, seeds, data, versions and hardware. Below: what to believe; three ledgers (what
-the paper claims, what its reviewers asked, what checks this companion itself); the figures. A verdict is computed by
-the notebook from its run, by a rule stated before its figure, at the level of one in a hundred; "undecided" says why,
-and which n would decide. Where a first look left a question open, n was raised: the level is then that of each look,
-and a verdict of the k-th errs in up to k of a hundred. The profile is that of the run that judged: `quick` is minutes
-on two cores, but notebooks 6 and 7 judge committed cells of `overnight` there, which took nights. A claim that was
-judged in two profiles stands in both, and is counted once in the project's README. This page is written by
-`tools/gallery.py`: change the notebooks, not the page.
+(`.json`) with parameters, seeds, data, versions and hardware. Below: what to believe; three ledgers (what the paper
+claims, what its reviewers asked, what checks this companion itself); the figures. A verdict is computed by the notebook
+from its run, by a rule stated before its figure, at the level of one in a hundred; "undecided" says why, and which n
+would decide, nine times in ten if all is as it was measured. Where a first look left a question open, n was raised: the
+level is then that of each look, and a verdict of the k-th errs in up to k of a hundred. The profile is that of the run
+that judged: `quick` is minutes on two cores, but notebooks 6 and 7 judge committed cells of `overnight` there, which
+took nights. A claim that was judged in two profiles stands in both, and is counted once in the project's README. This
+page is written by `tools/gallery.py`: change the notebooks, not the page.
 """
 
 
