@@ -10,16 +10,17 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import numpy as np
 from scipy import stats
+from scipy.optimize import brentq
 
 from .checks import check_choice
 
 LEVEL = 0.01
 THROUGH = 0.75
 MISSES = 0.1  # how often the n that is asked for does not decide, if all is as it was measured
-SURELY = stats.norm.isf(MISSES)
 ALIKE = math.ceil(1 - math.log2(LEVEL))  # seeds that agree exclude chance, a coin each, on both sides: 8
 
 
@@ -130,7 +131,7 @@ def trend(what, *, expect, margin=0.0):
             if abs(mean) + half < margin:
                 return Finding(f"no change beyond {margin:g}", False, measured)
             if abs(mean) < margin:
-                reach = (half + SURELY * error) / (margin - abs(mean))
+                reach = (half + _beyond(seeds - 1) * error) / (margin - abs(mean))
                 inside = ALIKE if unseen else math.ceil(seeds * reach**2)
         return Finding("undecided", None, measured, _why_no_trend(seeds, k, *order, p, inside))
 
@@ -190,7 +191,7 @@ def _why_no_trend(seeds, k, z, own, p, inside):
     least = max(2, math.ceil(math.log(LEVEL) / -math.log(math.factorial(k))))
     if p <= LEVEL:
         return "the order is there, but the change is too near its margin"
-    reach = stats.norm.isf(LEVEL) + SURELY * own
+    reach = stats.norm.isf(LEVEL) + stats.norm.isf(MISSES) * own
     ordered = max(least, math.ceil(seeds * (reach / z) ** 2), seeds + 1) if z > 0 else math.inf
     if math.isinf(min(ordered, inside)):
         return f"no rank order seen in {seeds} seed{'s' * (seeds > 1)}"
@@ -248,6 +249,13 @@ def difference(what, *, margin, expect="smaller", over="seeds and images"):
     return Rule(text, test)
 
 
+def least(a, b):
+    """The least difference that would be told from none nine times in ten, with these seeds, images and spreads."""
+    d = _differences(a, b)
+    _, *errors = _errors(d)
+    return _seen(d.shape, *errors)
+
+
 def interval(a, b):
     """Mean of a - b and half the width of its interval, as in `difference` (infinite for one seed)."""
     d = _differences(a, b)
@@ -295,6 +303,22 @@ def _half(shape, seed_error, image_error):
     return math.hypot(*(stats.t.isf(LEVEL / 2, n - 1) * e if n > 1 else e for n, e in parts))
 
 
+def _seen(shape, *errors):
+    """How large a difference must be for its interval to leave out 0 nine times in ten."""
+    beyond = (_beyond(n - 1) * e for n, e in zip(shape, errors, strict=True) if n > 1)
+    return _half(shape, *errors) + math.hypot(*beyond)
+
+
+@cache
+def _beyond(freedom):
+    """How many standard errors beyond Student's bound a mean must lie, so that a test finds it but in MISSES cases."""
+    if freedom > 200:
+        return stats.norm.isf(MISSES)
+    bound = stats.t.isf(LEVEL / 2, freedom)
+    found = partial(stats.nct.sf, bound, freedom)  # at so many standard errors from 0: noncentral t
+    return brentq(lambda mean: found(mean) - 1 + MISSES, bound, 20 * bound) - bound
+
+
 def _mcnemar(d):
     """For these very networks: the exact sign test over the images, on each of which their differences add up."""
     more, less = (int((sign * d.sum(0) > 0).sum()) for sign in (1, -1))
@@ -310,12 +334,12 @@ def _why_no_difference(d, goal, half, errors):
         return f"too few images: {n}, all alike; {ALIKE} alike would decide"
     if math.isinf(seed_error):
         return f"too few seeds: {s}, all alike, so that their spread is unknown; {ALIKE} alike would decide"
-    more_images = max(1.0, 2 * ((stats.norm.isf(LEVEL / 2) + SURELY) * image_error / goal) ** 2)
+    more_images = max(1.0, 2 * ((stats.norm.isf(LEVEL / 2) + stats.norm.isf(MISSES)) * image_error / goal) ** 2)
     numbers = range(s + 1, 1001)  # of seeds, each of which narrows the interval
 
     def decides(k):
         left = seed_error * math.sqrt(s / k), image_error / math.sqrt(more_images)
-        return _half((k, n), *left) + SURELY * math.hypot(*left) < goal
+        return _seen((k, n), *left) < goal
 
     enough = bisect_left(numbers, True, key=decides)
     wanted = f"about {numbers[enough]} seeds" if enough < len(numbers) else "more than 1,000 seeds"

@@ -10,7 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lib.inference import LEVEL, Finding, _errors, at_most, by_seed, difference, ended, exact, interval, together, trend
+from lib.inference import (
+    LEVEL,
+    Finding,
+    _errors,
+    at_most,
+    by_seed,
+    difference,
+    ended,
+    exact,
+    interval,
+    least,
+    together,
+    trend,
+)
 
 DRAWS = 2000
 # of DRAWS with the stated rate of false verdicts, more are seen once in ten thousand
@@ -144,6 +157,17 @@ class TestDifference:
         rng, rule = np.random.default_rng(2), difference("better", margin=0.01)
         found = [rule(*masks(rng, 4, 1000, -0.25, 0.01)).outcome for _ in range(100)]
         assert found.count("smaller") > 95
+
+    @pytest.mark.parametrize("images", [1, 400])
+    def test_the_least_difference_is_seen_nine_times_in_ten(self, images):
+        rng, rule, seen = np.random.default_rng(8), difference("x", margin=1e-9), []
+        spread = [(8, 1), (1, images)]  # of seeds, and of images that are alike in all seeds
+        draw = [
+            sum(rng.normal(0, 0.05, shape) for shape in spread) + rng.normal(0, 0.5, (8, images)) for _ in range(600)
+        ]
+        size = np.median([least(d, 0 * d) for d in draw])
+        seen = [rule(d - size, 0 * d).outcome == "smaller" for d in draw]
+        assert 0.85 < np.mean(seen) < 0.99
 
     def test_no_difference_is_a_finding(self):
         rng = np.random.default_rng(3)
