@@ -346,7 +346,7 @@ def places(rows, first, second):
 
 def differences(rows, rules, at):
     """A line for each question of `QUESTIONS` that has a rule and cells: mean, half, the least difference that would be
-    seen (`inference.least`), n, outcome, why that is undecided, and where the two were made if not in one place.
+    seen (`inference.least_seen`), n, outcome, why that is undecided, and where the two were made if not in one place.
 
     at: {arm: its learning rate}; a question about an arm that has none is passed over.
     """
@@ -355,7 +355,7 @@ def differences(rows, rules, at):
         lr, than = at.get(arm), at.get(other)
         a, b, seeds = both(rows, (arm, lr, network), (other, than, end))
         if seeds:
-            (mean, *ends), found = (*inference.interval(a, b), inference.least(a, b)), rule(a, b)
+            (mean, *ends), found = (*inference.interval(a, b), inference.least_seen(a, b)), rule(a, b)
             half, least = (end if np.isfinite(end) else None for end in ends)
             yield {"difference": what, "lr": lr, "second_lr": than, "mean": mean, "half": half, "least": least,
                    "seeds": len(seeds), "images": a.shape[1], "outcome": found.outcome, "why": found.why,

@@ -19,7 +19,7 @@ from scipy.optimize import brentq
 from .checks import check_choice
 
 LEVEL = 0.01
-THROUGH = 0.75
+THROUGH = 0.75  # of the networks of an eps: see `ended`
 MISSES = 0.1  # how often the n that is asked for does not decide, if all is as it was measured
 ALIKE = math.ceil(1 - math.log2(LEVEL))  # seeds that agree exclude chance, a coin each, on both sides: 8
 
@@ -125,14 +125,12 @@ def trend(what, *, expect, margin=0.0):
             return Finding("falls" if sign > 0 else "rises", False, measured)
         inside = math.inf  # how many seeds would put the interval of the change inside the margin
         if margin and seeds > 1 and k > 1 and np.isfinite(change).all():
-            unseen = _unseen(change)
-            error = stats.sem(change)
-            half = math.inf if unseen else stats.t.ppf(1 - LEVEL / 2, seeds - 1) * error
-            if abs(mean) + half < margin:
+            errors = math.inf if _unseen(change) else stats.sem(change), 0.0
+            if abs(mean) + _half((seeds, 1), *errors) < margin:
                 return Finding(f"no change beyond {margin:g}", False, measured)
             if abs(mean) < margin:
-                reach = (half + _beyond(seeds - 1) * error) / (margin - abs(mean))
-                inside = ALIKE if unseen else math.ceil(seeds * reach**2)
+                narrower = _seen((seeds, 1), *errors) / (margin - abs(mean))
+                inside = math.ceil(seeds * narrower**2) if math.isfinite(narrower) else ALIKE
         return Finding("undecided", None, measured, _why_no_trend(seeds, k, *order, p, inside))
 
     return Rule(text, test)
@@ -249,7 +247,7 @@ def difference(what, *, margin, expect="smaller", over="seeds and images"):
     return Rule(text, test)
 
 
-def least(a, b):
+def least_seen(a, b):
     """The least difference that would be told from none nine times in ten, with these seeds, images and spreads."""
     d = _differences(a, b)
     _, *errors = _errors(d)

@@ -20,7 +20,7 @@ from lib.inference import (
     ended,
     exact,
     interval,
-    least,
+    least_seen,
     together,
     trend,
 )
@@ -165,7 +165,7 @@ class TestDifference:
         draw = [
             sum(rng.normal(0, 0.05, shape) for shape in spread) + rng.normal(0, 0.5, (8, images)) for _ in range(600)
         ]
-        size = np.median([least(d, 0 * d) for d in draw])
+        size = np.median([least_seen(d, 0 * d) for d in draw])
         seen = [rule(d - size, 0 * d).outcome == "smaller" for d in draw]
         assert 0.85 < np.mean(seen) < 0.99
 
