@@ -19,7 +19,7 @@ from scipy.optimize import brentq
 from .checks import check_choice
 
 LEVEL = 0.01
-THROUGH = 0.75  # of the networks of an eps: see `ended`
+THROUGH = 0.75  # so many of the cases must be such as a claim speaks of; the others are left out
 MISSES = 0.1  # how often the n that is asked for does not decide, if all is as it was measured
 ALIKE = math.ceil(1 - math.log2(LEVEL))  # seeds that agree exclude chance, a coin each, on both sides: 8
 
