@@ -593,8 +593,7 @@ configs = [recipes.configure(settings, eps=train_eps, schedule="constant", activ
 trained = dict(zip(keys, runs.grid(configs, digits)))
 errors = {key: run.history.clean_error.iloc[-1] for key, run in trained.items()}
 print("clean errors:", ", ".join(f"{a} {s}: {e:.3f}" for (a, s), e in errors.items()))
-plateau = [f"{a} {s}" for (a, s), e in errors.items() if e > 0.5]
-unless = f"these networks have learnt nothing: {', '.join(plateau)}" if plateau else ""
+idle = [key for key, e in errors.items() if e > 0.5]  # they have learnt nothing, and are left out
 
 
 def attack_of(kind, e, **more):
@@ -660,13 +659,17 @@ book.save(
 # %%
 def along_eps(rule, column):
     """The rule's findings for each norm and activation, from the values (seeds, eps) at the largest distance."""
-    return inference.together({
-        f"{a}, {kind}": rule(part.groupby(["seed", "eps"])[column].mean().unstack(), unless=unless)
-        for (a, kind), part in near.groupby(["activation", "norm"], sort=False)
-    })  # fmt: skip
+    findings = {}
+    for (a, kind), part in near.groupby(["activation", "norm"], sort=False):
+        learnt = part[[(a, s) not in idle for s in part.seed]]
+        few = len(learnt) < inference.THROUGH * len(part)
+        values = (part if few else learnt).groupby(["seed", "eps"])[column].mean().unstack()
+        findings[f"{a}, {kind}"] = rule(values, unless="too few networks have learnt anything" if few else "")
+    return inference.together(findings)
 
 
 n_text = f"{of(seeds, 'seed')} x {of(num_directions, 'direction')} x {num_images} digits"
+n_text += f", {len(idle)} of {len(keys)} networks left out" * bool(idle)
 book.claim(
     "In a network the gradients are more scattered the larger eps is, with sign steps and without", section="3.2, 4.2",
     paper="gradients are more scattered under larger budgets", holds=along_eps(scattered, "scattering"), n=n_text,

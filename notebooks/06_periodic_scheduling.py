@@ -265,7 +265,7 @@ book.answer(
 # it was added after VGG16 had been seen to end better under the rising one at the rate that widened its grid (with six
 # seeds; with eight it is undecided). The grid of ResNet18 was widened by 0.003 and 0.9, three seeds, since both arms
 # were in range at all of its four rates: by that 0.3 came to lie inside, and was the best rate of the rising budget
-# by its four seeds; by four more, trained for that, it is 0.1 again.
+# by its four seeds; by four more, trained for that, it is 0.1 again, by little.
 #
 # Where the images and not the seeds leave a comparison open, the networks are attacked on more of them: on all test
 # images, and on training images that no run of the recipe has learned from or chosen by. Where as many seeds have
