@@ -1,9 +1,11 @@
-"""The four rules by which verdicts follow from numbers, each stated before its data are seen.
+"""The four rules by which verdicts follow from numbers, each printed before its figure.
 
 `trend`, `difference`, `at_most` and `exact` each return a Rule. Shown, it is a sentence, printed before the figure;
 called with the data, it gives a Finding, which says what was measured, whether the claim holds, and where that is
 undecided, why, and at which n it would be decided, nine times in ten if all is as it was measured. The level is one in
-a hundred, so that a verdict is no coin.
+a hundred, so that a verdict is no coin. More of the same data may make a verdict finer ("partly": there, but less than
+what matters), and turn none round but by error. Where a rule, a margin or an n came after data had been seen, the
+notebook that uses it says so.
 """
 
 import math
@@ -97,13 +99,14 @@ def trend(what, *, expect, margin=0.0):
         margin: the mean change from the first condition to the last that matters, in the unit of the values.
     Returns:
         A Rule for values (seeds, conditions), infinite ones allowed, no NaN. It holds if the p value in the expected
-        direction is at most LEVEL and the change at least the margin; it does not if that of the other direction
-        is, or if Student's interval for the change lies inside the margin.
+        direction is at most LEVEL and the mean measured change at least the margin; it does not if the p value of the
+        other direction is at most LEVEL. Where Student's interval for the change lies inside the margin, it holds in
+        part if the order is there, and not at all if it is not.
     """
     check_choice("expect", expect, ("rises", "falls"))
     sign = 1 if expect == "rises" else -1
-    beyond = f", and the mean change from first to last is at least {margin:g}" if margin else ""
-    none = " or the change is surely below that" if margin else ""
+    beyond = f", and the mean change measured from first to last is at least {margin:g}" if margin else ""
+    none = "; where the change is surely below that, in part if the order is there, else not" if margin else ""
     text = (f"{_upper(what)} {expect}: Page's test over the seeds, one-sided, p at most {LEVEL:g}{beyond}. It does not "
             f"if the test says so of the other direction{none}.")  # fmt: skip
 
@@ -126,12 +129,13 @@ def trend(what, *, expect, margin=0.0):
         inside = math.inf  # how many seeds would put the interval of the change inside the margin
         if margin and seeds > 1 and k > 1 and np.isfinite(change).all():
             errors = math.inf if _unseen(change) else stats.sem(change), 0.0
-            if abs(mean) + _half((seeds, 1), *errors) < margin:
-                return Finding(f"no change beyond {margin:g}", False, measured)
-            if abs(mean) < margin:
-                narrower = _seen((seeds, 1), *errors) / (margin - abs(mean))
-                inside = math.ceil(seeds * narrower**2) if math.isfinite(narrower) else ALIKE
-        return Finding("undecided", None, measured, _why_no_trend(seeds, k, *order, p, inside))
+            left, ordered = margin - abs(mean), p <= LEVEL
+            if _half((seeds, 1), *errors) < left:
+                small = f"{expect}, by less than {margin:g}" if ordered else f"no change beyond {margin:g}"
+                return Finding(small, "partly" if ordered else False, measured)
+            if left > 0:
+                inside = ALIKE if math.isinf(errors[0]) else _enough(seeds, lambda n: _later(n, seeds, errors) < left)
+        return Finding("undecided", None, measured, _why_no_trend(v.shape, *order, p, sign * mean >= margin, inside))
 
     return Rule(text, test)
 
@@ -181,36 +185,40 @@ def _page(v):
     return p, against, each.mean() * math.sqrt(seeds) / spread, each.std(ddof=1) / spread
 
 
-def _why_no_trend(seeds, k, z, own, p, inside):
+def _why_no_trend(shape, z, own, p, large, inside):
+    seeds, k = shape
     if seeds < 2:
         return "one seed cannot decide"
     if k < 2:
         return "one condition has no trend: two at least, better three"
     least = max(2, math.ceil(math.log(LEVEL) / -math.log(math.factorial(k))))
     if p <= LEVEL:
-        return "the order is there, but the change is too near its margin"
+        enough = f"; about {inside} seeds would decide if it stays as it is" if math.isfinite(inside) else ""
+        return f"the order is there, but the change is too near its margin{enough}"
     reach = stats.norm.isf(LEVEL) + stats.norm.isf(MISSES) * own
-    ordered = max(least, math.ceil(seeds * (reach / z) ** 2), seeds + 1) if z > 0 else math.inf
+    ordered = max(least, math.ceil(seeds * (reach / z) ** 2), seeds + 1) if large and z > 0 else math.inf
     if math.isinf(min(ordered, inside)):
-        return f"no rank order seen in {seeds} seed{'s' * (seeds > 1)}"
+        return f"{'too small a change' if z > 0 else 'no rank order'} seen in {seeds} seed{'s' * (seeds > 1)}"
     stays = "order" if ordered <= inside else "change"
     return f"too few seeds: {seeds}; about {min(ordered, inside)} would decide if the {stays} stays as it is"
 
 
-def difference(what, *, margin, expect="smaller", over="seeds and images"):
+def difference(what, *, margin, expect="smaller", over="seeds and images", counts=False):
     """Does the first arm err less than the second? Paired by seed and image; Student's interval on two levels.
 
     The seeds' spread and the images' spread enter as two independent errors (a crossed design: every seed's network
     sees the same images), joined as in Zou & Donner's method of variance estimates recovery. A percentile bootstrap
-    over three or four seeds does not keep its level; this does (tests/test_inference.py simulates it). Values (whole
-    numbers, say) that are alike in all seeds have no spread to go by: they decide only if there are so many seeds that
-    chance, a coin each, is excluded at the level (8 at one in a hundred).
+    over three or four seeds does not keep its level; this does (tests/test_inference.py simulates it). Values that are
+    alike in all seeds have no spread to go by: they decide only if there are so many seeds that chance, a coin each, is
+    excluded at the level (8 at one in a hundred). Student's interval does not keep its level for small whole numbers;
+    these are judged by flips of their signs, exactly.
 
     Args:
         what: of what: "robust error, cosine minus constant".
         margin: the smallest difference that matters, in the unit of the values; > 0.
         expect: "smaller", "larger" or "no difference" (beyond the margin), whichever the claim says of the first arm.
         over: what the data hold, for the text: "seeds" where they are values and not masks.
+        counts: whether the values (seeds,) are small whole numbers.
     Returns:
         A Rule for two arrays of equal shape: masks (seeds, images), True where the network errs, or values (seeds,). It
         does not hold, either, where the interval excludes that the first arm is better by as much as the margin.
@@ -220,31 +228,62 @@ def difference(what, *, margin, expect="smaller", over="seeds and images"):
         raise ValueError(f"the margin must be positive, got {margin}")
     worth = {"smaller": f"*not smaller beyond the margin* if it lies above -{margin:g}; ",
              "larger": f"*not larger beyond the margin* if it lies below {margin:g}; "}.get(expect, "")  # fmt: skip
-    text = (f"{_upper(what)}: {expect}, by the {1 - LEVEL:.0%} interval over {over}, paired. *No difference beyond "
-            f"the margin* if the interval lies within ±{margin:g}; if not, *smaller* or *larger* if it leaves out 0; "
-            f"{worth}else undecided.")  # fmt: skip
+    how = ", from flips of the signs" if counts else ""
+    text = (f"{_upper(what)}: {expect}, by the {1 - LEVEL:.0%} interval over {over}, paired{how}. *Smaller* or "
+            f"*larger* if it leaves out 0, and *by less than the margin*, which is in part, if it lies within "
+            f"±{margin:g}, too; *no difference beyond the margin* if it lies there and holds 0; {worth}else "
+            "undecided.")  # fmt: skip
+    judge = partial(_judge, margin=margin, expect=expect)
 
     def test(a, b):
         d = _differences(a, b)
+        if counts and d.shape[1] > 1:
+            raise ValueError(f"counts are one per seed, got shape {d.shape}")
         mean, *errors = _errors(d)
         half = _half(d.shape, *errors)
+        low, high = _flipped(d)[:, 0] if counts else (mean - half, mean + half)
         most = 1.0 if d.shape[1] > 1 else math.inf  # that shares of images can differ by
-        ends = f" [{max(mean - half, -most):+.4g}, {min(mean + half, most):+.4g}]" if math.isfinite(half) else ""
+        ends = f" [{max(low, -most):+.4g}, {min(high, most):+.4g}]" if math.isfinite(high - low) else ""
         measured = f"{mean:+.4g}{ends}"
-        gain = {"smaller": -mean, "larger": mean}.get(expect, math.inf)
         if d.shape[1] > 1:
             measured += f" ({_mcnemar(d)})"
-        if abs(mean) + half < margin:
-            return Finding(f"no difference beyond {margin:g}", expect == "no difference", measured)
-        if abs(mean) > half:
-            outcome = "smaller" if mean < 0 else "larger"
-            return Finding(outcome, outcome == expect, measured)
-        if gain + half < margin:
-            return Finding(f"not {expect} beyond {margin:g}", False, measured)
-        goal = max(abs(mean), margin - min(abs(mean), gain))  # the shortest way out
-        return Finding("undecided", None, measured, _why_no_difference(d, goal, half, errors))
+        outcome, holds = judge(low, high)
+        if outcome == "undecided":
+            gain = {"smaller": -mean, "larger": mean}.get(expect, math.inf)
+            goal = max(abs(mean), margin - min(abs(mean), gain))  # the shortest way out
+            why = _why_no_count(d, judge) if counts else _why_no_difference(d, goal, half, errors)
+        else:
+            why = f"whether beyond {margin:g} is open" if holds is None else ""
+        return Finding(outcome, holds, measured, why)
 
     return Rule(text, test)
+
+
+def _judge(low, high, *, margin, expect):
+    """Outcome of an interval, and whether the claim holds. What more data make of it is finer, or an error."""
+    inside = -margin < low and high < margin
+    if low <= 0 <= high:
+        if inside:
+            return f"no difference beyond {margin:g}", expect == "no difference"
+        none = low > -margin if expect == "smaller" else high < margin and expect == "larger"
+        return (f"not {expect} beyond {margin:g}", False) if none else ("undecided", None)
+    outcome = "smaller" if high < 0 else "larger"
+    if expect == "no difference":
+        holds = True if inside else False if low >= margin or high <= -margin else None
+    else:
+        holds = outcome == expect and ("partly" if inside else True)
+    return f"{outcome}, by less than {margin:g}" if inside else outcome, holds
+
+
+def _flipped(d):
+    """Low and high ends (2, columns) of the intervals for the centres of values (seeds, columns) that lie symmetrically
+    round them: means of parts of the seeds, all or 1,023 of them (Hartigan 1969), which flips of the signs allow."""
+    s = len(d)
+    every = np.arange(1, 2**s)[:, None] >> np.arange(s) & 1 if s <= 10 else None
+    parts = np.random.default_rng(0).integers(0, 2, (1023, s)) if every is None else every
+    means = np.sort(parts @ d / np.maximum(parts.sum(1, keepdims=True), 1), axis=0)
+    left_out = int((len(means) + 1) * LEVEL / 2)
+    return means[[left_out - 1, -left_out]] if left_out else np.array([[-math.inf], [math.inf]]).repeat(d.shape[1], 1)
 
 
 def least_seen(a, b):
@@ -333,16 +372,41 @@ def _why_no_difference(d, goal, half, errors):
     if math.isinf(seed_error):
         return f"too few seeds: {s}, all alike, so that their spread is unknown; {ALIKE} alike would decide"
     more_images = max(1.0, 2 * ((stats.norm.isf(LEVEL / 2) + stats.norm.isf(MISSES)) * image_error / goal) ** 2)
-    numbers = range(s + 1, 1001)  # of seeds, each of which narrows the interval
-
-    def decides(k):
-        left = seed_error * math.sqrt(s / k), image_error / math.sqrt(more_images)
-        return _seen((k, n), *left) < goal
-
-    enough = bisect_left(numbers, True, key=decides)
-    wanted = f"about {numbers[enough]} seeds" if enough < len(numbers) else "more than 1,000 seeds"
+    left = seed_error, image_error / math.sqrt(more_images)
+    enough = _enough(s, lambda k: _later(k, s, left, n) < goal)
     images = f" and {math.ceil(n * more_images / 100) * 100:,} images" if more_images > 1 else ""
-    return f"half-width {half:.2g} at {s} seeds{f', {n:,} images' if n > 1 else ''}; {wanted}{images} would decide"
+    at = f"{s} seeds{f', {n:,} images' if n > 1 else ''}"
+    return f"half-width {half:.2g} at {at}; {_about(enough)}{images} would decide"
+
+
+def _why_no_count(d, judge):
+    s, values = len(d), np.unique(d)
+    if len(values) < 2:
+        return f"too few seeds: {s}, all alike; {ALIKE} alike would decide"
+    rng = np.random.default_rng(0)
+
+    def decides(k):  # seeds drawn from those that were seen
+        low, high = _flipped(rng.choice(d[:, 0], (k, 500)))
+        return np.mean([judge(*ends)[0] != "undecided" for ends in zip(low, high, strict=True)]) >= 1 - MISSES
+
+    enough = _enough(max(s, ALIKE - 1), decides, most=200)
+    return f"too few seeds: {s}, {len(d[d > 0])} above 0 and {len(d[d < 0])} below; {_about(enough, 200)} would decide"
+
+
+def _later(k, s, errors, n=1):
+    """What would be seen (`_seen`) with k seeds instead of s, of standard errors as they are now."""
+    return _seen((k, n), errors[0] * math.sqrt(s / k), errors[1])
+
+
+def _enough(s, decides, most=1000):
+    """The least number of seeds, more than s, at which `decides` is true and stays so; infinite beyond `most`."""
+    numbers = range(s + 1, most + 1)
+    at = bisect_left(numbers, True, key=decides)
+    return numbers[at] if at < len(numbers) else math.inf
+
+
+def _about(seeds, most=1000):
+    return f"about {seeds} seeds" if math.isfinite(seeds) else f"more than {most:,} seeds"
 
 
 def at_most(what, *, bound):

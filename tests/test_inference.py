@@ -14,6 +14,8 @@ from lib.inference import (
     LEVEL,
     Finding,
     _errors,
+    _flipped,
+    _judge,
     at_most,
     by_seed,
     difference,
@@ -66,7 +68,15 @@ class TestTrend:
 
     def test_a_change_below_its_margin_is_none(self):
         values = np.tile([0.0, 0.001, 0.002], (4, 1)) + 1e-5 * np.arange(4)[:, None] * [1, 0, -1]
-        assert trend("x", expect="rises", margin=0.1)(values).holds is False
+        found = trend("x", expect="rises", margin=0.1)(values)
+        assert (found.outcome, found.holds) == ("rises, by less than 0.1", "partly")
+        found = trend("x", expect="rises", margin=0.1)(np.random.default_rng(0).normal(0, 1e-3, (8, 3)))
+        assert (found.outcome, found.holds) == ("no change beyond 0.1", False)
+
+    def test_an_order_near_its_margin_asks_for_seeds(self):
+        values = np.arange(3) * np.array([0.02, 0.05, 0.04, 0.06])[:, None]
+        found = trend("x", expect="rises", margin=0.1)(values)
+        assert found.holds is None and re.search(r"too near its margin; about \d+ seeds would decide", found.why)
 
     @pytest.mark.parametrize("values", [[[1.0, 2, 3]], [[1.0]] * 3, [[1.0, 2.0]] * 3])
     def test_too_little_is_undecided_and_says_what_is_missing(self, values):
@@ -228,6 +238,48 @@ class TestDifference:
         assert few.holds is None and "8 alike would decide" in few.why
         assert difference("x", margin=0.5)(np.zeros(8), np.ones(8)).holds is True
 
+    @pytest.mark.parametrize("often", [0.1, 0.3, 0.6, 1.0])
+    @pytest.mark.parametrize("seeds", [7, 8, 10, 20])
+    def test_counts_keep_the_level_where_students_interval_does_not(self, seeds, often):
+        values = np.random.default_rng(seeds).choice([-1.0, 0, 1], (seeds, DRAWS), p=[often / 2, 1 - often, often / 2])
+        low, high = _flipped(values)
+        assert (low > 0).sum() + (high < 0).sum() <= MOST
+        assert seeds > 7 or np.isinf(low).all()  # 2**-7 on each side is more than the level
+
+    @pytest.mark.parametrize("seeds", [8, 9, 10, 14])
+    def test_counts_are_judged_as_by_a_peer(self, seeds):
+        values = np.random.default_rng(seeds).choice([-1.0, 0, 1, 2], (seeds, 20), p=[0.05, 0.2, 0.5, 0.25])
+        for d, low, high in zip(values.T, *_flipped(values), strict=True):
+            peer = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=2**14).pvalue
+            if abs(peer - LEVEL) > 0.004:  # beyond ten seeds 1,023 parts stand for all
+                assert (low > 0 or high < 0) == (peer <= LEVEL), (d, peer)
+
+    def test_counts_that_agree_more_are_never_judged_less(self):
+        rule = difference("x", margin=0.5, expect="larger", over="seeds", counts=True)
+        for n in (7, 8, 12):
+            found = [rule(np.repeat([1.0, 0.0], [k, n - k]), np.zeros(n)).holds is True for k in range(n + 1)]
+            assert found == sorted(found) and found[-1] == (n >= 8)
+        assert rule(np.zeros(8), np.zeros(8)).holds is False
+        assert "5 above 0 and 0 below; about" in rule(np.array([0.0, 1, 1, 1, 1, 1, 0]), np.zeros(7)).why
+        with pytest.raises(ValueError, match="one per seed"):
+            rule(np.ones((8, 3), bool), np.zeros((8, 3), bool))
+
+    @given(st.lists(st.floats(-2, 2), min_size=4, max_size=4), st.sampled_from(["smaller", "larger", "no difference"]))
+    def test_a_narrower_interval_turns_no_verdict_round(self, ends, expect):
+        low, lower, upper, high = sorted(ends)
+        wide, narrow = (_judge(*pair, margin=1.0, expect=expect)[1] for pair in ((low, high), (lower, upper)))
+        assert narrow in {None: (None, True, False, "partly"), "partly": ("partly",)}.get(wide, (wide, "partly"))
+
+    def test_what_is_there_but_less_than_the_margin_holds_in_part(self):
+        d = np.random.default_rng(1).normal(-0.5, 0.1, 20)
+        found = difference("x", margin=1.0, over="seeds")(d, 0 * d)
+        assert (found.outcome, found.holds) == ("smaller, by less than 1", "partly")
+        assert difference("x", margin=1.0, expect="larger", over="seeds")(d, 0 * d).holds is False
+        assert difference("x", margin=1.0, expect="no difference", over="seeds")(d, 0 * d).holds is True
+        open_ = difference("x", margin=0.5, expect="no difference", over="seeds")(d, 0 * d)
+        assert (open_.outcome, open_.holds, open_.why) == ("smaller", None, "whether beyond 0.5 is open")
+        assert difference("x", margin=0.3, expect="no difference", over="seeds")(d, 0 * d).holds is False
+
     def test_no_image_that_differs_is_no_proof_of_equality_on_few(self):
         same = np.zeros((8, 20), bool)
         assert difference("x", margin=0.01, expect="no difference")(same, same).holds is None
@@ -337,6 +389,11 @@ def test_ends_of_training_that_did_not_begin_are_left_out_and_named():
 PILOTS = {
     "order": (trend("x", expect="rises"), lambda rng: rng.normal(size=(4, 4)) + 0.35 * np.arange(4)),
     "change": (trend("x", expect="rises", margin=0.6), lambda rng: rng.normal(0, 0.5, (6, 3))),
+    "change, few seeds": (trend("x", expect="rises", margin=0.4), lambda rng: rng.normal(0, 0.5, (4, 3))),
+    "counts": (
+        lambda d: difference("x", margin=0.2, expect="larger", counts=True)(d, 0 * d),
+        lambda rng: rng.choice([0.0, 1.0], 7, p=[0.3, 0.7]),
+    ),
     "seeds": (lambda d: difference("x", margin=0.01)(d, 0 * d), lambda rng: rng.normal(-0.5, 0.8, 8)),
     "margin": (lambda d: difference("x", margin=0.6)(d, 0 * d), lambda rng: rng.normal(0, 0.8, 8)),
     "share": (lambda d: at_most("x", bound=0.2)(d.sum(), len(d)), lambda rng: np.arange(40) < 4 + rng.integers(3)),
