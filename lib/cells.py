@@ -326,6 +326,14 @@ def as_many(more, test):
     return len(more) >= max(1, len(test))
 
 
+def looked(rows, question, n):
+    """With how many seeds, fewer than the n (a text that begins with a number), the verdict on a question of a row had
+    been read before, as a text to go on with; figures/overnight/cells/looks.json keeps the list."""
+    known = read_json(FIGURES / "overnight" / "cells" / "looks.json").get(title(rows), {}).get(question, [])
+    before = [str(seeds) for seeds in known if seeds < int(n.split()[0])]
+    return f"; read before with {', '.join(before)}" if before else ""
+
+
 def compare(rule, rows, first, second, *, kind="PGD", unless=""):
     """What a rule finds of two arms, as of `both`."""
     a, b, seeds = both(rows, first, second, kind)

@@ -15,13 +15,18 @@ def verdict(holds):
     raise ValueError(f"a claim holds or it does not, got {holds!r}: compare the number first")
 
 
-def claim(claim, *, section, holds, n, source, measured=None, paper="", figure="", believe=False):
-    """A row of the paper's ledger. holds: a Finding, or (then with measured) True, False, "partly" or None."""
+def claim(claim, *, section, holds, n, source, measured=None, paper="", figure="", believe=False, ours=False):
+    """A row of the paper's ledger. holds: a Finding, or (then with measured) True, False, "partly" or None.
+
+    believe: whether it belongs to the summary. ours: whether the paper does not say it in this form: a stricter reading
+    of what it says, or a further claim.
+    """
     why = ""
     if isinstance(holds, Finding):
         measured, why, holds = measured or holds.measured, holds.why, holds.holds
     row = _texts(claim=claim, section=section, measured=measured, n=n, source=source)
-    return row | {"verdict": verdict(holds), "why": why, "paper": paper, "figure": figure, "believe": bool(believe)}
+    row |= {"verdict": verdict(holds), "why": why, "paper": paper, "figure": figure, "believe": bool(believe)}
+    return row | ({"ours": True} if ours else {})
 
 
 def answer(question, answer, *, reviewer, n, source, figure=""):

@@ -138,6 +138,7 @@ class Book:
         measured = row["measured"] + (f" ({row['why']})" if row["why"] else "")
         where = row["section"] if row["section"].startswith("Appendix") else f"Section {row['section']}"
         paper = f" The paper ({where}): {row['paper']}." if row["paper"] else ""
+        paper = f" (Ours.){paper}" if row.get("ours") else paper
         display(Markdown(f"**{row['verdict'].capitalize()}**: {claim}.{paper} Measured: {measured}. n: {row['n']}."))
 
     def answer(self, question, answer, **facts):

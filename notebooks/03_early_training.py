@@ -187,8 +187,9 @@ values = starts.pivot(index="start", columns="eps", values="full").to_numpy()
 book.claim(
     "At one and the same initial point the gradient of the adversarial loss is smaller for larger eps",
     section="4.1",
-    paper="gradients are smaller at the beginning of training if eps is larger",
+    paper="gradients are smaller at the beginning of training if eps is larger (ours is the stricter reading)",
     holds=rule_start(values),
+    ours=True,
     n=f"{many}, {len(x):,} images",
     source=digits.source,
     believe=True,
@@ -375,6 +376,7 @@ book.claim(
     "The larger eps, the more dead units the deadest layer has",
     section="4.1, Figure 3",
     paper="constant classifiers come with dead or degenerate layers (counted here; the trend is what is judged)",
+    ours=True,
     measured=f"{found.measured}; a degenerate layer in {len(degenerate_in & one_answer)} of {len(one_answer)} networks "
     "that give one answer to all digits",
     holds=found,

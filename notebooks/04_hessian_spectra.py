@@ -234,8 +234,9 @@ book.save(
 
 # %%
 book.claim(
-    "The same holds for steps relative to the weights (our addition)",
+    "The same holds for steps relative to the weights",
     section="4.2",
+    ours=True,
     paper="the larger eps, the larger the top 20 eigenvalues of the Hessian",
     holds=rule_relative(ends.pivot(index="seed", columns="eps", values="relative").to_numpy(), unless=unless),
     n=n,

@@ -216,7 +216,7 @@ count = f"{len(eps_grid)} budgets, {images[1]} test images"
 for network, found in findings.items():
     book.claim(
         f"{network}, other data: a rising budget ends in the smaller clean error where a constant one stalls",
-        section="5", paper="the rising budget is shown for one network on each set",
+        section="5", paper="the rising budget is shown for one network on each set", ours=True,
         holds=inference.together(found), source=sources,
         n=f"{len(seeds_of[network])} seeds, {count}, {len(found)} of {len(sets)} sets are judged",
     )  # fmt: skip

@@ -36,13 +36,15 @@ INTRO = """\
 
 Each notebook writes its figures here, one folder per profile: the picture, the numbers drawn (`.csv`) and a record
 (`.json`) with parameters, seeds, data, versions and hardware. Below: what to believe; three ledgers (what the paper
-claims, what its reviewers asked, what checks this companion itself); the figures. A verdict is computed by the notebook
-from its run, by a rule stated before its figure, at the level of one in a hundred; "undecided" says why, and which n
-would decide, nine times in ten if all is as it was measured. Where a first look left a question open, n was raised: the
-level is then that of each look, and a verdict of the k-th errs in up to k of a hundred. The profile is that of the run
-that judged: `quick` is minutes on two cores, but notebooks 6 and 7 judge committed cells of `overnight` there, which
-took nights. A claim that was judged in two profiles stands in both, and is counted once in the project's README. This
-page is written by `tools/gallery.py`: change the notebooks, not the page.
+claims, what its reviewers asked, what checks this companion itself); the figures. *Ours* is a claim that the paper does
+not make in this form: a stricter reading of what it says, or a further one. A verdict is computed by the notebook from
+its run, by a rule stated before its figure, at the level of one in a hundred (where an error is held against a
+tolerance, there is no such level: of trained networks that speaks of these alone); "undecided" says why, and which n
+would decide, nine times in ten if all is as it was measured. Where a first look left a question open, n was raised: a
+row says with how many seeds it had been read before, and a verdict of the k-th look errs in up to k of a hundred. The
+profile is that of the run that judged: `quick` is minutes on two cores, but notebooks 6 and 7 judge committed cells of
+`overnight` there, which took nights. A claim that was judged in two profiles stands in both, and is counted once in the
+project's README. This page is written by `tools/gallery.py`: change the notebooks, not the page.
 """
 
 
@@ -146,6 +148,8 @@ def _place(figures: Path, row: dict, profile: str) -> str:
 
 
 def _value(row: dict, key: str) -> str:
+    if key == "claim" and row.get("ours"):
+        return f"{_words(row[key])} *(ours)*"
     if key == "passed":
         return "pass" if row[key] else "**FAIL**"
     text = f"**{row[key]}**" if key == "verdict" else _words(row[key])
@@ -175,10 +179,11 @@ def _ledger(ledger: str, claims: list[dict], titles: dict[str, str], figures: Pa
     heading, columns = LEDGERS[ledger]
     parts = [f"## {heading}\n"]
     if ledger == "claims":
-        counts = Counter((profile, row["verdict"]) for row, profile in _rows(claims, ledger))
-        profiles = dict.fromkeys(record["profile"] for record in sorted(claims, key=_rank))
-        rows = [[f"`{name}`", *(counts[name, verdict] for verdict in VERDICTS)] for name in profiles]
-        parts.append(table(["profile", *VERDICTS], rows))
+        counts = Counter((p, bool(row.get("ours")), row["verdict"]) for row, p in _rows(claims, ledger))
+        kinds = sorted({key[:2] for key in counts}, key=lambda key: (_rank({"profile": key[0]}), key[1]))
+        rows = [[f"`{p}`", "ours" if own else "the paper's", *(counts[p, own, verdict] for verdict in VERDICTS)]
+                for p, own in kinds]  # fmt: skip
+        parts.append(table(["profile", "whose claims", *VERDICTS], rows))
     for notebook in sorted(titles):
         rows = _rows([record for record in claims if record["notebook"] == notebook], ledger)
         if rows:
@@ -221,10 +226,12 @@ def _latest(records: list[dict]) -> list[dict]:
 
 def _counts(records: list[dict]) -> str:
     """How many of the claims have which verdict, and how many questions an answer."""
-    counts = Counter(row["verdict"] for row in _latest(records))
+    counts = Counter((bool(row.get("ours")), row["verdict"]) for row in _latest(records))
     answered = len({row["question"] for row, _ in _rows(records, "answers")})
-    said = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]]
-    return ", ".join(said + [f"{answered} answered"] * bool(answered)) or "-"
+    whose = [", ".join(f"{counts[own, verdict]} {verdict}" for verdict in VERDICTS if counts[own, verdict])
+             for own in (False, True)]  # fmt: skip
+    said = [whose[0], f"ours: {whose[1]}" * bool(whose[1]), f"{answered} answered" * bool(answered)]
+    return "; ".join(filter(None, said)) or "-"
 
 
 def _notebook(records: list[dict], seconds: float) -> list[str]:
