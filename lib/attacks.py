@@ -8,6 +8,7 @@ batch-normalisation buffers are afterwards as they were before, whatever happens
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from threading import RLock
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,19 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
-from .checks import NORMS, STARTS, check_choice, check_count, check_eps, check_inputs, check_labels, check_logits
+from .checks import (
+    NORMS,
+    STARTS,
+    check_choice,
+    check_count,
+    check_eps,
+    check_generator,
+    check_inputs,
+    check_labels,
+    check_logits,
+)
 from .compute import exact_convolutions, fast_dtype
 from .differentiate import as_module, differentiating, gradient, own, unchanged
 from .fast import as_function
@@ -39,7 +51,8 @@ def project(delta, *, eps, norm="linf"):
     eps = check_eps(eps, norm="l2")  # perturbations have no range
     if norm == "linf":
         return delta.clamp(-eps, eps)
-    return delta * (eps / _l2(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1)
+    length = _l2(delta.double())  # squares of large values are beyond a smaller type
+    return delta * (eps / length.clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1).to(delta.dtype)
 
 
 def fgsm(model, x, y, *, eps, norm="linf"):
@@ -83,8 +96,8 @@ def pgd(
     """
     x, y, eps = check_inputs(x, y, eps, norm)
     step_size = check_eps(step_size, name="step_size", norm=norm)
-    check_count(0, num_steps=num_steps)
-    check_count(1, num_restarts=num_restarts)
+    num_steps, num_restarts = check_count(0, num_steps=num_steps), check_count(1, num_restarts=num_restarts)
+    check_generator(generator, x)
     check_choice("random_start", random_start, STARTS)
     check_choice("loss", loss, LOSSES)
     with frozen(model, x, precision) as logits_of, frozen(model, x, "full") as exact_logits_of:
@@ -147,9 +160,10 @@ def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
         ValueError: as for `pgd`; num_queries below 1.
     """
     x, y, eps = check_inputs(x, y, eps, norm)
-    check_count(1, num_queries=num_queries)
+    num_queries = check_count(1, num_queries=num_queries)
+    check_generator(generator, x)
     x_adv, size, limits = x.clone(), x[0].numel(), _limits(x, eps, norm)
-    order = torch.rand(len(x), size, generator=generator, device=x.device).argsort(1)
+    order = torch.rand(len(x), size, generator=generator, device=x.device, dtype=torch.float32).argsort(1)
     turn = torch.zeros_like(y)  # each image's own place in its order, two turns (up, down) for each value
     with torch.no_grad(), frozen(model, x, "full") as logits_of:
 
@@ -195,15 +209,18 @@ def autoattack(
         ValueError: as for `pgd`; an unknown attack, or too few classes for it ("apgd-dlr" needs 3, "apgd-t" 4).
     """
     x, y, eps = check_inputs(x, y, eps, norm)
-    check_count(1, num_steps=num_steps, num_restarts=num_restarts, num_queries=num_queries, batch_size=batch_size)
-    attacks = (attacks,) if isinstance(attacks, str) else attacks
+    num_steps, num_restarts, num_queries, batch_size = check_count(
+        1, num_steps=num_steps, num_restarts=num_restarts, num_queries=num_queries, batch_size=batch_size
+    )
+    seed = check_count(-(2**63), seed=seed)
+    attacks = (attacks,) if isinstance(attacks, str) else tuple(attacks)
     unknown = [a for a in attacks if a not in LEAST_CLASSES]
     if unknown or not attacks:
         raise ValueError(f"unknown attack {unknown}: choose some of {', '.join(LEAST_CLASSES)}")
     where, limits, x_adv = [x.device] if x.is_cuda else [], _limits(x, eps, norm), x.clone()
     with (
         frozen(model, x, "full") as logits_of, torch.random.fork_rng(devices=where), torch.no_grad(),
-        warnings.catch_warnings(action="ignore"), ExitStack() as afterwards,
+        warnings.catch_warnings(action="ignore"), x.device, ExitStack() as afterwards,
     ):  # fmt: skip
         afterwards.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)  # pyautoattack makes what it needs in it
@@ -233,6 +250,8 @@ def autoattack(
                 if len(i):
                     try:
                         found = runner.perturb(image[i], y[i]).to(x.dtype)
+                    except torch.OutOfMemoryError:
+                        raise
                     except (RuntimeError, ZeroDivisionError) as error:  # the model itself has run on all images above
                         what = f"{attack} under {norm} cannot attack images of {tuple(x.shape[1:])} with such logits"
                         raise ValueError(f"{what}: {error}") from error
@@ -348,7 +367,8 @@ def frozen(model, x, precision="auto"):
     """The model as a function of its input alone: evaluation mode, constant parameters.
 
     Yields a function x -> logits (B, classes) in x's type. The parameters enter as detached copies, so no flag of the
-    model has to be touched; only the mode is, and it is put back. Models made of nothing but this library's own layers
+    model has to be touched; only the mode is, and it is put back (one thread at a time: they may share the model).
+    Models made of nothing but this library's own layers
     (`models.any_layout`) are evaluated by `fast`, with "auto" in bfloat16 where this machine gains by it; any other
     sees what it would see without us.
 
@@ -356,10 +376,15 @@ def frozen(model, x, precision="auto"):
     function, for an output that is not logits.
     """
     model = as_module(model)
+    if parametrize._cache_enabled:
+        raise ValueError("leave parametrize.cached(): what is computed here would stay in its cache")
     check_choice("precision", precision, ("auto", "full"))
-    with unchanged(model):
-        model.eval()  # first: some models put weights together, or fill buffers, when their mode changes
-        constants = {id(t): own(t) for t in model.parameters()}
+    with ONE_THREAD, unchanged(model):
+        try:
+            model.eval()  # first: some models put weights together, or fill buffers, when their mode changes
+        except NotImplementedError as error:  # torch.export's
+            raise ValueError(f"{type(model).__name__} has no evaluation mode: {error}") from error
+        constants = {id(t): _constant(t) for _, t in model.named_parameters()}  # as `parameters` may be another's
         constants = {id(t): own(t).clone() for t in model.buffers()} | constants  # some models count in their buffers
         tensors = {k: constants[id(t)] for k, t in (*model.named_parameters(), *model.named_buffers())}
         kind = "{0.dtype} on {0.device}".format
@@ -377,13 +402,24 @@ def frozen(model, x, precision="auto"):
                     # Some models write to what they get.
                     logits = fast(inputs) if ours else functional_call(model, tensors, inputs.clone())
             except RuntimeError as error:
-                if not others:
+                if not others or isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise ValueError(f"{mismatch}: {error}") from error  # models may cast by themselves, so only now
             check_logits(logits, len(inputs))
-            return logits.to(x.dtype) if x.dtype.is_floating_point else logits
+            # A copy, since some models give the same tensor again.
+            return logits.to(x.dtype if x.dtype.is_floating_point else logits.dtype, copy=not ours)
 
         yield logits_of
+
+
+ONE_THREAD = RLock()
+
+
+def _constant(p):
+    """A parameter as a constant of ours, which the model's forward cannot tell from its own."""
+    constant = torch.nn.Parameter(own(p), p.requires_grad) if isinstance(p, torch.nn.Parameter) else own(p)
+    vars(constant).update(vars(p))
+    return constant
 
 
 def _l2(t):

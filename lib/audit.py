@@ -37,7 +37,7 @@ def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
     Raises:
         ValueError: num_restarts or batch_size below 1, no images, and whatever the attack raises.
     """
-    check_count(1, num_restarts=num_restarts)
+    num_restarts, batch_size = check_count(1, num_restarts=num_restarts, batch_size=batch_size)
     falls = torch.where(wrong(model, x, y, batch_size=batch_size), 0, num_restarts + 1)
     done = 0
     while done < num_restarts and len(left := (falls > done).nonzero().squeeze(1)):
@@ -68,6 +68,8 @@ class Subject:
     def falls(self, attack, *, restarts=1, seed=0, source=None, **settings):
         """`first_falls` under an attack (`attack_by_name`), run `restarts` times; source: another Subject, on whose
         network the attacks are made."""
+        if restarts > 1 and attack in ("fgsm", *LEAST_CLASSES):
+            raise ValueError(f"{attack} draws the same numbers at each call: its own num_restarts begins it anew")
         facts = self.facts | {"attack": attack, "restarts": restarts, "seed": seed, "settings": settings}
 
         def compute():
@@ -90,6 +92,7 @@ def attack_by_name(name, *, seed=0, device="cpu", **settings):
     settings: those of the attack. Raises ValueError for an unknown name.
     """
     check_choice("attack", name, ("pgd", "fgsm", "simba", "noise", *LEAST_CLASSES))
+    seed = check_count(-(2**63), seed=seed)
     if name in LEAST_CLASSES:
         return partial(autoattack, attacks=(name,), seed=seed, **settings)
     if name == "fgsm":
@@ -118,7 +121,18 @@ def worst_case(masks):
     """
     if not len(masks):
         raise ValueError("no attacks: a worst case needs at least one mask")
-    return np.logical_or.reduce([masks[name] for name in masks])
+    return np.logical_or.reduce(_masks(masks[name] for name in masks))
+
+
+def _masks(several):
+    """Masks as arrays of N booleans. Raises ValueError for anything else, such as numbers of restarts."""
+    masks = [np.asarray(mask) for mask in several]
+    for mask in masks:
+        if mask.dtype != bool or mask.ndim != 1:
+            raise ValueError(f"a mask holds booleans, one per image, got {mask.dtype} of shape {mask.shape}")
+    if len({len(mask) for mask in masks}) > 1:
+        raise ValueError(f"masks of unequal length: {[len(mask) for mask in masks]}")
+    return masks
 
 
 def signs(reported, rivals, by_eps, flat):
@@ -142,9 +156,10 @@ def signs(reported, rivals, by_eps, flat):
     if not len(rivals) or len(by_eps) < 2:
         raise ValueError(f"needs at least one rival and two eps, got {len(rivals)} and {len(by_eps)}")
     grid = sorted(by_eps)
-    flat, reported, *curve = np.array([flat, reported, *(by_eps[e] for e in grid)], bool)
+    flat, reported, *curve = _masks([flat, reported, *(by_eps[e] for e in grid)])
+    rivals = {name: _masks([mask])[0] for name, mask in rivals.items()}
     left = {name: ~reported[: len(mask)] for name, mask in rivals.items()}
-    found = {f"only {name} breaks it": (np.array(mask) & left[name])[left[name]] for name, mask in rivals.items()}
+    found = {f"only {name} breaks it": (mask & left[name])[left[name]] for name, mask in rivals.items()}
     found["it stands again at a larger eps"] = max((a & ~b for a, b in pairwise(curve)), key=np.sum)
     return found | {f"it stands at eps {grid[-1]:g}": ~curve[-1], "its loss is flat": flat}
 

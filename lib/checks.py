@@ -17,17 +17,30 @@ def check_choice(what, value, choices):
 
 
 def check_count(least, **values):
-    """Raise ValueError unless all values are whole numbers of at least `least`."""
+    """The values as plain integers (a tuple, if several), since those of numpy overflow and are refused by PyTorch.
+
+    Raises ValueError unless all are whole numbers of at least `least`.
+    """
     for name, value in values.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    first, *others = map(int, values.values())
+    return (first, *others) if others else first
+
+
+def check_generator(generator, x):
+    """Raise ValueError unless the generator is None or one of PyTorch's on the device of x."""
+    where = generator.device if isinstance(generator, torch.Generator) else None
+    if generator is not None and (where is None or where.type != x.device.type):
+        made = f"torch.Generator({str(x.device)!r}).manual_seed(...)"
+        raise ValueError(f"generator must be None or {made}, got {generator!r}")
 
 
 def check_eps(eps, *, name="eps", norm="linf"):
     """eps as a float. Raises ValueError unless it is a number >= 0 and, for "linf", at most 1."""
     if not isinstance(eps, Real) or isinstance(eps, bool):
         raise ValueError(f"{name} must be a number, got {type(eps).__name__}")
-    if not 0 <= eps < float("inf"):
+    if not 0 <= float(eps) <= torch.finfo(torch.float32).max:
         raise ValueError(f"{name} must be finite and not negative, got {eps}")
     if norm == "linf" and eps > 1:
         raise ValueError(f"{name} is a fraction of the pixel range, so at most 1: write 8/255, not 8 (got {eps})")
@@ -36,7 +49,7 @@ def check_eps(eps, *, name="eps", norm="linf"):
 
 def check_data(x):
     """Raise ValueError unless x is a tensor, or stands for one (`data.Images`), of N >= 1 inputs."""
-    if not hasattr(x, "split"):
+    if not hasattr(x, "split") or isinstance(x, str) or not getattr(x, "shape", (1,)):
         raise ValueError(f"x must be a tensor, got {type(x).__name__}: torch.as_tensor makes one")
     if len(x) == 0:
         raise ValueError("no data: there is not a single input")
@@ -57,8 +70,10 @@ def check_inputs(x, y, eps=0, norm="linf"):
     """
     check_choice("norm", norm, NORMS)
     eps = check_eps(eps, norm=norm)
-    if not isinstance(x, torch.Tensor) or x.dim() != 4 or len(x) == 0:
+    if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.numel():
         raise ValueError(f"x must be a tensor (B, C, H, W) with B >= 1, got {getattr(x, 'shape', type(x).__name__)}")
+    if x.layout != torch.strided or x.is_meta:
+        raise ValueError(f"x must hold its pixels, one by one, got {x.layout} on {x.device}")
     if x.dtype not in (torch.float32, torch.float64):  # coarser types round x + eps by more than a small eps
         advice = "convert it, and the model" if x.is_floating_point() else "divide by 255 first"
         raise ValueError(f"x must be float32 or float64 with pixels in [0, 1], got {x.dtype}: {advice}")
@@ -66,7 +81,10 @@ def check_inputs(x, y, eps=0, norm="linf"):
     if not (low >= 0 and high <= 1):
         raise ValueError(f"x must lie in [0, 1], got values from {low:.9g} to {high:.9g}")
     check_targets(x, y)
-    return own(x).contiguous(), own(y).contiguous(), eps
+    if y.device != x.device:
+        raise ValueError(f"the labels are on {y.device}, and the images on {x.device}")
+    # Of no subclass: those of two libraries may refuse to meet.
+    return *(own(t).as_subclass(torch.Tensor).contiguous() for t in (x, y)), eps
 
 
 def check_logits(logits, count):
@@ -79,6 +97,8 @@ def check_logits(logits, count):
 def check_labels(logits, y):
     """Raise ValueError unless the logits (`check_logits`) are finite and belong to these labels."""
     check_logits(logits, len(y))
+    if logits.shape[1] < 2:
+        raise ValueError("the model has a single logit, which is no choice: two classes need two")
     low, high = y.aminmax()
     if low < 0 or high >= logits.shape[1]:
         raise ValueError(f"labels run from {low} to {high}, but the model has {logits.shape[1]} classes")

@@ -33,7 +33,8 @@ def own(t):
     """The tensor as a constant of ours: detached, and copied if it was made in inference mode, since derivatives cannot
     save it then. Its layout stays; `requires_grad` of the caller's tensor is not touched."""
     with torch.inference_mode(False):
-        return t.detach().clone() if t.is_inference() else t.detach()
+        t = t.detach()
+        return t.clone() if t.is_inference() else t
 
 
 def gradient(value, inputs, v=None, *, again=False, keep=None):
@@ -74,6 +75,8 @@ def as_module(model):
     # By name, since to import the class of torch.compile's takes seconds.
     inner = model._orig_mod if type(model).__name__ == "OptimizedModule" else None
     if isinstance(model, (DataParallel, DistributedDataParallel)):
+        if type(model) not in (DataParallel, DistributedDataParallel) or "forward" in vars(model):
+            raise ValueError(f"{type(model).__name__} has a forward of its own: put that in a module inside")
         inner = model.module
     if inner is not None:
         if model._forward_hooks or model._forward_pre_hooks:
@@ -91,7 +94,7 @@ def unchanged(model):
     """Afterwards modes and flags of the model are as before, whatever was done inside. Modes are put back by the
     modules' own `train`, which may do more than set a flag (layers of low rank merge their weights)."""
     modes = [(m, m.training) for m in model.modules()]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    flags = [(p, p.requires_grad) for _, p in model.named_parameters()]
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ def predict(model, x, *, batch_size=500):
 
     Raises ValueError for no inputs at all, and for a model that returns no logits.
     """
-    check_count(1, batch_size=batch_size)
+    batch_size = check_count(1, batch_size=batch_size)
     check_data(x)
     with torch.no_grad(), frozen(model, x, "full") as logits_of:
         return torch.cat([logits_of(own(part).contiguous()) for part in x.split(batch_size)])
@@ -56,7 +56,7 @@ def _wrong(logits, y):
 
 def in_batches(x, y, batch_size):
     """Batches (a, b) of images and labels, checked; x may be `data.Images`. Raises ValueError as `wrong`."""
-    check_count(1, batch_size=batch_size)
+    batch_size = check_count(1, batch_size=batch_size)
     check_targets(x, y)
     return (check_inputs(a, b)[:2] for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True))
 
@@ -83,9 +83,21 @@ def attacked(model, x, y, attack, *, batch_size=500):
 
 
 def _made(attack, model, x, y):
-    """What an attack makes of a copy of x; what it does to the model's modes and flags is undone."""
-    with unchanged(as_module(model)):
-        made = attack(model, x.clone(), y)
+    """What an attack makes of copies; what it does to the model's modes, flags, gradients and buffers is undone."""
+    inner = as_module(model)
+    gradients = [(p, p.grad) for _, p in inner.named_parameters()]
+    buffers = [(b, own(b).clone()) for _, b in inner.named_buffers()]
+    for p, _ in gradients:
+        p.grad = None
+    try:
+        with unchanged(inner):
+            made = attack(model, x.clone(), y.clone())
+    finally:
+        for p, g in gradients:
+            p.grad = g
+        for b, before in buffers:
+            if not torch.equal(b, before):
+                b.detach().copy_(before)
     if not isinstance(made, torch.Tensor) or made.shape != x.shape:
         got = tuple(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
         raise ValueError(f"an attack must return images {tuple(x.shape)}, got {got}")
@@ -98,7 +110,7 @@ def evaluate(model, x, y, *, eps, step_size, num_steps, norm="linf", seed=0, bat
     Returns:
         {"clean_error", "robust_error", "robust_loss"}, floats; the loss, over all images, in nats.
     """
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(check_count(-(2**63), seed=seed))
     settings = {"eps": eps, "step_size": step_size, "num_steps": num_steps, "norm": norm, "generator": generator}
     clean, robust, losses = [], [], []
     for a, b in in_batches(x, y, batch_size):
@@ -139,6 +151,7 @@ def unit_activity(model, x, *, batch_size=500):
         for name, m in model.named_modules():
             if isinstance(m, tuple(ACTIVATIONS.values())):
                 hooks.enter_context(m.register_forward_hook(lambda _m, _x, out, name=name: note(name, out.detach())))
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled parts pass hooks over
         note("logits", predict(model, x, batch_size=batch_size))
     found = []
     for name in low:

@@ -124,7 +124,7 @@ class Ensemble(nn.Module):
             raise ValueError("an ensemble needs at least one member")
 
     def forward(self, x):
-        logits = [member(x) for member in self.members]
+        logits = [member(x.clone()) for member in self.members]  # some write to what they get
         for z in logits:
             check_logits(z, len(x))
         return self.mix(logits)
@@ -152,7 +152,7 @@ def any_layout(model):
     have them) or with a forward of their own.
     """
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return all(
+    return not torch.nn.modules.module._has_any_global_hook() and all(
         type(m) in LAYERS and "forward" not in vars(m) and not any(getattr(m, k) for k in kinds)
         for m in model.modules()
     )
@@ -167,10 +167,15 @@ def build(name, *, seed, **settings):
     Raises ValueError for an unknown name.
     """
     check_choice("model", name, MODELS)
-    here = "meta" if torch.get_default_device().type == "meta" else "cpu"  # whatever device the caller has chosen
+    here = "meta" if torch.get_default_device().type == "meta" else "cpu"  # whatever device the caller has chosen,
+    before = torch.get_default_dtype()  # and whatever type
     with torch.random.fork_rng(devices=[]), torch.device(here):
-        torch.random.default_generator.manual_seed(seed)
-        return MODELS[name](**settings)
+        torch.random.default_generator.manual_seed(check_count(-(2**63), seed=seed))
+        try:
+            torch.set_default_dtype(torch.float32)
+            return MODELS[name](**settings)
+        finally:
+            torch.set_default_dtype(before)
 
 
 RELEASED = {"lenet": 16, "vgg16": 8, "resnet18": 8}  # width factors of the paper's released networks

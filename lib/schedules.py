@@ -14,8 +14,8 @@ from .checks import check_choice, check_eps
 
 def constant(value, *, norm="linf"):
     """The same budget throughout. Raises ValueError for a value outside [0, 1] (L2: negative)."""
-    check_eps(value, name="value", norm=norm)
-    return lambda epoch: float(value)
+    value = check_eps(value, name="value", norm=norm)
+    return lambda epoch: value
 
 
 def linear(start, stop, epochs, *, clip=None, norm="linf"):
@@ -55,13 +55,12 @@ def cosine_misread(start, stop, epochs, *, clip=None, norm="linf"):
 
 
 def _rise(start, stop, epochs, clip, norm, shape):
-    clip = stop if clip is None else clip
-    for name, value in (("start", start), ("stop", stop), ("clip", clip)):
-        check_eps(value, name=name, norm=norm)
+    limits = {"start": start, "stop": stop, "clip": stop if clip is None else clip}
+    start, stop, clip = (check_eps(value, name=name, norm=norm) for name, value in limits.items())
     if stop < start:
         raise ValueError(f"the schedule runs backwards: it starts at {start} and stops at {stop}")
-    if not epochs > 0:
-        raise ValueError(f"the schedule runs backwards: epochs must be positive, got {epochs}")
+    if not 0 < epochs < math.inf:
+        raise ValueError(f"the schedule runs backwards: epochs must be positive and finite, got {epochs}")
 
     def eps(epoch):
         if not epoch >= 0:

@@ -105,13 +105,15 @@ class TrainConfig:
             raise ValueError(f"interval training is for a linf ball of eps > 0, got {self.norm} and eps {self.eps}")
         for name in ("epochs", "batch_size", "eval_every", "eval_images", "num_steps", "width", "keep_every", "seed"):
             check_count(0 if name in ("keep_every", "seed") else 1, **{name: getattr(self, name)})
+        if self.seed > 2**40:
+            raise ValueError(f"seed must be at most 2**40, got {self.seed}: each epoch draws from a seed of its own")
         if type(self.lr) is not float or not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be a positive number, got {self.lr!r}")
         if not isinstance(self.augment, bool):
             raise ValueError(f"augment must be True or False, got {self.augment!r}")
         if not all(isinstance(drop, float) and 0 < drop < 1 for drop in self.lr_drops):
             raise ValueError(f"lr_drops must be numbers between 0 and 1, the ends of a period, got {self.lr_drops}")
-        if not all(isinstance(r, int) for r in self.restarts):
+        if not all(type(r) is int for r in self.restarts):
             raise ValueError(f"restarts must be whole epochs, got {self.restarts}")
         if self.restarts and self.restarts[-1] >= self.epochs:
             raise ValueError(f"the last restart, {self.restarts[-1]}, is not before the end, {self.epochs}")

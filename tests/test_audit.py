@@ -122,7 +122,7 @@ class TestWorstCase:
 
     @pytest.mark.parametrize("masks, message", [
         ({}, "no attacks: a worst case needs at least one mask"),
-        ({"a": [True], "b": [True, False]}, "inhomogeneous"),
+        ({"a": [True], "b": [True, False]}, "unequal length"),
     ])  # fmt: skip
     def test_bad_input(self, masks, message):
         with pytest.raises(ValueError, match=message):
@@ -190,7 +190,7 @@ class TestSigns:
     @pytest.mark.parametrize("change, message", [
         ({"rivals": {}}, "needs at least one rival and two eps, got 0 and 2"),
         ({"by_eps": {1.0: [True] * 4}}, "got 1 and 1"),
-        ({"flat": [True] * 3}, "inhomogeneous"),
+        ({"flat": [True] * 3}, "unequal length"),
         ({"rivals": {"noise": [True] * 5}}, r"could not be broadcast together with shapes \(5,\) \(4,\)"),
     ])  # fmt: skip
     def test_bad_input(self, change, message):
@@ -223,3 +223,11 @@ class TestSubject:
         monkeypatch.setenv("RUNS_DIR", str(tmp_path))
         with pytest.raises(ValueError, match=message):
             audit.Subject(trained, *batch, {}).mask(name, **settings)
+
+
+def test_numbers_of_restarts_are_no_masks():
+    curve = {0.1: [True] * 3, 1.0: [True] * 3}
+    with pytest.raises(ValueError, match="a mask holds booleans, one per image, got int64"):
+        audit.worst_case({"a": [1, 2, 2]})
+    with pytest.raises(ValueError, match="a mask holds booleans, one per image, got int64"):
+        audit.signs([False] * 3, {"n": [2, 2, 2]}, curve, [False] * 3)

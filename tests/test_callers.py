@@ -1,7 +1,9 @@
 """Whatever the caller brings (a state of autograd, a memory layout, a kind of module or number), the answer is the one
 for plain contiguous tensors and an ordinary network, or a ValueError that names the cause."""
 
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
 
@@ -794,3 +796,230 @@ def test_an_attack_that_writes_to_what_it_gets(use):
     use(model, rude)
     assert torch.equal(X, before)
     assert not any(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+
+
+class Asks(Views):
+    """It goes on only where its weights want gradients, as backbones that are frozen by halves do."""
+
+    def forward(self, x):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.c.weight.requires_grad):
+            h = self.relu(self.c(x))
+        return self.f(h.flatten(1))
+
+
+class Half(Views):
+    """It shows a part of its parameters only, as those that are fine-tuned do."""
+
+    def parameters(self, recurse=True):
+        return self.f.parameters(recurse)
+
+
+class Labelled(Views):
+    """Its parameters have attributes, and have to be parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.f.weight.scale = 2.0
+
+    def forward(self, x):
+        assert isinstance(self.f.weight, nn.Parameter)
+        return super().forward(x) * (self.f.weight.scale / 2)
+
+
+class Again(Views):
+    """It gives the same tensor again and again, as captured graphs do."""
+
+    def forward(self, x):
+        z = super().forward(x)
+        if torch.is_grad_enabled():
+            return z
+        self.kept = self.kept.copy_(z) if len(getattr(self, "kept", ())) == len(z) else z
+        return self.kept
+
+
+@every_function
+@pytest.mark.parametrize("kind", [Asks, Half, Labelled, Again])
+def test_models_that_compute_as_the_textbooks_does(function, kind):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = kind().eval()
+    same(function(network("views"), X, Y), function(model, X, Y))
+    same(predict(network("views"), X), predict(model, X, batch_size=3))
+
+
+class Jealous(torch.Tensor):
+    """A class of tensors that refuses to meet another, as those of some libraries do."""
+
+    @classmethod
+    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+        if any(kind not in (torch.Tensor, nn.Parameter, cls) for kind in kinds):
+            return NotImplemented
+        return super().__torch_function__(function, kinds, args, kwargs or {})
+
+
+class Envious(Jealous):
+    pass
+
+
+@every_function
+def test_classes_of_tensors_that_refuse_each_other(function):
+    expected, found = (function(network("views"), *pair) for pair in
+                       ((X, Y), (X.as_subclass(Jealous), Y.as_subclass(Envious))))  # fmt: skip
+    same(expected, found.as_subclass(torch.Tensor) if isinstance(found, torch.Tensor) else found)
+
+
+@every_function
+def test_nothing_of_ours_stays_in_a_cache(function):
+    model = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(128, 5))).eval()
+    with nn.utils.parametrize.cached(), pytest.raises(ValueError, match=r"leave parametrize.cached\(\)"):
+        function(model, X, Y)
+
+
+def test_threads_may_share_a_model():
+    class Slow(Views):
+        def forward(self, x):
+            time.sleep(0.01)
+            return super().forward(x)
+
+    model = Slow().train()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: predict(model, X), range(8)))
+    assert all(torch.equal(found[0], z) for z in found)
+    assert model.training and all(isinstance(p, nn.Parameter) for p in model.parameters())
+
+
+def test_members_that_write_to_what_they_get():
+    class Normalises(Views):
+        def forward(self, x):
+            return super().forward(x.sub_(0.5).div_(0.2))
+
+    members = [Normalises().eval(), Normalises().eval()]
+    mean = sum(predict(m, X).softmax(1) for m in members) / 2
+    torch.testing.assert_close(predict(models.Ensemble(members), X).softmax(1), mean)
+
+
+@pytest.mark.parametrize("make", [iter, tuple, np.array, lambda names: (name for name in names)])
+def test_attacks_named_in_any_way(make):
+    model, y = network("views"), predict(network("views"), X).argmax(1)
+    same(autoattack(model, X, y, eps=0.3, attacks=["apgd-ce"], num_steps=5),
+         autoattack(model, X, y, eps=0.3, attacks=make(["apgd-ce"]), num_steps=5))  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, np.int8])
+def test_counts_of_numpy(number):
+    model, y, n = network("views"), predict(network("views"), X).argmax(1), number(127)
+    step = partial(fgsm, eps=0.001)
+    assert audit.first_falls(model, X, y, step, num_restarts=n) == [128] * 6
+    same(predict(model, X), predict(model, X, batch_size=number(3)))
+    same(evaluate(model, X, y, eps=0.1, step_size=0.1, num_steps=1, seed=3),
+         evaluate(model, X, y, eps=0.1, step_size=0.1, num_steps=number(1), seed=number(3)))  # fmt: skip
+    assert torch.equal(models.build("lenet", seed=3, width=1)[0].weight,
+                       models.build("lenet", seed=number(3), width=1)[0].weight)  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", ["train", "backward", "labels"])
+def test_what_an_attack_of_the_readers_does_to_the_model_is_undone(batch):
+    def rude(model, x, y):
+        if batch == "train":
+            model.train()
+        x = x.requires_grad_()
+        nn.functional.cross_entropy(model(x), y).backward()
+        if batch == "labels":
+            y.zero_()
+        return (x + 0.1 * x.grad.sign()).clamp(0, 1).detach()
+
+    model, y = network(), Y.clone()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    attacked(model, X, y, rude)
+    wrong(model, X, predict(model, X).argmax(1), rude)
+    assert torch.equal(y, Y) and all(torch.equal(before[k], t) for k, t in model.state_dict().items())
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight)) and model[-1].weight.grad is None
+
+
+def test_hooks_on_all_modules_are_seen():
+    def clamp(module, _, out):
+        return out.clamp(-0.1, 0.1) if isinstance(module, nn.Linear) else None
+
+    model = network()
+    with nn.modules.module.register_module_forward_hook(clamp), torch.no_grad():
+        same(model(X), predict(model, X))
+
+
+def test_a_wrapper_with_a_forward_of_its_own_is_refused():
+    class Normalises(nn.DataParallel):
+        def forward(self, x):
+            return super().forward((x - 0.5) / 0.2)
+
+    with pytest.raises(ValueError, match="Normalises has a forward of its own"):
+        predict(Normalises(network("views")), X)
+
+
+def test_layers_of_a_compiled_part():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Identity(), torch.compile(network("views"), backend="eager")).eval()
+    predict(model, X)
+    assert [row["layer"] for row in unit_activity(model, X)] == ["1._orig_mod.relu", "logits"]
+
+
+def test_out_of_memory_is_said_as_it_is():
+    class Full(Views):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > 1:
+                raise torch.OutOfMemoryError("no memory")
+            return super().forward(x)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        autoattack(Full().eval(), X.repeat(8, 1, 1, 1), torch.arange(48) % 5, eps=0.1)
+
+
+def test_another_default_device_than_the_images():
+    model, y = network("views"), predict(network("views"), X).argmax(1)
+    for function in FUNCTIONS.values():
+        expected = function(model, X, y)
+        with torch.device("meta"):
+            same(expected, function(model, X, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_networks_are_float32_whatever_the_default(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        model = models.build("lenet", seed=0, width=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(model[0].weight, models.build("lenet", seed=0, width=1)[0].weight)
+
+
+def test_long_perturbations_are_shortened():
+    half = attacks.project(torch.full((1, 3, 224, 224), 200.0).half(), eps=1000.0, norm="l2")
+    assert half.double().norm().item() == pytest.approx(1000, rel=2e-3)
+    torch.testing.assert_close(attacks.project(torch.full((1, 4), 1e20), eps=1.0, norm="l2"), torch.full((1, 4), 0.5))
+
+
+BAD = {
+    "labels elsewhere": (lambda m: PGD(m, X, Y.to("meta")), "the labels are on meta, and the images on cpu"),
+    "no pixels at hand": (lambda m: PGD(m, X.to("meta"), Y), "x must hold its pixels"),
+    "sparse": (lambda m: PGD(m, X.to_sparse(), Y), "x must hold its pixels"),
+    "empty images": (lambda m: PGD(m, X[:, :, :0], Y), r"x must be a tensor \(B, C, H, W\)"),
+    "a seed for a generator": (lambda m: PGD(m, X, Y, generator=0), "generator must be None or torch.Generator"),
+    "numpy's generator": (lambda m: simba(m, X, Y, eps=0.1, num_queries=2, generator=np.random.default_rng(0)),
+                          "generator must be None or torch.Generator"),
+    "a number": (lambda m: predict(m, torch.tensor(1.0)), "x must be a tensor"),
+    "a text": (lambda m: predict(m, "abc"), "x must be a tensor"),
+    "no seed": (lambda m: autoattack(m, X, Y, eps=0.1, seed=None), "seed must be an integer"),
+    "beyond float32": (lambda m: PGD(m, X, Y, eps=1e39, norm="l2"), "eps must be finite"),
+    "one logit": (lambda m: PGD(nn.Sequential(nn.Flatten(), nn.Linear(128, 1)).eval(), X, 0 * Y), "a single logit"),
+    "exported": (lambda m: predict(torch.export.export(m, (X,)).module(), X), "has no evaluation mode"),
+    "square again": (lambda m: audit.Subject(m, X, Y, {}).falls("square", restarts=2, eps=0.1), "its own num_restarts"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_refusals_that_name_the_cause(what):
+    call, message = BAD[what]
+    with pytest.raises(ValueError, match=message):
+        call(network("views"))

@@ -879,7 +879,7 @@ def test_the_gallery_shows_ledger_and_figures(shelf):
     quick = row.format("**reproduced**", "`quick`, [01_slope](quick/01_slope.png)")
     gpu = row.format("**undecided**: few seeds", "`gpu`, [01_slope](gpu/01_slope.png)")
     assert f"{quick}\n{gpu}\n" in text
-    assert "| `quick` | 1 | 0 | 0 | 0 |\n| `gpu` | 0 | 0 | 0 | 1 |" in text
+    assert "| `quick` | the paper's | 1 | 0 | 0 | 0 |\n| `gpu` | the paper's | 0 | 0 | 0 | 1 |" in text
     assert text.count("### [1. Linear models](../notebooks/01_a.ipynb)") == 4  # three ledgers, and the figures
     assert "## What to believe\n\n- **undecided**: few seeds. V shrinks | T grows: |W| = 0.5 (`gpu`, [01_slope]" in text
     assert text.count("| Is it so? | Reviewer 1 | It is. |") == 1  # the same answer from two profiles: once
@@ -898,6 +898,17 @@ def test_the_gallery_shows_ledger_and_figures(shelf):
     assert "`gpu`, [01_slope](quick/01_slope.png)" in text and "(gpu/01_slope.png)" not in text
 
 
+def test_our_own_claims_are_counted_apart(shelf):
+    path = shelf.figures / "quick/01_a.claims.json"
+    record = json.loads(path.read_text())
+    record["claims"] += [record["claims"][0] | {"claim": "more", "verdict": "partly", "ours": True}]
+    path.write_text(json.dumps(record))
+    text = gallery.page(shelf)
+    assert "| `quick` | the paper's | 1 | 0 | 0 | 0 |\n| `quick` | ours | 0 | 1 | 0 | 0 |" in text
+    assert "| more *(ours)* | it does |" in text
+    assert "| 1 undecided; ours: 1 partly; 1 answered |" in gallery.notebooks(shelf)
+
+
 def test_the_table_of_notebooks_is_filled_from_the_records(shelf):
     path = shelf.root / "README.md"
     path.write_text("above\n<!-- notebooks: by whom -->\nold\n<!-- /notebooks -->\nbelow\n")
@@ -907,8 +918,8 @@ def test_the_table_of_notebooks_is_filled_from_the_records(shelf):
     assert (above, below) == ("above", "below") and head.count("|") == rule.count("|") == 5
     link = "[1. Linear models](notebooks/01_a.ipynb)"
     said = r"V shrinks \| T grows: **undecided**"  # of the larger profile
-    assert row == f"| {link} | {said} | 1 undecided, 1 answered | 2 min |"
-    assert total == "| together, two side by side (half of the sum) |  | 1 undecided, 1 answered | 1 min |"
+    assert row == f"| {link} | {said} | 1 undecided; 1 answered | 2 min |"
+    assert total == "| together, two side by side (half of the sum) |  | 1 undecided; 1 answered | 1 min |"
     text = path.read_text()
     gallery.write(shelf)
     assert path.read_text() == text
