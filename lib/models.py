@@ -141,7 +141,7 @@ class Ensemble(nn.Module):
 
 LAYERS = {  # their values do not depend on the memory layout of what comes in; neither do those of their compositions
     nn.Sequential, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten,
-    nn.Identity, nn.Dropout, *ACTIVATIONS.values(), BasicBlock, Ensemble,
+    nn.Identity, nn.Dropout, *ACTIVATIONS.values(), BasicBlock, Ensemble, nn.ModuleList,
 }  # fmt: skip
 
 

@@ -898,6 +898,15 @@ def test_members_that_write_to_what_they_get():
     torch.testing.assert_close(predict(models.Ensemble(members), X).softmax(1), mean)
 
 
+def test_an_ensemble_of_our_networks_is_evaluated_as_these_are():
+    members = [network().double(), network(seed=1).double()]
+    ensemble = models.Ensemble(members).eval()
+    assert models.any_layout(ensemble)
+    check_fast(ensemble, X.double())
+    mean = sum(predict(m, X.double()).softmax(1) for m in members) / 2
+    torch.testing.assert_close(predict(ensemble, X.double()).softmax(1), mean)
+
+
 @pytest.mark.parametrize("make", [iter, tuple, np.array, lambda names: (name for name in names)])
 def test_attacks_named_in_any_way(make):
     model, y = network("views"), predict(network("views"), X).argmax(1)
