@@ -555,10 +555,10 @@ book.answer(
     + "; ".join(f"{k}: {seen_in[k] or 'nothing'}" for k in controls if k != "undefended") + ".",
     reviewer="Reviewer 1", n=on_digits, source=digits.source,
 )  # fmt: skip
-alarms = {k: int((signs[signs.network == k].seen == "yes").sum()) for k in controls}
+alarms, unclear = ({k: int((signs[signs.network == k].seen == v).sum()) for k in controls} for v in ("yes", "?"))
 book.check(
     "The audit flags both networks that are masked on purpose, and not the one they were made of",
-    measured=", ".join(f"{k}: {v} signs" for k, v in alarms.items()),
+    measured=", ".join(f"{k}: {v} signs ({unclear[k]} cannot be told)" for k, v in alarms.items()),
     holds=bool(alarms["rounded"] and alarms["saturated"] and not alarms["undefended"]),
 )
 whole = {k: m[max(m)] for k, m in curves.items() if k in subjects}
