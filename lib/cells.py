@@ -185,9 +185,14 @@ def path_of(folder, cell):
 
 
 def write(folder, cell):
-    """Write a cell; one that stands there and differs only in where it was made stays as it is. Returns its path."""
-    path = path_of(folder, cell)
-    if {**read_if_whole(path), "made": None} != {**cell, "made": None}:
+    """Write a cell; one that stands there and differs only in where it was made stays as it is. Returns its path.
+
+    Raises ValueError where another's stands there: names have a few digits of eps and learning rate only.
+    """
+    path, there = path_of(folder, cell), read_if_whole(path_of(folder, cell))
+    if there and any(there["config"][name] != cell["config"][name] for name in ("eps", "lr")):
+        raise ValueError(f"{path} is of another eps or learning rate: choose ones that differ by more")
+    if {**there, "made": None} != {**cell, "made": None}:
         write_json(path, cell)
     return path
 

@@ -35,10 +35,12 @@ def answer(question, answer, *, reviewer, n, source, figure=""):
 
 
 def check(what, *, holds, measured=None, figure=""):
-    """A row of the self-checks. holds: a Finding, or (then with measured) True or False; there is no third."""
+    """A row of the self-checks. holds: a Finding, which passes if it holds, or (then with measured) True or False."""
     if isinstance(holds, Finding):
-        measured, holds = measured or holds.measured, holds.holds
-    return _texts(check=what, measured=measured) | {"passed": holds is True, "figure": figure}
+        measured, holds = measured or holds.measured, holds.holds is True
+    if verdict(holds) not in ("reproduced", "not reproduced"):
+        raise ValueError(f"a check passes or it does not, got {holds!r}")
+    return _texts(check=what, measured=measured) | {"passed": bool(holds), "figure": figure}
 
 
 def _texts(**texts):

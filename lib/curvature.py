@@ -87,6 +87,8 @@ class Hessian:
         g, again = self._gradient(x, y), self._gradient(x, y)
         first, second = self._product(g, v), self._product(again, v)
         eps, square = torch.finfo(self.dtype).eps, first @ first
+        if 0 < first.abs().max() < torch.finfo(self.dtype).tiny ** 0.5:  # squares, and so norms, would vanish
+            raise ValueError(f"the Hessian is too small for {self.dtype}: {_finer(self.dtype)}")
         difference = ((first - second).norm() / first.norm().clamp_min(torch.finfo(self.dtype).tiny)).item()
         if difference > 1e3 * eps:
             raise ValueError(
@@ -141,6 +143,7 @@ def top_eigenpairs(model, x, y, k=20, *, num_smallest=0, tolerance=5e-4, seed=0,
         RuntimeError: tolerance not reached in MAX_STEPS steps, or below what the dtype resolves.
     """
     hessian = Hessian(model, x, y, **operator)
+    k, num_smallest = check_count(-(2**63), k=k, num_smallest=num_smallest)
     if not 1 <= k <= k + num_smallest <= hessian.size:
         raise ValueError(f"k must lie in 1..{hessian.size}, the number of parameters, got {k} + {num_smallest}")
     generator = torch.Generator().manual_seed(seed)
@@ -317,6 +320,8 @@ def check(model, x, y):
     statistics of the batch.
     """
     check_targets(x, y)
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"x must be a tensor, got {type(x).__name__}, on disk: x[torch.arange(n)] holds n of them")
     if x.dtype == torch.uint8:
         raise ValueError("x holds bytes: divide them by 255 first")
     if not any(p.numel() for p in as_module(model).parameters()):
@@ -408,4 +413,4 @@ def _finite(v):
 
 
 def _flat(pieces):
-    return torch.cat([t.reshape(-1) for t in pieces])
+    return torch.cat([t.to_dense().reshape(-1) for t in pieces])  # of embeddings they may be sparse

@@ -64,8 +64,9 @@ class Book:
         self.rows = {"claims": [], "answers": [], "checks": []}
         compute.fix_threads()
         runs.journal.clear()
-        mpl.rcdefaults()  # not what the reader's matplotlibrc says
-        sns.set_theme("paper", "whitegrid", "colorblind", rc={"figure.constrained_layout.use": True})
+        mpl.rcdefaults()  # not what the reader's matplotlibrc says, nor a font that only some have
+        sns.set_theme("paper", "whitegrid", "colorblind", rc={"figure.constrained_layout.use": True,
+                                                              "font.sans-serif": ["DejaVu Sans"]})  # fmt: skip
         if shell := get_ipython():
             explain(shell, name)
         self.box = display(Markdown("*The answers stand here when all of it has run.*"), display_id=f"answers-{name}")
@@ -115,6 +116,10 @@ class Book:
             raise ValueError(f"the stem {stem!r} must begin with {self.name[:3]!r}, the notebook's number")
         if not isinstance(table, pd.DataFrame) or table.empty or not caption or not source:
             raise ValueError(f"{stem} needs a table of the numbers drawn, a caption and a source")
+        if any(name is not None for name in table.index.names):
+            raise ValueError(
+                f"{stem}: the index {table.index.names} would not be written: table.reset_index() keeps it"
+            )
         if fig.get_figwidth() > WIDTH:
             raise ValueError(f"{stem} is {fig.get_figwidth():g} inches wide: beyond {WIDTH}, its text gets too small")
         content = {"png": _png(fig), "csv": table.to_csv(index=False, lineterminator="\n").encode()}

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from .checks import check_choice, check_count, check_labels
 from .curvature import check, copied, loss_gradient, top_eigenpairs
-from .differentiate import differentiating, own
+from .differentiate import as_module, differentiating, own
 from .evaluation import attacked, predict, share
 
 ADVERSARIES = ("none", "frozen", "rerun")
@@ -61,7 +61,7 @@ def eigen_directions(model, x, y, num, **settings):
     Arguments, errors: as for `curvature.top_eigenpairs`. Returns (num, P).
     """
     vectors = top_eigenpairs(model, x, y, num, **settings).vectors
-    return vectors * random_directions(model, 1)[0].norm()
+    return vectors * _length(model)
 
 
 @differentiating()
@@ -74,7 +74,15 @@ def descent_direction(model, x, y, *, batch_size=500):
     gradient = _gradient(copied(model, x), x, y, batch_size)
     if not 0 < gradient.norm() < math.inf:
         raise ValueError(f"the gradient has length {gradient.norm().item()}: no direction is steepest")
-    return (-gradient / gradient.norm() * random_directions(model, 1)[0].norm())[None]
+    return (-gradient / gradient.norm() * _length(model))[None]
+
+
+def _length(model):
+    """That of a filter-normalised direction. Raises ValueError where it is 0: every filter is, or there are none."""
+    length = random_directions(model, 1)[0].norm()
+    if not length:
+        raise ValueError("the model has no filter that is not zero: there is no length to measure directions by")
+    return length
 
 
 class Surface(NamedTuple):
@@ -177,6 +185,7 @@ def scatter(model, direction, distances, x, y, attack, *, symmetric=False, batch
     theta, moved, rows = flat(model), copied(model, x), []
     if not 0 < direction.norm() < math.inf or direction.numel() != len(theta):
         raise ValueError(f"direction must be ({len(theta)},) of positive, finite length, got {tuple(direction.shape)}")
+    check_count(1, distances=len(distances))
     v = direction.reshape(-1) / direction.norm()
 
     def look(a):
@@ -221,6 +230,9 @@ class Curve:
         shapes = [[(k, v.shape) for k, v in m.state_dict().items()] for m in (start, end)]
         if shapes[0] != shapes[1]:
             raise ValueError("start and end must be of one architecture: names or shapes of their tensors differ")
+        for (name, a), (_, b) in zip(*(as_module(m).named_modules() for m in (start, end)), strict=False):
+            if type(a) is not type(b) or a.extra_repr() != b.extra_repr():
+                raise ValueError(f"start and end must be of one architecture: module {name!r} is {a} and {b}")
         self.given, self.ends, self.kind = (start, end), (copied(start).eval(), copied(end).eval()), kind
         for (name, a), (_, b) in zip(*(model.named_buffers() for model in self.ends), strict=True):
             owner = self.ends[0].get_submodule(name.rpartition(".")[0])
@@ -305,7 +317,7 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
     """
     check(start, x, y)
     x, y = check(end, x, y)
-    check_count(1, num_bends=num_bends)
+    check_count(1, num_bends=num_bends, epochs=epochs, batch_size=batch_size)
     a, b = flat(start), flat(end)
     curve = Curve(start, end, [a + i / (num_bends + 1) * (b - a) for i in range(1, num_bends + 1)], kind)
     bends = torch.nn.Parameter(curve.points[1:-1].clone())
@@ -334,6 +346,7 @@ def along(curve, steps, x, y, *, attack=None, x_statistics=None, batch_size=500)
     Arguments as for `surface` and `Curve.model`. Returns Surface, of shape (S,).
     """
     x, y = check(curve.ends[0], x, y)
+    check_count(1, steps=len(steps))
     for model in curve.given:
         copied(model, x)  # for its errors
     points = [_loss_and_error(curve.model(t, x_statistics), x, y, attack, batch_size) for t in steps]
@@ -348,4 +361,6 @@ def barrier(steps, values):
     steps, values = np.asarray(steps, float), np.asarray(values, float)
     if len(steps) < 2 or steps[0] != 0 or steps[-1] != 1:
         raise ValueError(f"steps must run from 0 to 1, ends included, got {steps[:1]} to {steps[-1:]}")
+    if steps.shape != values.shape or (np.diff(steps) <= 0).any():
+        raise ValueError(f"steps must increase, with a value for each, got {steps} and {values}")
     return float((values - (1 - steps) * values[0] - steps * values[-1]).max())

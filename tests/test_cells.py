@@ -350,3 +350,14 @@ def test_every_cell_that_the_overnight_profile_asks_for_is_committed():
             which = {"eps": float(Fraction(item["eps"])), "lr": item["lr"], "seed": seed}
             job = item["recipe"], recipes.get(item["recipe"]), arm, which, item.get("more")
             assert dry_run.stands(cells.FIGURES / "overnight/cells", *job), job
+
+
+def test_a_cell_does_not_take_the_place_of_anothers(tmp_path):
+    one = cell()
+    path = write(tmp_path, one)
+    before = path.read_bytes()
+    for name in ("eps", "lr"):
+        other = {**one, "config": one["config"] | {name: one["config"][name] * (1 + 1e-9)}}
+        with pytest.raises(ValueError, match="another eps or learning rate"):
+            write(tmp_path, other)
+    assert path.read_bytes() == before

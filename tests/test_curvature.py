@@ -511,3 +511,56 @@ def test_bytes_and_complex_parameters_are_refused():
     model[1].weight = torch.nn.Parameter(model[1].weight.to(torch.complex64))
     with pytest.raises(ValueError, match=r"'1.weight' is complex"):
         trace(model, x, y)
+
+
+@pytest.mark.parametrize("gap", [5.0, 60.0, 80.0])
+def test_what_float32_cannot_hold_the_squares_of_is_refused(gap):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval()
+    x, y = torch.rand(12, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(12, dtype=torch.int64)
+    with torch.no_grad():
+        net[1].weight.mul_(0.1)
+        net[1].bias.copy_(torch.tensor([gap, 0, 0]))
+    if gap < 10:
+        exact = top_eigenpairs(net, x, y, 1, dtype=torch.float64).values
+        torch.testing.assert_close(top_eigenpairs(net, x, y, 1).values.double(), exact, rtol=1e-3, atol=0)
+        return
+    for function in (lambda: top_eigenpairs(net, x, y, 1), lambda: spectral_density(net, x, y)):
+        with pytest.raises(ValueError, match=r"too small for torch\.float32"):
+            function()
+
+
+def test_numbers_of_eigenvalues_are_whole():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval()
+    x, y = torch.rand(6, 1, 4, 4), torch.arange(6) % 3
+    for wrong in ({"k": 2.5}, {"k": 1, "num_smallest": 0.5}, {"k": True}):
+        with pytest.raises(ValueError, match="must be an integer"):
+            curvature.top_eigenpairs(net, x, y, **wrong)
+    assert curvature.top_eigenpairs(net, x, y, np.int64(2)).values.shape == (2,)
+
+
+def test_images_on_disk_are_no_tensor():
+    class Images(list):
+        shape = (2, 1, 4, 4)
+
+        def split(self, n):
+            return [self]
+
+    with pytest.raises(ValueError, match="x must be a tensor, got Images, on disk"):
+        curvature.trace(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval(), Images([0, 0]), torch.zeros(2).long())
+
+
+def test_sparse_gradients_of_embeddings():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.out = nn.Embedding(5, 4, sparse=True), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.out(self.words(x).mean(1))
+
+    x, y = torch.randint(5, (6, 3)), torch.arange(6) % 3
+    sparse, dense = Words().eval(), Words().eval()
+    dense.words.sparse = False
+    dense.load_state_dict(sparse.state_dict())
+    one, other = (curvature.trace(net, x, y) for net in (sparse, dense))
+    assert one == other

@@ -329,3 +329,11 @@ def test_cells_are_those_that_jupytext_reads(path):
     read = jupytext.read(path, fmt={"extension": ".py", "comment_magics": False}).cells
     wanted = [(cell.cell_type, cell.metadata.get("tags", []), cell.source.strip()) for cell in read]
     assert [(kind, tags, source.strip()) for kind, tags, source in figures._cells(path.stem)] == wanted
+
+
+def test_a_check_takes_numpys_truth_and_nothing_else():
+    assert claims.check("c", holds=np.bool_(True), measured="1")["passed"] is True
+    assert claims.check("c", holds=np.bool_(False), measured="1")["passed"] is False
+    for holds in (1, "partly", None, [True]):
+        with pytest.raises(ValueError, match=r"holds|passes"):
+            claims.check("c", holds=holds, measured="1")

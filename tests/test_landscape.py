@@ -480,3 +480,37 @@ def test_scatter_takes_the_shape_that_descent_direction_gives():
     assert one.gradient == flat_.gradient
     with pytest.raises(ValueError, match=r"must be \(10,\)"):
         scatter(model, v[0, :9], [0.1], x, y, lambda m, x, y: x)
+
+
+def test_curves_need_one_architecture_to_the_last_setting():
+    relu, elu = (nn.Sequential(nn.Flatten(), nn.Linear(4, 3), f(), nn.Linear(3, 2)).eval() for f in (nn.ReLU, nn.ELU))
+    other = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ELU(0.5), nn.Linear(3, 2)).eval()
+    for a, b in ((relu, elu), (elu, other)):
+        with pytest.raises(ValueError, match="one architecture: module '2' is"):
+            Curve(a, b)
+
+
+def test_no_filter_no_length():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    x, y = torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 0])
+    for directions in (descent_direction, lambda *data: eigen_directions(*data, 1)):
+        with pytest.raises(ValueError, match="no filter that is not zero"):
+            directions(model, x, y)
+
+
+def test_counts_and_lengths_are_asked_for_before_anything_is_computed():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
+    x, y = torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 0])
+    curve, v = Curve(model, model), torch.ones(15)
+    for call, name in (
+        (lambda: connect(model, model, x, y, batch_size=0), "batch_size must be"),
+        (lambda: connect(model, model, x, y, epochs=-1), "epochs must be"),
+        (lambda: along(curve, [], x, y), "steps must be"),
+        (lambda: scatter(model, v, [], x, y, lambda m, x, y: x), "distances must be"),
+        (lambda: barrier([0, 0.5, 1], [2.0]), "with a value for each"),
+        (lambda: barrier([0, 0.7, 0.5, 1], [1, 2, 3, 4]), "steps must increase"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            call()
