@@ -87,6 +87,8 @@ def together(findings):
         verdict = "partly" if {True, "partly"} & holds and {False, "partly"} & holds else None
     if verdict is None:
         return Finding("undecided", None, measured, why)
+    if verdict == "partly":  # which holds, and which does not
+        measured = "; ".join(f"{name}: {f.outcome}, {f.measured}" for name, f in findings.items())
     return Finding(", ".join(dict.fromkeys(f.outcome for f in findings.values())), verdict, measured)
 
 

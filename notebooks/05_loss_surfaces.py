@@ -182,8 +182,8 @@ book.claim(
 # holds if the rule does for both losses: the frozen one is what the Hessian describes, the adversarial one what is
 # trained; and for each with eps 0 and without it, as of the drop. A tenth of the reach is what matters. (Four seeds
 # leave this open. The profile overnight has 120: its verdicts stand in figures/README.md. With 40 the rule was asked
-# with eps 0 only, and held along the top eigenvector; but the frozen reach then falls from no attack to some, and
-# hardly from there on. That the rule has to hold without eps 0, too, was added at that, and 80 more seeds with it.)
+# with eps 0 only, and held along the top eigenvector; but the frozen reach falls from no attack to some, and hardly
+# from there on. That the rule has to hold without eps 0, too, was added at that, and 80 more seeds with it.)
 
 # %%
 rule_reach = inference.trend("log of the reach, along eps", expect="falls", margin=0.1)
