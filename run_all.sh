@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environment if need be, then hands over to tools/run.py. See --help.
 set -euo pipefail
+unset CDPATH # with it `cd` says where it goes, or goes elsewhere
 
 usage() {
   cat <<'TEXT'
@@ -125,7 +126,9 @@ log=build/setup.log
 
 # Whatever the reader's shell sets for other programs, `lib` is ours and packages are the environment's.
 case ${PYTHONPATH-}: in "$root:"*) PYTHONPATH=$root ;; *) unset PYTHONPATH ;; esac
-unset PYTHONSTARTUP PYTHONOPTIMIZE PYTHONHOME PYTHONINSPECT
+for name in "${!PYTHON@}"; do
+  case $name in PYTHON | PYTHON_* | PYTHONPATH) ;; *) unset "$name" ;; esac
+done
 export PYTHONNOUSERSITE=1
 
 mode=run dev=

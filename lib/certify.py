@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, vjp
 
-from .checks import check_eps, check_inputs, check_labels
+from .checks import check_eps, check_inputs, check_labels, check_logits
 from .curvature import copied
 from .models import ACTIVATIONS, BasicBlock
 
@@ -38,7 +38,9 @@ def bounds(model, x, *, eps, batch_size=500):
     with torch.inference_mode(False), torch.no_grad():
         exact = _exact(model)
         parts = [_carry(exact, *_box(part.double(), eps))[:2] for part in x.split(batch_size)]
-        return tuple(torch.cat(ends) for ends in zip(*parts, strict=True))
+        low, high = (torch.cat(ends) for ends in zip(*parts, strict=True))
+        check_logits(low, len(x))
+        return low, high
 
 
 def margin_bounds(model, x, y, *, eps, batch_size=500):
@@ -103,6 +105,7 @@ def weight_box(model, x, y, *, radius):
     (x, y, _), radius = check_inputs(x, y), check_eps(radius, name="radius", norm="l2")
     with torch.inference_mode(False), torch.no_grad():
         exact, squares = _exact(model), []
+        check_layers(exact, backwards=True)
         _split(exact)
         owned = [id(p) for layer in exact if _moves(layer) for p in layer.parameters()]
         if owned != [id(p) for p in exact.parameters()]:  # which names a parameter once
@@ -161,6 +164,7 @@ def worst_margins(model, x, y, *, eps):
 
 def _gradient_norms(model, x, y, *, eps):
     body, last = _split(model)
+    check_layers(body, backwards=True)
     *_, back = _carry(body, *_box(x, eps))
     rows = _differences(last, y).transpose(0, 1)
     return torch.maximum(*(g.abs() for g in back(rows, rows))).flatten(2).sum(2).T
@@ -170,7 +174,9 @@ def _in_batches(bound, model, x, y, eps, batch_size):
     x, y, eps = check_inputs(x, y, eps)
     with torch.inference_mode(False), torch.no_grad():
         exact = _exact(model)
-        check_labels(exact(x[:1].double()).expand(len(y), -1), y)
+        logits = exact(x[:1].double())
+        check_logits(logits, 1)
+        check_labels(logits.expand(len(y), -1), y)
         batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
         return torch.cat([bound(exact, a.double(), b, eps=eps) for a, b in batches])
 
@@ -182,30 +188,35 @@ def _exact(model):
     return exact
 
 
-def check_layers(model):
-    """Raise ValueError, naming the layer, unless each has a rule in the mode that it is in."""
+def check_layers(model, *, backwards=False):
+    """Raise ValueError, naming the layer, unless each has a rule in its mode, for gradients too if `backwards`."""
     for name, layer in model.named_modules():
-        if objection := _objection(layer):
+        if objection := _objection(layer, backwards):
             kind = str(layer).splitlines()[0].removesuffix("(")
             raise ValueError(f"no interval bounds for layer {kind} ({name or 'the model itself'}): {objection}")
 
 
-def _objection(layer):
+def _objection(layer, backwards):
     if type(layer) not in RULES:  # a subclass may compute something else
         known = ", ".join(k.__name__ for k in RULES)
         return f"known are {known} (a fixed normalisation is a BatchNorm2d with its mean and variance)"
     if layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer):
         return "hooks, such as those of weight_norm, or a forward of its own change what it computes"
+    hooked = layer._backward_pre_hooks or (layer._backward_hooks and layer._is_full_backward_hook)
+    if backwards and hooked and RULES[type(layer)] in (_affine, _convex):
+        return "through full backward hooks PyTorch has no vjp"
     if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) and (layer.training or layer.running_mean is None):
         return "by the statistics of a batch it mixes the inputs"
     if isinstance(layer, nn.Dropout) and layer.training:
         return "in training mode it is random"
     if isinstance(layer, nn.ELU) and not 0 <= layer.alpha <= 1:
         return "it is convex for alpha from 0 to 1 only"
-    if isinstance(layer, nn.Softplus) and not (layer.beta > 0 and layer.threshold >= 20):
+    if isinstance(layer, nn.Softplus) and not (layer.beta > 0 and layer.threshold >= (20 if layer.beta >= 1 else 36)):
         return "it is not increasing and convex, or falls where it becomes linear"
     if isinstance(layer, nn.MaxPool2d) and (layer.ceil_mode or layer.return_indices):
         return "neither ceil_mode nor return_indices are known"
+    if isinstance(layer, nn.AvgPool2d) and (layer.divisor_override or 1) < 0:
+        return "a negative divisor_override exchanges low and high"
     return None
 
 

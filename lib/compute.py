@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .checks import check_choice
+from .files import git
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "matplotlib", "seaborn", "pandas")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -101,11 +102,12 @@ def made(seconds):
 @cache
 def commit():
     """The commit of this checkout, "with changes" if lib has any; "unknown" without git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    here = Path(__file__).resolve().parent
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True)
-        return head.stdout.strip() + (" with changes" if dirty.stdout.strip() else "")
+        if not here.parent.samefile(git(here, "rev-parse", "--show-toplevel").rstrip("\n")):
+            return "unknown"  # a copy without .git, in a repository of something else
+        head, changes = git(here, "rev-parse", "--short=12", "HEAD"), git(here, "status", "--porcelain", ".")
+        return head.strip() + (" with changes" if changes.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

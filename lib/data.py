@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import socket
+import stat
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -76,6 +77,8 @@ class Images:
         if isinstance(which, slice):
             return replace(self, files=self.files[which])
         which = torch.arange(len(self))[which.cpu() if isinstance(which, torch.Tensor) else which]
+        if not which.numel():
+            return torch.empty(*which.shape, *self.shape[1:], dtype=self.dtype, device=self.device)
         images = _decode([self.files[i] for i in which.view(-1).tolist()], self.size).to(self.device)
         return images.view(*which.shape, *images.shape[1:])
 
@@ -105,21 +108,28 @@ class Data:
         size = " x ".join(map(str, self.x_train.shape[1:]))
         return f"Data({self.source}: {len(self.y_train):,} + {len(self.y_test):,} images, {size})"
 
-    @cached_property
+    @property
     def num_classes(self):
         return int(max(self.y_train.max(), self.y_test.max())) + 1
 
-    @cached_property
+    @property
     def fingerprint(self):
         """Hash of pixels and labels, for `Images` of their files: two data sets with the same one are the same."""
+        parts = self.x_train, self.y_train, self.x_test, self.y_test
+        # PyTorch counts what is done to a tensor in place, but not for those of inference mode: they are always new.
+        now = [0 if isinstance(t, Images) else object() if t.is_inference() else t._version for t in parts]
+        kept, found = vars(self).get("_kept", (None, None))
+        if kept == now:
+            return found
         h = hashlib.sha256()
-        for t in (self.x_train, self.y_train, self.x_test, self.y_test):
+        for t in parts:
             h.update(str(tuple(t.shape)).encode())
             if isinstance(t, Images):
                 files = b"".join(hashlib.sha256(Path(file).read_bytes()).digest() for file in t.files)
                 h.update(f"files as shown, size {t.size}".encode() + files)
             else:
                 h.update(t.contiguous().numpy().tobytes())
+        vars(self)["_kept"] = now, h.hexdigest()[:16]
         return h.hexdigest()[:16]
 
     def first(self, n_train=None, n_test=None):
@@ -145,13 +155,12 @@ class Data:
     def more(self, n_train, n):
         """The first training images, and as the test part n images beside them: all test images, then the training
         images after the first. Raises ValueError for more than there are, or less than one."""
-        rest = self.x_train[n_train:], self.y_train[n_train:]
+        few, rest = self.first(n_train), (self.x_train[n_train:], self.y_train[n_train:])
         if not 1 <= n <= len(self.y_test) + len(rest[1]):
             raise ValueError(f"cannot take {n} of {len(self.y_test)} test images and {len(rest[1])} training images")
         x_test, y_test = (_joined(*parts) for parts in zip((self.x_test, self.y_test), rest, strict=True))
         source = f"{self.source}, {n_train:,} training images and {n:,} of those after them and of the test images"
-        return Data(self.x_train[:n_train], self.y_train[:n_train], x_test[:n], y_test[:n], source,
-                    self._then("more", n_train, n))  # fmt: skip
+        return Data(few.x_train, few.y_train, x_test[:n], y_test[:n], source, self._then("more", n_train, n))
 
     def rgb(self):
         """Grey images as networks for small colour images take them: three equal channels, a black border up to
@@ -243,10 +252,12 @@ def fashionmnist():
 def _grey(kind, title, digests):
     parts = []
     for part in _official(kind, f"{kind}/raw", digests):
-        if (n := len(part.data)) != (m := len(part.targets)):
-            raise DataCorrupted(f"{part.raw_folder} has {n} images and {m} labels: delete it and run again")
+        n, m = len(part.data), len(part.targets)
+        if not 0 < n == m or part.data.shape[1:] != (28, 28) or part.targets.max() > 9:
+            what = f"{n} images and {m} labels, not as many of 28 x 28 and of 0 to 9"
+            raise DataCorrupted(f"{part.raw_folder} has {what}: delete it and run again")
         parts += [part.data[:, None].float() / 255, part.targets.long()]
-    return Data(*parts, f"{title} (60,000 + 10,000)")
+    return Data(*parts, f"{title} ({len(parts[1]):,} + {len(parts[3]):,})")
 
 
 def cifar10():
@@ -268,17 +279,18 @@ def cifar10():
 def _official(kind, place, digests, also=""):
     """Both parts by torchvision: from the data folder, else downloaded (checksums are torchvision's).
 
-    digests: of the files in the folder `place`, sha256 or md5, None where it is not known. They are checked before
-    torchvision looks: it takes an altered file for a missing one, and downloads.
+    digests: of the files in the folder `place`, sha256 or md5, None where all that is known is that it is not MNIST's.
+    They are checked before torchvision looks: it takes an altered file for a missing one, and downloads.
     """
     from torchvision import datasets
 
     root, title, kind = data_dir(), kind, getattr(datasets, kind)
     for path, digest in ((root / place / name, digest) for name, digest in digests.items()):
-        if digest and path.exists():
-            found = hashlib.new("sha256" if len(digest) == 64 else "md5", path.read_bytes())
-            if found.hexdigest() != digest:
-                raise DataCorrupted(f"{path} is truncated or altered: delete it and run again")
+        if path.exists():
+            found = hashlib.new("md5" if digest and len(digest) == 32 else "sha256", path.read_bytes()).hexdigest()
+            if found != digest if digest else found in MNIST_SHA256.values():
+                what = "truncated or altered" if digest else "MNIST's"
+                raise DataCorrupted(f"{path} is {what}: delete it and run again")
     try:
         return kind(root, train=True), kind(root, train=False)
     except Exception as error:
@@ -317,7 +329,8 @@ def image_folder(path, *, title=None, size=None, held_bytes=HELD_BYTES):
     """A folder {train,test}/<class>/*.png|jpg, in the order of the files' numbers if they have any.
 
     Images are taken as a viewer shows them: upright (EXIF), in 8-bit RGB, transparent places on white. Whatever the
-    name of which begins with a dot is passed over, as the notes of file managers and notebooks are.
+    name of which begins with a dot is passed over, as the notes of file managers and notebooks are; so are images of
+    other kinds, with a warning (counted, the first one named).
 
     Args:
         path: the folder.
@@ -337,7 +350,7 @@ def image_folder(path, *, title=None, size=None, held_bytes=HELD_BYTES):
         raise ValueError(f"size must be at least 1, got {size}")
     (x_train, y_train, classes), (x_test, y_test, others) = (_part(path / part, size) for part in ("train", "test"))
     if classes != others or len(classes) < 2:
-        raise ValueError(f"{path} needs the same two or more classes in train and test, got {[classes, others]}")
+        raise ValueError(f"{path} needs the same two or more classes in train and test, got {[classes, others]!a}")
     files = (*x_train.files, *x_test.files)
     sizes = _read(_shown_size, files, strict=False)
     if size is None and len(set(sizes)) > 1:
@@ -356,24 +369,41 @@ def image_folder(path, *, title=None, size=None, held_bytes=HELD_BYTES):
 
 def _part(folder, size):
     """Images, labels and class names of train/ or test/."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-    def valid(file):
-        hidden = any(part.startswith(".") for part in Path(file).relative_to(folder).parts)
-        return not hidden and file.lower().endswith(IMG_EXTENSIONS)
+    from torchvision.datasets.folder import IMG_EXTENSIONS
 
     try:
         classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
-        samples = _once(make_dataset(folder, {name: k for k, name in enumerate(classes)}, is_valid_file=valid))
+        every = [(file, k) for k, name in enumerate(classes) for file in _walk(folder / name)]
+        samples = _once([(file, k) for file, k in every if file.lower().endswith(IMG_EXTENSIONS)])
+        empty = set(classes) - {classes[k] for k in {k for _, k in samples}}
+        if empty or not classes:
+            raise FileNotFoundError(f"there is none in {', '.join(sorted(empty)) or 'it'}")
     except (OSError, ValueError) as error:
         what = DataCorrupted if folder.parent.is_dir() else DataNotFound
         raise what(f"{folder} should hold <class>/*.png or *.jpg: {_line(error)}") from error
+    kinds = Image.registered_extensions().keys() - IMG_EXTENSIONS
+    if others := [file for file, _ in every if Path(file).suffix.lower() in kinds]:
+        what = f"{len(others)} files in {folder} are of kinds that are not read here, the first is {others[0]}"
+        warnings.warn(what, stacklevel=4)
     files, labels = zip(*(samples[i] for i in _order(samples)), strict=True)
     return Images(files, size), torch.tensor(labels), classes
 
 
+def _walk(folder):
+    """The files below, without hidden ones. Links are followed, but into no folder twice: circles of them never end."""
+    seen, found = set(), []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:], names = (sorted(name for name in part if name[0] != ".") for part in (folders, names))
+        found.append((root, names))
+    return [os.path.join(root, name) for root, names in sorted(found) for name in names]
+
+
 def _once(samples):
-    """Each file once, although links may lead to it in a circle."""
+    """Each file once, although several links may lead to it."""
     return list({(os.path.realpath(file), label): (file, label) for file, label in reversed(samples)}.values())[::-1]
 
 
@@ -415,6 +445,8 @@ def _read(reader, files, strict=True):
 
 
 def _open(file):
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise ValueError("it is no regular file: a pipe would be waited for")
     image = Image.open(file)
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError("its numbers have 32 bits, and none of them is white by agreement: save it with 8 or 16")
@@ -423,17 +455,17 @@ def _open(file):
 
 def _shown_size(file):
     """Width and height of the upright picture, by its header."""
-    # The getexif of PNG would decode it all, and the size of TIFF is that of the upright picture.
     with _open(file) as image:
-        turned = _orientation(image, Image.Image.getexif) >= 5 and image.format != "TIFF"
-        return image.size[::-1] if turned else image.size
+        return image.size[::-1] if _orientation(image) >= 5 else image.size
 
 
-def _orientation(image, getexif):
-    """1 to 8; 1 where there is none to be read. Not by Pillow's exif_transpose, which writes all other entries anew and
-    fails where one of them is damaged, of which viewers take no notice."""
+def _orientation(image):
+    """1 to 8 by the header of an image not loaded yet; 1 where there is none to be read, and for TIFF, which Pillow
+    turns itself. The getexif of PNG would decode it all, and heed what comes too late, behind the pixels. Not by
+    Pillow's exif_transpose, which writes all other entries anew and fails where one of them is damaged, of which
+    viewers take no notice."""
     try:
-        found = getexif(image).get(ExifTags.Base.Orientation, 1)
+        found = 1 if image.format == "TIFF" else Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except SyntaxError:
         return 1
     return found if found in TURNS else 1
@@ -442,8 +474,8 @@ def _orientation(image, getexif):
 def _shown(file):
     """The picture as a viewer shows it: see `image_folder`."""
     with _open(file) as image:
+        turn = TURNS[_orientation(image)]
         image.load()
-        turn = TURNS[_orientation(image, lambda image: image.getexif())]
         if image.mode.startswith("I"):  # 16 bits
             values = np.asarray(image) / 257
             white_is_0 = image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0

@@ -179,7 +179,7 @@ class Book:
         own -= sum(e["made"]["seconds"] for e in used.values() if e["state"] in ("trained", "measured"))
         path = self.folder / f"{self.name}.uses.json"
         _write_record(path, about | {"asked": self.asked, "runs": uses, "seconds": round(max(0, own), 1)})
-        if journal := os.environ.get("JOURNAL"):  # for the runner's closing table
+        if journal := os.environ.get("RUN_ALL_JOURNAL"):  # for the runner's closing table
             write_json(journal, Counter(entry["state"] for entry in used.values()))
         if self.box:
             record = read_json(path)

@@ -3,19 +3,36 @@
 import hashlib
 import json
 import os
+import subprocess
 import tempfile
 from pathlib import Path
+
+from .settings import SettingError
+
+UMASK = os.umask(0o022)  # what the reader's files are not to allow; it can only be read by setting it
+os.umask(UMASK)
 
 
 def folder_from_environment(name, default):
     """The folder that the variable `name` gives, with ~ and ~user as a shell expands them; default if unset or empty.
 
-    Raises ValueError for the home folder of a user who does not exist.
+    Raises SettingError for the home folder of a user who does not exist.
     """
     folder = os.path.expanduser(os.environ.get(name) or default)
     if folder.startswith("~"):
-        raise ValueError(f"{name}={folder}: there is no such home folder (a folder called so is ./{folder})")
+        raise SettingError(f"{name}={folder}: there is no such home folder (a folder called so is ./{folder})")
     return Path(folder)
+
+
+def git(folder, *arguments):
+    """What git says of the repository that a folder is in, whichever one GIT_DIR and the like name.
+
+    Raises OSError where there is no git, CalledProcessError where it refuses.
+    """
+    ours = (name for name in os.environ if not name.startswith("GIT_") or name.startswith("GIT_CONFIG"))
+    env = {name: os.environ[name] for name in ours}
+    command = ["git", "-C", folder, *arguments]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True, env=env).stdout
 
 
 def write_bytes(path, content):
@@ -32,7 +49,7 @@ def write_bytes(path, content):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o644 & ~UMASK)
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"{path} was not written ({error.strerror}); the old file stands, if any") from error
@@ -44,7 +61,7 @@ def write_bytes(path, content):
 def as_json(value):
     """A value as JSON gives it back: keys are texts, tuples lists, numpy's numbers and arrays numbers and lists.
 
-    Raises ValueError for NaN, TypeError for what JSON cannot hold.
+    Raises ValueError for NaN and for keys that are one text (1 and "1"), TypeError for what JSON cannot hold.
     """
 
     def plain(one):
@@ -52,7 +69,12 @@ def as_json(value):
             return one.tolist()
         raise TypeError(f"{type(one).__name__} cannot be written as JSON: {one!r:.100}")
 
-    return json.loads(json.dumps(value, allow_nan=False, default=plain))
+    def once(pairs):
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError(f"two keys are one text in JSON: {[key for key, _ in pairs]!r:.100}")
+        return found
+
+    return json.loads(json.dumps(value, allow_nan=False, default=plain), object_pairs_hook=once)
 
 
 def write_json(path, value):
@@ -81,7 +103,7 @@ def read_json(path):
 def read_if_whole(path):
     """The dict in a JSON file; an empty one where it is missing or corrupted, so that it is made again."""
     try:
-        return read_json(path)
+        return value if isinstance(value := read_json(path), dict) else {}
     except (OSError, ValueError):
         return {}
 

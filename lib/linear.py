@@ -162,8 +162,10 @@ def _worst(W, x, y, eps, norm, b):
     bound = np.logaddexp(0, logsumexp(z + eps * np.linalg.norm(d, ord=DUAL[norm], axis=-1), axis=1))
     if K == 2:
         return x + eps * _towards(d[:, 0], norm), bound
-    if K == 3:
-        return _three(x, d, z, eps, norm)
+    if K == 3:  # so many points at a time that some hundred MB are enough
+        rows = max(1, 2**22 // (x.shape[1] * (x.shape[1] + 1 if norm == "linf" else 2 * ARC + 1)))
+        parts = zip(*(np.split(t, range(rows, len(t), rows)) for t in (x, d, z)), strict=True)
+        return tuple(map(np.concatenate, zip(*(_three(*part, eps, norm) for part in parts), strict=True)))
     delta = eps * _towards(d, norm)  # (N, K - 1, m): the worst for each other class alone
     for _ in range(5):  # each step maximises the linearised loss, which lies below the convex loss: never a step down
         delta = eps * _towards(_others(z[:, None] + delta @ d.mT) @ d, norm)
@@ -337,11 +339,11 @@ def _points(x, y, norm, eps):
     x, y = np.asarray(x, dtype=float), np.asarray(y)
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"x must be points (N, m), got shape {x.shape}: flatten images first")
-    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
+    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or y.astype(np.int64).min() < 0:
         raise ValueError(f"y must be {len(x)} integer labels from 0 on, got {y.dtype} of shape {y.shape}")
     if not np.isfinite(x).all():
         raise ValueError("x holds NaN or infinite values")
-    return x, y
+    return x, y.astype(np.int64)  # 2 y - 1 of an unsigned type would wrap
 
 
 def _data(x, y, norm, eps=0.0):

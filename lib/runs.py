@@ -132,7 +132,7 @@ def remember(kind, facts, compute_value, *, version=1):
     Raises:
         ValueError: a corrupted file, or NaN in the value.
     """
-    if Path(kind).name != kind:
+    if Path(kind).name != kind or kind in ("", ".."):
         raise ValueError(f"kind must be a plain name, got {kind!r}")
     path = runs_dir() / kind / f"{checksum([facts, version])}.json"
     with _once(path, path.with_suffix(".lock")) as there:

@@ -26,12 +26,13 @@ def fit(where, value, like):
     Args:
         where: what the sentence begins with.
     Raises:
-        SettingError: another type, a name that neither like nor the recipes have (at any depth), an empty list.
+        SettingError: another type, a name that neither like nor the recipes have (at any depth), an empty list, a
+            fraction where like has whole numbers, a number twice in a list where like has none twice.
     """
     if like is None:
         return value
     if kind(like) == "number" and isinstance(value, str):
-        value = _number(where, value, like)
+        value = _number(where, value)
     if kind(value) != kind(like):
         hint = {"number": f"; {PLAIN}", "text": "; quote it: YAML reads off, no and on as truth values"}
         raise SettingError(f"{where} is {value!r}, but should be a {kind(like)}{hint.get(kind(like), '')}")
@@ -40,11 +41,22 @@ def fit(where, value, like):
 
         if unknown := [key for key in value if key not in like and key not in KNOWN]:
             raise SettingError(f"{where}: no name {unknown[0]!r}: there are {', '.join(map(str, like))}")
-        return {key: one if one is None else fit(f"{where}: {key}", one, like.get(key)) for key, one in value.items()}
+        return {key: fit(f"{where}: {key}", one, like.get(key)) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         if like and not value:
             raise SettingError(f"{where} is empty")
-        return [one if one is None else fit(f"{where}, item {n}", one, _item(like)) for n, one in enumerate(value, 1)]
+        words = where.split()  # images of a recipe: how many of each part, where null is all
+        item = _item([one for one in like if one is not None])
+        found = [None if one is None and ("images" in words or None in like) else fit(f"{where}, item {n}", one, item)
+                 for n, one in enumerate(value, 1)]  # fmt: skip
+        alone = not {"images", "lr_drops"} & {*words} and kind(item) == "number" and len(set(like)) == len(like)
+        if alone and len(set(found)) < len(found):
+            raise SettingError(f"{where} has a number twice: {value!r}")
+        return found
+    if type(like) is int and isinstance(value, float):
+        if not value.is_integer():
+            raise SettingError(f"{where} is {value!r}, but should be a whole number")
+        return int(value)
     return value
 
 
@@ -81,10 +93,12 @@ def _item(values):
         return None
     if isinstance(values[0], dict):
         return {key: _item([value[key] for value in values if key in value]) for value in values for key in value}
-    return [one for value in values for one in value] if kind(values[0]) == "list" else values[0]
+    if kind(values[0]) == "list":
+        return [one for value in values for one in value]
+    return next((value for value in values if isinstance(value, float)), values[0])  # whole numbers where all are
 
 
-def _number(where, text, like):
+def _number(where, text):
     try:
         above, slash, below = text.partition("/")
         value = float(above) / float(below if slash else 1)
@@ -92,4 +106,4 @@ def _number(where, text, like):
             raise ValueError
     except (ValueError, ZeroDivisionError):
         raise SettingError(f"{where} is {text!r}, but should be a number; {PLAIN}") from None
-    return int(value) if isinstance(like, int) and value.is_integer() else value
+    return value

@@ -438,7 +438,8 @@ class Twice(nn.Linear):
 class TestBadInput:
     @pytest.mark.parametrize("layer, name", [
         (nn.Sigmoid(), "Sigmoid"), (nn.ELU(2.0), r"ELU\(alpha=2.0"), (nn.Softplus(threshold=0.5), "Softplus"),
-        (nn.Softplus(beta=-1.0), "Softplus"),
+        (nn.Softplus(beta=-1.0), "Softplus"), (nn.Softplus(beta=1e-6), "Softplus"),
+        (nn.AvgPool2d(2, divisor_override=-16), "AvgPool2d.*negative divisor_override"),
         (nn.MaxPool2d(2, ceil_mode=True), "MaxPool2d.*ceil_mode"), (nn.Sequential(nn.Tanh()), "Tanh"),
         (nn.BatchNorm2d(1, track_running_stats=False), "BatchNorm2d"), (hooked(), r"Conv2d.* \(1\): hooks"),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 1, 1)), "ParametrizedConv2d"),
@@ -450,6 +451,38 @@ class TestBadInput:
         for call in (lambda: certify.bounds(model, x, eps=0.1), lambda: certify.margin_bounds(model, x, y, eps=0.1),
                      lambda: certify.local_lipschitz(model, x, y, eps=0.1)):  # fmt: skip
             with pytest.raises(ValueError, match=f"no interval bounds for (layer )?{name}"):
+                call()
+
+    def test_where_softplus_becomes_linear_it_falls_by_no_more_than_rounding(self):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(1, 1), nn.Softplus(beta=1e-6, threshold=36)).double()
+        model[1].weight.data.fill_(2e6), model[1].bias.data.fill_(35e6)  # 36e6 at x = 0.5
+        x = torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)
+        low, high = certify.bounds(model, x, eps=1e-9)
+        values = model(inside(x, 1e-9, count=400).flatten(0, 1))
+        assert low - 1e-8 <= values.min() and values.max() <= high + 1e-8  # 1e-8 is one unit in the last place
+
+    def test_backward_hooks_are_refused_where_gradients_are_bounded(self):
+        x, y = torch.rand(2, 1, 2, 3), torch.tensor([0, 1])
+        model, plain = (nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(2))
+        plain.load_state_dict(model.state_dict())
+        model[3].register_full_backward_hook(lambda *_: None)  # the last layer is not differentiated
+        bound = certify.local_lipschitz(plain, x, y, eps=0.1)
+        assert torch.equal(certify.local_lipschitz(model, x, y, eps=0.1), bound)
+        for register in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+            handle = getattr(model[1], register)(lambda *_: None)
+            assert torch.equal(certify.bounds(model, x, eps=0.1)[0], certify.bounds(plain, x, eps=0.1)[0])
+            for call in (lambda: certify.local_lipschitz(model, x, y, eps=0.1),
+                         lambda: certify.weight_box(model, x, y, radius=0.1)):  # fmt: skip
+                with pytest.raises(ValueError, match=r"no interval bounds for layer Linear.* \(1\): .*backward hooks"):
+                    call()
+            handle.remove()
+
+    @pytest.mark.parametrize("first", [nn.Flatten(0, 1), nn.Flatten(2)])
+    def test_what_are_no_logits_of_the_images_is_refused(self, first):
+        model = nn.Sequential(first, nn.Flatten() if first.start_dim == 0 else nn.Identity(), nn.Linear(16, 3))
+        x, y = torch.rand(4, 2, 4, 4), torch.arange(4) % 3
+        for call in (lambda: certify.bounds(model, x, eps=0.1), lambda: certify.margin_bounds(model, x, y, eps=0.1)):
+            with pytest.raises(ValueError, match=r"the model must return logits \([14], classes\), got \("):
                 call()
 
     def test_what_has_no_bound_is_not_proved(self):

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -461,13 +462,33 @@ def test_the_script_that_slurm_gets():
         lines = made.job_script().splitlines()
     assert lines[0].startswith("#!")
     for line in ("#SBATCH -p short", "#SBATCH --gres=gpu:1", "#SBATCH -t 02:00:00", "#SBATCH --cpus-per-task=1",
-                 "export OMP_NUM_THREADS='1'", "export MALLOC_TRIM_THRESHOLD_='1000000000'",
-                 f"export PYTHONPATH='{ROOT}'"):  # fmt: skip
+                 "export OMP_NUM_THREADS=1", "export MALLOC_TRIM_THRESHOLD_=1000000000",
+                 f"export PYTHONPATH={shlex.quote(str(ROOT))}"):  # fmt: skip
         assert line in lines
     assert "#SBATCH --mem=15G" in lines  # 16 GB in units of 2**30 bytes
     assert (
         lines[-1].startswith(f"{sys.executable} -m distributed.cli.dask_worker tcp://") and "--nthreads 1" in lines[-1]
     )
+
+
+def test_slurm_gets_memory_as_it_takes_it_and_folders_as_they_are_called(monkeypatch):
+    def lines(settings):
+        with clusters.slurm(settings, 0) as made:
+            return made.job_script().splitlines()
+
+    def memory(settings):
+        return [line.removeprefix("#SBATCH ") for line in lines(settings) if line.startswith("#SBATCH --mem")]
+
+    assert memory("mem=8000") == ["--mem=8G"]  # to Slurm a number is one of megabytes
+    assert memory("mem-per-cpu=4G") == ["--mem-per-cpu=4G"] and memory("partition=short") == ["--mem=8G"]
+    for bad in ("mem=0", "mem=lots", "cpus-per-task=x", "cpus-per-task=0"):
+        with pytest.raises(clusters.ClusterError, match=f"'{bad}': cpus-per-task is a number of at least 1, mem"):
+            lines(bad)
+    folder = """/it's $HOME, "a\\b" é"""
+    monkeypatch.setenv("DATA_DIR", folder)
+    (export,) = (line for line in lines("partition=short") if line.startswith("export DATA_DIR="))
+    said = subprocess.check_output(["bash", "-c", f'{export}\nprintf %s "$DATA_DIR"'], text=True)
+    assert said == folder
 
 
 def test_every_recipe_comes_back_by_name():

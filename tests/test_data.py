@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import http.server
+import itertools
 import os
 import pickle
 import socket
@@ -129,11 +130,27 @@ class TestMnist5k:
         for n in (0, 4701):
             with pytest.raises(ValueError, match=f"cannot take {n} of 1000 test images and 3700 training images"):
                 digits.more(300, n)
+        for n_train in (0, -1, 4001):
+            with pytest.raises(ValueError, match=f"cannot take {n_train} of 4000 images"):
+                digits.more(n_train, 1)
 
     @pytest.mark.parametrize("n_train, n_test", [(0, 1), (4001, 1), (1, 1001), (-3, None)])
     def test_first_refuses_more_than_there_is(self, digits, n_train, n_test):
         with pytest.raises(ValueError, match=r"cannot take -?\d+ of \d+ images"):
             digits.first(n_train, n_test)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_is_changed_in_place_is_another_data_set(digits, inference):
+    with torch.inference_mode(inference):
+        few = data.Data(*(t.clone() for t in (digits.x_train[:9], digits.y_train[:9], digits.x_test[:5])),
+                        torch.arange(5), "few")  # fmt: skip
+        found = [few.fingerprint]
+        for t, value in ((few.x_train, 0.5), (few.y_train, 3), (few.x_test[1], 0), (few.y_test, 11)):
+            t[:] = value
+            found += [few.fingerprint]
+            assert few.fingerprint == data.Data(few.x_train, few.y_train, few.x_test, few.y_test, "again").fingerprint
+    assert len(set(found)) == 5 and few.num_classes == 12
 
 
 def test_mnistm_is_the_recipe_image_by_image(digits):
@@ -197,12 +214,13 @@ class TestFashionMnist:
     @pytest.fixture
     def raw(self, folder, monkeypatch):
         raw = make_mnist(folder, monkeypatch)
+        monkeypatch.setattr(data, "MNIST_SHA256", dict.fromkeys(data.MNIST_SHA256, "of others"))
         return raw.parent.rename(folder / "FashionMNIST") / "raw"
 
     def test_official_files(self, raw):
         found = load("fashionmnist")
         assert found.x_train.shape == (6, 1, 28, 28) and found.y_test.tolist() == [0, 1, 2]
-        assert found.source.startswith("Fashion-MNIST")
+        assert found.source == "Fashion-MNIST (6 + 3)"
         pixels = np.frombuffer((raw / "train-images-idx3-ubyte").read_bytes()[16:], np.uint8).reshape(6, 1, 28, 28)
         assert np.allclose(found.x_train.numpy() * 255, pixels, atol=1e-4)
 
@@ -213,6 +231,23 @@ class TestFashionMnist:
         less = content[:7] + bytes([content[7] - 1]) + content[8 : -1 if "labels" in name else -784]
         path.write_bytes({"cut short": content[:-1], "header": b"abcdefgh", "empty": b"", "one label less": less}[harm])
         with pytest.raises(DataCorrupted, match=r"FashionMNIST.* delete it"):
+            load("fashionmnist")
+
+    @pytest.mark.parametrize("name, at, value", [
+        ("train-labels-idx1-ubyte", slice(-1, None), b"\x4d"),
+        ("t10k-images-idx3-ubyte", slice(8, 16), b"\0\0\0\x31\0\0\0\x10"),  # 49 x 16
+    ])  # fmt: skip
+    def test_other_labels_and_sizes_are_refused(self, raw, name, at, value):
+        content = bytearray((raw / name).read_bytes())
+        content[at] = value
+        (raw / name).write_bytes(content)
+        with pytest.raises(DataCorrupted, match=r"raw has \d images and \d labels, not as many of 28 x 28 and"):
+            load("fashionmnist")
+
+    @pytest.mark.parametrize("name", sorted(data.MNIST_SHA256))
+    def test_a_file_of_mnist_is_refused(self, raw, monkeypatch, name):
+        monkeypatch.setitem(data.MNIST_SHA256, name, hashlib.sha256((raw / name).read_bytes()).hexdigest())
+        with pytest.raises(DataCorrupted, match=f"FashionMNIST/raw/{name} is MNIST's: delete it and run again"):
             load("fashionmnist")
 
 
@@ -425,6 +460,21 @@ class TestImageFolder:
         with pytest.raises(ValueError, match="needs the same two or more classes"):
             load(path)
 
+    def test_names_that_look_alike_are_told_apart(self, tmp_path):
+        path = make_images(tmp_path / "photos", classes=["\u00e9", "z"])
+        (path / "test" / "\u00e9").rename(path / "test" / "e\u0301")
+        with pytest.raises(ValueError, match=r"got \[\['z', '\\xe9'\], \['e\\u0301', 'z'\]\]"):
+            load(path)
+
+    def test_images_of_other_kinds_are_counted_and_named(self, tmp_path):
+        path = make_images(tmp_path / "photos")
+        plain = load(path)
+        for name in ("dog/x.jfif", "cat/b.jpe", "cat/a.GIF", "cat/notes.txt", "cat/.hidden.gif"):
+            (path / "train" / name).write_bytes(b"")
+        with pytest.warns(UserWarning, match=r"3 files in .*photos/train .* first is .*cat/a\.GIF") as given:
+            assert load(path).fingerprint == plain.fingerprint
+        assert len(given) == 1
+
     @pytest.mark.parametrize("missing", ["train", "test"])
     def test_missing_part(self, tmp_path, missing):
         path = make_images(tmp_path / "photos")
@@ -476,6 +526,15 @@ def deep_png(path):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
+def late_exif(path, orientation):
+    """A PNG that is said to be turned only behind its pixels, where that has no meaning."""
+    body = turned(orientation)[1].tobytes().removeprefix(b"Exif\0\0")
+    save(upright(), path)
+    whole = path.read_bytes()
+    late = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
+    path.write_bytes(whole[:-12] + late + whole[-12:])
+
+
 def grey16(kind):
     raw = GREY16.astype(">u2").tobytes()
     return lambda path: {
@@ -497,6 +556,7 @@ def damaged_exif(path):
 SHOWN = {  # name of the file: how it is written, what is shown, by how much it may differ
     **{f"turned {k}.{kind}": (lambda path, k=k, how=how: save(turned(k)[0], path, exif=turned(k)[1], **how),
                               upright(), 4) for k in STORED for kind, how in EXACT.items()},
+    **{f"late {k}.png": (lambda path, k=k: late_exif(path, k), upright(), 0) for k in (3, 6)},
     "16.png": (grey16("png"), GREY8, 0), "16.tif": (grey16("tif"), GREY8, 0), "16 big.tif": (grey16("big"), GREY8, 0),
     "16.pgm": (grey16("pgm"), GREY8, 0), "48.png": (deep_png, upright(), 0),
     "white is 0.tif": (lambda path: save(Image.fromarray(65535 - GREY16), path, tiffinfo={262: 0}), GREY8, 0),
@@ -544,6 +604,7 @@ class TestAsShown:
         ("bomb.ppm", lambda path: path.write_bytes(b"P6 60000 60000 255\n"), "decompression bomb"),
         ("words.jpg", lambda path: path.write_text("no image"), "cannot identify"),
         ("nobody.jpg", lambda path: path.symlink_to("nowhere"), "No such file"),
+        ("device.png", lambda path: path.symlink_to(os.devnull), "no regular file"),  # a pipe would end no test
     ])  # fmt: skip
     @pytest.mark.parametrize("held_bytes", [0, data.HELD_BYTES])
     def test_what_cannot_be_shown_is_counted_and_named(self, tmp_path, name, write, why, held_bytes):
@@ -580,6 +641,14 @@ class TestAsShown:
         whole = image_folder(path)
         (path / "train" / "a" / "again").symlink_to(path / "train" / "a")
         assert image_folder(path).fingerprint == whole.fingerprint
+
+    def test_links_in_two_circles_have_an_end(self, tmp_path, monkeypatch):
+        path = make_images(tmp_path / "photos", size=(24, 16), classes=("a", "b"), n=2)
+        for name in ("a", "b"):
+            (path / "train" / name / "up").symlink_to("..")
+        calls, whole = itertools.count(), os.scandir  # what a walk of each path would make more than 2 ** 40 of
+        monkeypatch.setattr(os, "scandir", lambda *args: whole(*args) if next(calls) < 100 else pytest.fail("no end"))
+        assert len(image_folder(path).y_train) == 8  # a link to the other class is a link to its images
 
     def test_a_folder_the_name_of_which_is_no_text(self, tmp_path):
         path = make_images(tmp_path / os.fsdecode(b"caf\xe9"), size=(24, 16), classes=("a", "b"), n=2)
@@ -629,6 +698,8 @@ class TestStreamed:
             assert isinstance(few, data.Images) and len(few) == n and torch.equal(few[torch.arange(n)], x[which])
         for mine, theirs in zip(lazy.split(10), x.split(10), strict=True):
             assert torch.equal(mine, theirs)
+        for none in (torch.zeros(36, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.int64), []):
+            assert lazy[none].shape == x[none].shape and lazy[none].dtype == x.dtype
         for wrong in (36, torch.tensor([36])):
             with pytest.raises(IndexError):
                 lazy[wrong]

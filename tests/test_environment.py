@@ -204,6 +204,21 @@ def test_run_all_passes_options_and_errors_on(tmp_path, active):
     assert "Usage: ./run_all.sh" in start(ROOT / "run_all.sh", "--help").stdout
 
 
+def test_what_a_shell_sets_for_other_programs_does_not_lead_astray(tmp_path, active):
+    """PYTHONSAFEPATH would take a script's own folder from where it finds modules; with CDPATH `cd` speaks."""
+    own = {"PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "error", "PYTHON": sys.executable}
+    look = "import beside, os; print([name in os.environ for name in os.environ['NAMES'].split()])"
+    (tmp_path / "script.py").write_text(look)
+    (tmp_path / "beside.py").touch()
+    env = active | own | {"NAMES": " ".join(own)}
+    done = start(ROOT / "run_all.sh", "--python", tmp_path / "script.py", env=env)
+    assert done.stdout.strip() == "[False, False, True]", done.stderr
+    relative = os.path.join(ROOT.name, "run_all.sh")
+    for mode in ("--help", "--python"):
+        done = start("bash", relative, mode, "-V", cwd=ROOT.parent, env=active | {"CDPATH": str(ROOT.parent)})
+        assert done.returncode == 0, done.stderr
+
+
 UV = """\
 #!/bin/sh
 # Stands in for uv: makes a bare environment and links lib into it, without the network.

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 
 from lib import data, files, runs
 from lib.files import checksum, folder_from_environment, read_json, write_bytes, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("value, expected", [
@@ -119,6 +123,19 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
         with pytest.raises(error):
             write_json(tmp_path / "plain.json", {"a": bad})
     assert read_json(tmp_path / "plain.json") == plain
+
+
+def test_two_keys_that_are_one_text_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="two keys are one text in JSON: \\['1', '1'\\]"):
+        write_json(tmp_path / "a.json", {"x": {1: "a", "1": "b"}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_allow_no_more_than_the_readers_umask(tmp_path):
+    code = "import sys; from lib import files; files.write_bytes(sys.argv[1], b'x')"
+    for mask, mode in ((0o077, 0o600), (0o002, 0o644)):
+        subprocess.run([sys.executable, "-c", code, tmp_path / "a"], cwd=ROOT, umask=mask, check=True)
+        assert (tmp_path / "a").stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [float("nan")]}])

@@ -1,6 +1,7 @@
 """lib/linear.py against brute force, dual programs, finite differences and other packages."""
 
 import itertools
+import tracemalloc
 
 import cvxpy as cp
 import numpy as np
@@ -268,6 +269,19 @@ def test_three_classes_max_norm_is_exact_in_many_dimensions():
     assert np.array_equal(lower, upper) or np.allclose(lower, upper, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("norm, m", [("linf", 200), ("l2", 20)])
+def test_three_classes_take_no_memory_by_the_number_of_points(norm, m):
+    """And the values are those of the points one by one."""
+    x, y = points(3, m=m, n=400)
+    W = np.random.default_rng(12).normal(size=(3, m))
+    tracemalloc.start()
+    lower, upper = linear.robust_loss(W, x, y, eps=0.2, norm=norm)
+    assert tracemalloc.get_traced_memory()[1] < 150e6
+    tracemalloc.stop()
+    some = [linear.robust_loss(W, x[i : i + 1], y[i : i + 1], eps=0.2, norm=norm) for i in range(0, 400, 9)]
+    np.testing.assert_allclose(np.hstack(some), [lower[::9], upper[::9]], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("K", [4, 5, 10])
 def test_more_classes_fall_short_rarely_and_by_little(K):
     short = []
@@ -423,6 +437,17 @@ def test_eps_sep_is_half_the_distance_of_the_hulls(norm, bias):
         linear.minimize(x, y, eps=0.99 * got, norm=norm, bias=bias)
     assert got < linear.eps_bar(x, y, norm=norm, bias=bias)
     assert linear.minimize(x, y, eps=1.05 * got, norm=norm, bias=bias).gap < 1e-5
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint64])
+def test_labels_without_a_sign_are_labels(kind):
+    x, y = np.array([[3.0, 3.0], [2.0, 4.0], [-3.0, -3.0]]), np.array([1, 1, 0])
+    got = [f(x, y.astype(kind)) for f in (
+        lambda x, y: linear.eps_sep(x, y, norm="l2"), lambda x, y: linear.eps_sep(x, y, norm="linf", bias=True),
+        lambda x, y: linear.robust_loss(np.eye(2), x, y, eps=0.1, norm="l2")[0][0],
+        lambda x, y: linear.minimize(x, y, eps=9.0, norm="l2").loss,
+    )]  # fmt: skip
+    assert got == pytest.approx([18**0.5, 3, np.logaddexp(0, 0.1 * 2**0.5), np.log(2)])
 
 
 def test_eps_sep_of_mixed_points_is_zero():

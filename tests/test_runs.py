@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import multiprocessing
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -225,8 +226,9 @@ def test_what_cannot_be_remembered_is_said_before_it_is_computed(folder):
 
     with pytest.raises(ValueError, match="JSON"):
         runs.remember("values", {"x": math.nan}, never)
-    with pytest.raises(ValueError, match="plain name"):
-        runs.remember("../values", {"x": 1}, never)
+    for kind in ("../values", "..", "", "."):
+        with pytest.raises(ValueError, match="plain name"):
+            runs.remember(kind, {"x": 1}, never)
     runs.remember("values", {"x": 1}, lambda: 2)
     (path,) = (folder / "values").glob("*.json")
     for text in ("[]", "{}"):
@@ -252,6 +254,30 @@ def test_a_grid_trains_what_nobody_else_is_training_first(trained):
     found = runs.grid(configs, noise())
     assert [r.config.seed for r in found] == [0, 1]
     assert [seed for seed, _ in trained] == [1, 1, 0, 0]
+
+
+def test_a_record_names_the_commit_of_this_project_alone(tmp_path, monkeypatch):
+    def commit(folder):
+        (folder / "lib").mkdir(parents=True, exist_ok=True)
+        for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+            subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=folder, check=True)
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=folder, capture_output=True, text=True)
+        return head.stdout.strip()
+
+    def said(folder):
+        monkeypatch.setattr(compute, "__file__", str(folder / "lib" / "compute.py"))
+        return compute.commit.__wrapped__()
+
+    own = commit(tmp_path / "project")
+    commit(tmp_path / "other")
+    copy = tmp_path / "other" / "a copy"
+    (copy / "lib").mkdir(parents=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
+    assert said(tmp_path / "project") == own and said(copy) == "unknown"
+    (tmp_path / "project/lib/new.py").touch()
+    assert said(tmp_path / "project") == f"{own} with changes"
+    monkeypatch.setenv("PATH", "")
+    assert said(tmp_path / "project") == "unknown"
 
 
 def test_the_default_place_is_beside_lib(monkeypatch):

@@ -24,6 +24,7 @@ TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import check_pairs  # noqa: E402
+import dry_run  # noqa: E402
 import execute  # noqa: E402
 import gallery  # noqa: E402
 import jobs  # noqa: E402
@@ -32,7 +33,7 @@ import profiles  # noqa: E402
 import run as runner  # noqa: E402
 from layout import Layout  # noqa: E402
 
-from lib import cells, recipes, runs  # noqa: E402
+from lib import cells, figures, recipes, runs  # noqa: E402
 from lib.files import checksum, write_json  # noqa: E402
 
 HEADER = """\
@@ -126,6 +127,14 @@ def test_nbclean_is_idempotent_and_gives_distinct_ids():
     once = nbclean.clean(notebook)
     assert nbclean.dumps(nbclean.clean(once)) == nbclean.dumps(once)
     assert len({cell["id"] for cell in once["cells"]}) == 4
+
+
+def test_nbclean_keeps_the_pictures_of_a_cell_of_words():
+    notebook = executed()
+    notebook["cells"][0] |= {"source": "![a](attachment:a.png)", "attachments": {"a.png": {"image/png": PICTURE}}}
+    cleaned = nbclean.clean(notebook)
+    assert cleaned["cells"][0]["attachments"] == notebook["cells"][0]["attachments"]
+    assert all("attachments" not in cell for cell in cleaned["cells"][1:])
 
 
 def test_nbclean_does_not_hide_cells_run_out_of_order():
@@ -287,6 +296,16 @@ def test_an_edit_in_the_ipynb_alone_is_not_overwritten(pair, capsys, memory):
         assert refuses(pair, capsys, [], "01_a.ipynb was edited by itself") and rendering.read_bytes() == before
 
 
+def test_git_is_asked_about_this_project_whatever_the_environment_names(pair, tmp_path, monkeypatch):
+    source, rendering = pair.notebooks / "01_a.py", pair.notebooks / "01_a.ipynb"
+    commit(pair)
+    subprocess.run(["git", "init", "-q", "other"], cwd=tmp_path, check=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other/.git"))
+    spoil_rendering(pair, set_in_last(source=["an_edit"]))
+    os.utime(rendering, (1e9, 1e9))
+    assert check_pairs.edited(source, rendering, pair.build / "quick" / "01_a.py")
+
+
 @pytest.mark.parametrize("kept", [".ipynb", ".py"])
 def test_both_ways_out_of_an_edit_in_the_ipynb(pair, capsys, kept):
     source, rendering = pair.notebooks / "01_a.py", pair.notebooks / "01_a.ipynb"
@@ -339,6 +358,15 @@ BAD_PROFILES = {
     "01_a: {recipe: off}": "recipe is False, but should be a text; quote it: YAML reads off",
     "01_a: {seeds: 1}": "seeds is 1, but should be a list",
     "01_a: {seeds: []}": "seeds is empty",
+    "01_a: {seeds: [0, 3, 0.0]}": "seeds has a number twice: [0, 3, 0.0]",
+    "01_a: {seeds: [0, null]}": "seeds, item 2 is None, but should be a number",
+    "01_a: {seeds: [0.5]}": "seeds, item 1 is 0.5, but should be a whole number",
+    "01_a: {steps: 5/2}": "steps is 2.5, but should be a whole number",
+    "01_a: {arms: [{lr: null}]}": "arms, item 1: lr is None, but should be a number",
+    "recipes: {lenet on mnist: {plan: {steps: 2.5}}}": "plan: steps is 2.5, but should be a whole number",
+    "recipes: {lenet on mnist: {plan: {pgd_images: 0}}}": "plan: pgd_images is 0, but should be at least 1",
+    "recipes: {lenet on mnist5k: {plan: {queries: -1}}}": "plan: queries is -1, but should be at least 1",
+    "01_a: {changes: {lenet on mnist: {plan: {queries: 0}}}}": "plan: queries is 0, but should be at least 1",
     "01_a: {seeds: [0, one]}": "seeds, item 2 is 'one', but should be a number",
     "01_a: {arms: [{lrr: 1}]}": "arms, item 1: no name 'lrr': there are eps, lr",
     "01_a: {arms: [{lr: [1]}]}": "arms, item 1: lr is [1], but should be a number",
@@ -356,13 +384,14 @@ BAD_PROFILES = {
     "- 01_a": "a list, not sections named by notebooks",
     "01_a: {steps: 1, steps: 2}": "the key 'steps' stands twice",
     "01_a: {": "big.yaml: while parsing",
+    "# ü": "big.yaml: 'utf-8' codec can't decode byte 0xfc in position 2: invalid start byte: save it in UTF-8",
 }
 
 
 @pytest.mark.parametrize("text", BAD_PROFILES)
 def test_a_bad_profile_is_refused(toy, text):
     add(toy, "01_a", parameters=PARAMETERS)
-    (toy.profiles / "big.yaml").write_text(text)
+    (toy.profiles / "big.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(profiles.ProfileError, match=re.escape(BAD_PROFILES[text])):
         profiles.read_profile(toy, "big")
 
@@ -376,6 +405,22 @@ def test_a_recipe_that_does_not_exist_is_refused_at_any_depth(values):
         profiles.check_names("here", values)
     known = json.loads(json.dumps(values).replace("nope", "lenet on mnist"))
     assert "lenet on mnist" in profiles.check_names("here", known)
+
+
+def test_what_a_profile_may_write_otherwise_than_the_notebook(toy):
+    """Whole numbers for fractions, fractions that are whole, sections by `<<`, null for all images, as many twice."""
+    add(toy, "01_a", parameters=PARAMETERS)
+    add(toy, "02_b", parameters=PARAMETERS.replace("seeds = [0, 1]", "seeds = [None, 0.5, 1]"))
+    (toy.profiles / "big.yaml").write_text(
+        "01_a: &a {steps: 10.0, rate: 1, seeds: [2.0, 5]}\n02_b: {<<: *a, steps: 4, seeds: [null, 2]}\n"
+    )
+    first, second = profiles.read_profile(toy, "big").values()
+    assert str(first) == "{'steps': 10, 'rate': 1, 'seeds': [2, 5], 'changes': {}}"
+    assert {k: second[k] for k in ("rate", "steps", "seeds")} == {"rate": 1, "steps": 4, "seeds": [None, 2]}
+    for images in ([None, None], [500, 500]):
+        known = {"images": [11000, 5000], "lr_drops": [0.5, 0.75]}
+        value = {"images": images, "lr_drops": [0.5, 0.5]}
+        assert profiles.fit("here", value, known) == value
 
 
 @given(st.integers(1, 9999), st.integers(1, 9999), st.integers(-9, 9))
@@ -463,6 +508,31 @@ def test_play_is_told_from_the_profile_and_checked(toy, old):
         profiles.played(toy, ["01_a"])
 
 
+@pytest.mark.parametrize("git", ["none", "committed", "of another project"])
+def test_a_changed_recipe_is_play_whatever_git_says(toy, monkeypatch, git):
+    add(toy, "01_a", parameters=PARAMETERS)
+    define(toy)
+    if git == "none":
+        monkeypatch.setenv("PATH", "")
+    else:
+        (toy.root / "lib").mkdir()
+        shutil.copy(TOOLS.parent / "lib/recipes.py", toy.root / "lib")
+        commit(toy if git == "committed" else SimpleNamespace(root=toy.root.parent))
+    assert profiles.played(toy, ["01_a"]) == {}
+    monkeypatch.setitem(recipes.RECIPES, "lenet on mnist5k", recipes.get("lenet on mnist5k") | {"width": 8})
+    assert profiles.played(toy, ["01_a"]) == {"01_a": "other recipes"}
+
+
+def test_what_is_hidden_beside_the_notebooks_is_passed_over(toy, capsys):
+    """A lock of Emacs is a link to nowhere, a file of macOS no text."""
+    add(toy, "01_a")
+    (toy.notebooks / ".#01_a.py").symlink_to("me@host.1234:1")
+    for name in ("notebooks/._01_a.py", "notebooks/._01_a.ipynb", "notebooks/profiles/._big.yaml"):
+        (toy.root / name).write_bytes(b"\0\5\26\7\xb0\xff")
+    assert toy.names() == ["01_a"] and profiles.profile_names(toy) == ["quick"]
+    assert verdict(toy, capsys)[1].splitlines()[0] == "01_a: .ipynb is missing"
+
+
 @pytest.mark.parametrize("line", ["x = len('abc')", "a, b = 1, 2", "import os", "steps += 1"])
 def test_parameters_are_plain_literals(toy, line):
     add(toy, "01_a", parameters=f'profile = "quick"\n{line}')
@@ -507,6 +577,29 @@ def test_the_runner_refuses_before_it_runs(toy, capsys):
     ]:
         assert refuses(toy, capsys, arguments, message), arguments
     assert not toy.build.exists()
+
+
+def test_a_stray_file_stops_nothing_but_itself(toy, capsys):
+    add(toy, "01_a")
+    (toy.notebooks / "scratch.py").write_text("print(1)\n")
+    (toy.profiles / "gpu.yaml").write_text("01_a: {steps: 4}\n")
+    assert runner.selected(toy, "quick", ["1"]) == {"01_a": ("quick", False, {})}
+    assert runner.selected(toy, "gpu", []) == {"01_a": ("gpu", False, {"steps": 4})}
+    assert refuses(toy, capsys, [], "scratch.py: 0 cells are tagged `parameters`")
+
+
+def test_what_cannot_be_read_is_said_in_a_sentence(toy, capsys, monkeypatch):
+    add(toy, "01_a")
+    define(toy)
+    assert refuses(toy, capsys, ["--profile", "~no-such-user/x.yaml"], "no profile '~no-such-user/x.yaml'")
+    monkeypatch.setenv("FIGURES_DIR", "~no-such-user/f")
+    for more in ([], ["--dry-run"]):
+        assert refuses(toy, capsys, more, "FIGURES_DIR=~no-such-user/f: there is no such home folder")
+    monkeypatch.delenv("FIGURES_DIR")
+    quick = toy.profiles / "quick.json"
+    quick.write_text(f"<<<<<<< HEAD\n{quick.read_text()}")
+    assert refuses(toy, capsys, [], "`git checkout notebooks/profiles/quick.json` brings it back")
+    assert not list(toy.notebooks.glob("*.ipynb"))
 
 
 # ---------------------------------------------------------------- the runner
@@ -617,6 +710,23 @@ def test_the_readers_machine_does_not_leak_in(toy):
     assert made[0] == made[1] and b"plain" in made[0] and b"<repo>/lib/__init__.py" in made[0]
 
 
+def test_a_journal_of_the_readers_is_left_alone(toy, tmp_path, monkeypatch):
+    for name in ("JOURNAL", "RUN_ALL_JOURNAL"):
+        monkeypatch.setenv(name, str(tmp_path / "diary"))
+    add(toy, "01_a")
+    (job,) = jobs.make_jobs(toy, {"01_a": ("quick", False, {})}, 60, tmp_path)
+    assert job.env["RUN_ALL_JOURNAL"] == str(toy.build / "quick/01_a.runs.json")
+    assert "RUN_ALL_JOURNAL" not in jobs.clean_environment()
+    (tmp_path / "diary").write_text("Dear diary")
+    for name, value in (("FIGURES_DIR", tmp_path / "figures"), ("RUN_ALL_JOURNAL", tmp_path / "ours")):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.chdir(toy.notebooks)
+    book = figures.Book("01_a", {"profile": "mine", "steps": 3, "rate": 0.1})
+    book.check("sums", holds=True, measured="0")
+    book.close()
+    assert (tmp_path / "diary").read_text() == "Dear diary" and (tmp_path / "ours").exists()
+
+
 def test_play_goes_to_a_folder_of_its_own(toy):
     cell = "import os\nprint(profile, steps, os.environ['PROFILE'], os.environ['FIGURES_DIR'])"
     add(toy, "01_a", cell, SHOW)
@@ -659,6 +769,24 @@ def test_a_dry_run_says_what_would_be_trained(toy):
         "         1 committed cells of the profile overnight, made on a machine, 2026-01-02",
     ]
     assert not toy.build.exists()
+
+
+def test_a_dry_run_takes_what_is_damaged_for_what_is_to_be_made(toy, tmp_path):
+    add(toy, "01_a", SHOW + "\nif False:\n    cells.read()")
+    (toy.profiles / "long.yaml").write_text("01_a: {}")
+    used = [{"run": name, "what": "lenet", "seconds": 100.0} for name in ("lenet-1", "lenet-2", "attacks/3")]
+    cell = "figures/other/cells/lenet-eps0.1/a.json"
+    for name, text in (
+        ("runs/lenet-1/run.json", "{}"), ("runs/lenet-2/run.json", "{}"), ("runs/lenet-2/made.json", '{"dev'),
+        ("runs/attacks/3.json", "[]"), (cell, '{"made": {'), (cell.replace("/a", "/._b"), "\0"),
+        ("figures/long/01_a.uses.json", json.dumps({"runs": used})), ("build/long/times.json", "[1]"),
+    ):  # fmt: skip
+        (toy.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (toy.root / name).write_text(text)
+    done = run(toy, "--profile", "long", "--dry-run", env=os.environ | {"RUNS_DIR": str(toy.root / "runs")})
+    said = ["01_a  trains for about 5 min 00 s", f"         3 to be made: no such run in {toy.root}/runs"]
+    assert done.stdout.splitlines() == said, done.stderr
+    assert dry_run.speeds(toy.figures, "lenet", recipes.get("lenet on mnist")) == {}
 
 
 def test_a_dry_run_says_what_has_changed_since_the_last_run(toy):

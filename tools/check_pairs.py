@@ -19,6 +19,8 @@ from layout import Layout
 from nbclean import clean, dumps, text
 from profiles import ProfileError, defined, definition, parameters
 
+from lib.files import git
+
 MAX_LINES = 30
 MAX_BYTES = 1_500_000
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|Users|tmp|mnt|var|private)/[\w./~-]+")
@@ -63,8 +65,8 @@ def edited(source: Path, rendering: Path, as_run: Path) -> bool:
 
 def _git(folder: Path, *arguments: str) -> str:
     try:
-        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, encoding="utf-8").stdout
-    except OSError:  # no git here
+        return git(folder, *arguments)
+    except (OSError, subprocess.CalledProcessError):  # no git here, or it knows of no such thing
         return ""
 
 
@@ -133,7 +135,7 @@ def pair_problems(source: Path, rendering: Path) -> list[str]:
 
 
 def main(layout: Layout) -> int:
-    stems = sorted({*layout.names(), *(path.stem for path in layout.notebooks.glob("*.ipynb"))})
+    stems = sorted({*layout.names(), *(path.stem for path in layout.notebooks.glob("[!.]*.ipynb"))})
     found = []
     for stem in stems:
         pair = layout.notebooks / f"{stem}.py", layout.notebooks / f"{stem}.ipynb"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import signal
 import sys
 from contextlib import ExitStack, contextmanager
@@ -51,6 +52,7 @@ def local(workers: int, per_gpu: int):
 def slurm(settings: str, workers: int):
     """Workers that Slurm starts, one thread and one job each: settings are sbatch's, "partition=short,gres=gpu:1"."""
     handler = signal.getsignal(signal.SIGINT)
+    from dask.utils import parse_bytes
     from dask_jobqueue import SLURMCluster
 
     signal.signal(signal.SIGINT, handler)  # it has set one that ends in silence
@@ -58,12 +60,21 @@ def slurm(settings: str, workers: int):
     if not given or not all(key and value for key, value in given.items()):
         raise ClusterError(f"--slurm {settings!r}: it is a list of name=value, such as partition=short,gres=gpu:1")
     known = {SETTINGS[key]: value for key, value in given.items() if key in SETTINGS}
-    known |= {"job_cpu": int(known.get("job_cpu", 1)), "memory": known.get("memory", "8GB"),
-              "walltime": known.get("walltime", "24:00:00")}  # fmt: skip
+    memory, cpus = known.get("memory", "8GB"), known.get("job_cpu", "1")
+    memory += "MiB" * memory.isdecimal()  # to Slurm they are megabytes, to dask bytes
+    try:
+        if min(int(cpus), parse_bytes(memory)) < 1:
+            raise ValueError
+    except ValueError:
+        said = "cpus-per-task is a number of at least 1, mem a size such as 8000 (MB) or 16GB"
+        raise ClusterError(f"--slurm {settings!r}: {said}") from None
+    known |= {"job_cpu": int(cpus), "memory": memory, "walltime": known.get("walltime", "24:00:00")}
+    other = not {"mem-per-cpu", "mem-per-gpu"}.isdisjoint(given)  # sbatch takes one of the three
     return SLURMCluster(
         cores=1, processes=1, n_workers=workers, python=sys.executable, **known,
         job_extra_directives=[f"--{key}={value}" for key, value in given.items() if key not in SETTINGS],
-        job_script_prologue=[f"export {name}={value!r}" for name, value in environment().items()],
+        job_directives_skip=["--mem="] if other else None,
+        job_script_prologue=[f"export {name}={shlex.quote(value)}" for name, value in environment().items()],
         worker_extra_args=["--no-dashboard"], scheduler_options={"dashboard_address": ":0"},
     )  # fmt: skip
 

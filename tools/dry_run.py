@@ -10,13 +10,12 @@ from types import SimpleNamespace
 from jobs import HERE, Job, duration
 from profiles import parameters
 
-from lib.files import checksum, read_if_whole, read_json
+from lib.files import checksum, read_if_whole
 
 
 def uses(job: Job) -> dict:
     """What the notebook used when its figures were made; empty when that is not known."""
-    path = Path(job.env["FIGURES_DIR"]) / f"{job.name}.uses.json"
-    return read_json(path) if path.exists() else {}
+    return read_if_whole(Path(job.env["FIGURES_DIR"]) / f"{job.name}.uses.json")
 
 
 def changed(record: dict, job: Job) -> list[str]:
@@ -36,8 +35,8 @@ def state(run: dict, job: Job) -> str:
     """Where a run is: "found" with where and when it was made, or "to be made"."""
     runs = Path(job.env.get("RUNS_DIR") or HERE / "runs")
     trained, remembered = runs / run["run"] / "run.json", runs / f"{run['run']}.json"
-    if trained.exists() or remembered.exists():
-        made = read_json(remembered)["made"] if remembered.exists() else read_json(trained.with_name("made.json"))
+    made = read_if_whole(trained.with_name("made.json")) if trained.exists() else {}
+    if made := read_if_whole(remembered).get("made") or made:
         return f"found, made on {made['device']}, {made['date']}"
     return "to be made: no such run in " + (job.env.get("RUNS_DIR") or "runs/")
 
@@ -46,9 +45,10 @@ def committed(job: Job) -> Counter:
     """Cells that stand and are not made again, of this profile or of others, by profile and machine."""
     own, found = Path(job.env["FIGURES_DIR"]), Counter()
     if "cells.read(" in Path(job.spec["source"]).read_text(encoding="utf-8"):
-        for path in own.parent.glob("*/cells/*/*.json"):
-            if not path.is_relative_to(own) or job.spec["parameters"].get("keep_cells"):
-                made = read_json(path)["made"]["training"]
+        for path in own.parent.glob("*/cells/*/[!.]*.json"):
+            kept = not path.is_relative_to(own) or job.spec["parameters"].get("keep_cells")
+            if kept and (cell := read_if_whole(path)):  # one that was cut is made again
+                made = cell["made"]["training"]
                 profile = path.relative_to(own.parent).parts[0]
                 found[f"committed cells of the profile {profile}, made on {made['device']}, {made['date']}"] += 1
     return found
@@ -94,8 +94,9 @@ def speeds(folder: Path, recipe: str, settings: dict, more: int = 0) -> dict[str
     """{machine: median seconds of a cell of this recipe}, by the cells of all profiles; with masks of `more` images, by
     those that have some."""
     found = defaultdict(list)
-    for path in folder.glob(f"*/cells/{recipe.replace(' ', '-')}-eps*/*.json"):
-        made = (cell := read_json(path))["made"]["training"]
+    paths = folder.glob(f"*/cells/{recipe.replace(' ', '-')}-eps*/[!.]*.json")
+    for cell in filter(None, map(read_if_whole, paths)):
+        made = cell["made"]["training"]
         # What a wider network takes on a GPU cannot be told from a narrow one, which leaves most of it idle.
         alike = "NVIDIA" not in made["device"] or cell["config"]["width"] == settings["width"]
         if alike and (not more or "more" in cell["made"]):

@@ -21,7 +21,8 @@ from lib.files import folder_from_environment, read_if_whole, read_json, write_b
 TINY = "tiny"
 INLINE = "module://matplotlib_inline.backend_inline"  # what a kernel would set, after matplotlib is imported here
 # What a reader's machine may set for other programs, and would change results or pictures here.
-LEAKS = ("PYTHON", "IPYTHON", "JUPYTER", "MPLBACKEND", "MATPLOTLIBRC", "LC_", "LANG", "OPENBLAS_", "MKL_", "PROFILE")
+LEAKS = ("PYTHON", "IPYTHON", "JUPYTER", "MPLBACKEND", "MATPLOTLIBRC", "LC_", "LANG", "OPENBLAS_", "MKL_", "PROFILE",
+         "RUN_ALL_JOURNAL")  # fmt: skip
 
 
 def duration(seconds: float) -> str:
@@ -53,7 +54,7 @@ class Job:
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.failed.unlink(missing_ok=True)
-        Path(self.env["JOURNAL"]).unlink(missing_ok=True)
+        Path(self.env["RUN_ALL_JOURNAL"]).unlink(missing_ok=True)
         Path(self.spec["scratch"]).mkdir()
         self.started = time.monotonic()
         self.log.write_bytes(b"")
@@ -153,7 +154,7 @@ def make_jobs(layout: Layout, sections: dict, timeout: int, scratch: Path) -> li
         }  # fmt: skip
         final = (layout.notebooks if profile == profiles.QUICK else build) / f"{name}.ipynb"
         cells = len(jupytext.read(source).cells) + 1  # papermill adds one with the parameters
-        env = environment(layout, profile, private=private) | {"JOURNAL": str(build / f"{name}.runs.json")}
+        env = environment(layout, profile, private=private) | {"RUN_ALL_JOURNAL": str(build / f"{name}.runs.json")}
         jobs.append(Job(name, final, part, build / f"{name}.log", spec, env, cells))
     return jobs
 
@@ -172,7 +173,7 @@ def recorded_times(layout: Layout, profile: str) -> dict[str, float]:
 def records_of_use(layout: Layout, profile: str) -> dict[str, dict]:
     """What each notebook used when its figures were made, and how long that took (`NAME.uses.json`)."""
     found = {}
-    for path in sorted((layout.figures / profile).glob("*.uses.json")):
+    for path in sorted((layout.figures / profile).glob("[!.]*.uses.json")):
         with contextlib.suppress(OSError, ValueError):  # cut, or not to be read: a time is not worth a failure
             found[path.name.removesuffix(".uses.json")] = {"seconds": 0, "runs": []} | read_json(path)
     return found

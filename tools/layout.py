@@ -29,5 +29,5 @@ class Layout:
         return self.root / "build"
 
     def names(self) -> list[str]:
-        """Names (stems) of the notebooks' sources, in order."""
-        return sorted(path.stem for path in self.notebooks.glob("*.py"))
+        """Names (stems) of the notebooks' sources, in order; not of what editors and macOS hide beside them."""
+        return sorted(path.stem for path in self.notebooks.glob("[!.]*.py"))

@@ -88,6 +88,8 @@ def clean(notebook: dict) -> dict:
             "metadata": {key: cell["metadata"][key] for key in KEPT if cell["metadata"].get(key)},
             "source": _lines(source),
         }
+        if cell.get("attachments"):  # pictures dropped into a cell of words, which names them
+            new["attachments"] = cell["attachments"]
         if cell["cell_type"] == "code":
             count = cell.get("execution_count")
             number += count is not None

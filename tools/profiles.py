@@ -12,7 +12,7 @@ profile, so that no result carries the name of a size it did not have; an empty 
 
 import ast
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from lib.settings import PLAIN, differing, fit, kind
 from lib.settings import SettingError as ProfileError
 
 QUICK, MINE = "quick", "mine"
+DAMAGED = """notebooks/profiles/quick.json is damaged: `git checkout notebooks/profiles/quick.json` brings it back,
+    or, if the notebooks are meant as they are, ./run_all.sh --python tools/profiles.py --define"""
 TAKEN = (MINE, "site", "doctrees", "stability")  # folders in build/ that are no profile of a file
 
 
@@ -33,7 +35,8 @@ class _Loader(yaml.SafeLoader):
     """YAML where the same key twice is an error (the plain loader keeps the last one), and so is 010 (it reads 8)."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # `<<: *a`, which they may change
+        keys = [self.construct_object(key, deep=True) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise ProfileError(f"the key {key!r} stands twice in one section")
@@ -112,7 +115,10 @@ def definition(layout: Layout) -> dict:
 def defined(layout: Layout) -> dict:
     """The quick profile as notebooks/profiles/quick.json has it; empty when there is no such file."""
     path = layout.profiles / "quick.json"
-    return read_json(path) if path.exists() else {}
+    try:
+        return read_json(path) if path.exists() else {}
+    except ValueError as error:
+        raise ProfileError(f"{DAMAGED} ({error.__cause__})") from None
 
 
 def played(layout: Layout, names: list[str]) -> dict[str, str]:
@@ -122,7 +128,7 @@ def played(layout: Layout, names: list[str]) -> dict[str, str]:
         ProfileError: a parameter that is new or gone, a value of another type, an empty list, an unknown recipe.
     """
     known, found = defined(layout), {}
-    other = _other_recipes(layout, known.get("recipes")) if known else False
+    other = bool(known) and _other_recipes(known.get("recipes"))
     for name in filter(known.get, names):
         where = f"{name}.py, parameters cell"
         values, old = parameters(layout.notebooks / f"{name}.py"), known[name]
@@ -136,11 +142,12 @@ def played(layout: Layout, names: list[str]) -> dict[str, str]:
     return found
 
 
-def _other_recipes(layout: Layout, known: dict) -> bool:
-    """Are lib's recipes not those of quick.json? In a clean checkout they are; importing lib, which takes seconds, is
-    spared then."""
-    unchanged = ["git", "-C", str(layout.root), "diff", "--quiet", "HEAD", "--", "lib/recipes.py", "notebooks/profiles"]
-    return bool(subprocess.run(unchanged, capture_output=True).returncode) and definition(layout)["recipes"] != known
+def _other_recipes(known: dict) -> bool:
+    """Are lib's recipes not those of quick.json? Importing lib takes seconds, but git's word would not do: a changed
+    recipe may be committed, or the project lie in another repository."""
+    from lib.recipes import RECIPES
+
+    return json.loads(json.dumps(RECIPES)) != known
 
 
 # ---------------------------------------------------------------- the other profiles
@@ -148,7 +155,7 @@ def _other_recipes(layout: Layout, known: dict) -> bool:
 
 def profile_names(layout: Layout) -> list[str]:
     """The profiles that can be asked for, "quick" first."""
-    return [QUICK, *sorted(path.stem for path in layout.profiles.glob("*.yaml") if path.stem != QUICK)]
+    return [QUICK, *sorted(path.stem for path in layout.profiles.glob("[!.]*.yaml") if path.stem != QUICK)]
 
 
 def find(layout: Layout, asked: str) -> tuple[str, Path]:
@@ -157,7 +164,7 @@ def find(layout: Layout, asked: str) -> tuple[str, Path]:
     Raises:
         ProfileError: neither, or a file with the name of another profile.
     """
-    names, path = profile_names(layout), Path(asked).expanduser()
+    names, path = profile_names(layout), Path(os.path.expanduser(asked))
     if asked in names:
         return asked, layout.profiles / f"{asked}.yaml"
     if path.suffix != ".yaml" or not path.is_file():
@@ -167,35 +174,38 @@ def find(layout: Layout, asked: str) -> tuple[str, Path]:
     return path.stem, path
 
 
-def read_profile(layout: Layout, asked: str) -> dict[str, dict]:
+def read_profile(layout: Layout, asked: str, wanted: list[str] | None = None) -> dict[str, dict]:
     """{notebook: parameters to change} of a profile, checked against the notebooks and the recipes.
 
+    Args:
+        wanted: notebooks; of others nothing is read. By default all.
     Raises:
         ProfileError: unknown profile, section, parameter, recipe or setting (at any depth), a value of another type,
             a list that is empty where the notebook's is not.
     """
     profile, path = find(layout, asked)
     names = layout.names()
-    known = {name: parameters(layout.notebooks / f"{name}.py") for name in names}
+    wanted = names if wanted is None else wanted
     if profile == QUICK:
-        return {name: {} for name in names}
+        return {name: {} for name in wanted if parameters(layout.notebooks / f"{name}.py")}
     try:
         sections = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (ProfileError, yaml.YAMLError) as error:
-        raise ProfileError(f"{path.name}: {error}") from None
+    except (OSError, ProfileError, UnicodeDecodeError, yaml.YAMLError) as error:
+        hint = ": save it in UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise ProfileError(f"{path.name}: {error}{hint}") from None
     sections = {} if sections is None else sections
     if not isinstance(sections, dict):
         raise ProfileError(f"{path.name}: it holds a {type(sections).__name__}, not sections named by notebooks")
     for name, section in sections.items():
-        if name not in (*known, "recipes"):
+        if name not in (*names, "recipes"):
             raise ProfileError(f"{path.name}: no notebook {name!r}: sections may be recipes, {', '.join(names)}")
         if not isinstance(section, dict):
             raise ProfileError(f"{path.name}: section {name} holds a {type(section).__name__}, not `key: value` lines")
     everywhere = _recipes(f"{path.name}: section recipes", sections.pop("recipes", {}))
+    sources = {name: layout.notebooks / f"{name}.py" for name in wanted if name in sections}
     return {
-        name: _section(f"{path.name}: section {name}", sections[name], known[name], everywhere)
-        for name in names
-        if name in sections
+        name: _section(f"{path.name}: section {name}", sections[name], parameters(its_source), everywhere)
+        for name, its_source in sources.items()
     }
 
 
@@ -224,11 +234,15 @@ def _recipes(where: str, changes: dict) -> dict:
 
         try:
             known = recipes.get(name)
+            known.setdefault("plan", recipes.RECIPES["lenet on mnist"]["plan"])  # a plan is checked where none is
         except ProfileError as error:
             raise ProfileError(f"{where}: {error}") from None
         found[name] = fit(f"{where}: {name}", settings, known)
         try:
             recipes.configure(recipes.get(name, {name: found[name]}), eps=0.1)
+            for key, value in found[name].get("plan", {}).items():
+                if type(value) is int and key != "step_fraction" and value < 1:
+                    raise ProfileError(f"plan: {key} is {value}, but should be at least 1")
         except ValueError as error:
             raise ProfileError(f"{where}: {name}: {error}") from None
     return found

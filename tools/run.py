@@ -101,7 +101,7 @@ def report(jobs: list[Job]) -> None:
         path = Path(job.env["FIGURES_DIR"]) / f"{job.name}.claims.json"
         counts = Counter(row["verdict"] for row in gallery.read_claims(path)["claims"]) if path.exists() else {}
         verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in gallery.VERDICTS if counts.get(verdict))
-        made = read_json(journal) if (journal := Path(job.env["JOURNAL"])).exists() else {}
+        made = read_json(journal) if (journal := Path(job.env["RUN_ALL_JOURNAL"])).exists() else {}
         networks = ", ".join(f"{made[state]} {state}" for state in ("trained", "found") if made.get(state))
         row = f"{networks or '-':24}  {verdicts or '-'}" if job.ok else "FAILED"
         print(f"{job.name:{width}}  {duration(job.seconds):>12}  {row}")
@@ -154,9 +154,10 @@ def selected(layout: Layout, asked: str, notebooks: list[str]) -> dict[str, tupl
     Raises:
         ProfileError: something that cannot be run was asked for; nothing has run yet.
     """
-    sections = profiles.read_profile(layout, asked)
+    names = profiles.choose(notebooks, layout.names()) if notebooks else None
+    sections = profiles.read_profile(layout, asked, names)
     profile, path = profiles.find(layout, asked)
-    names = profiles.choose(notebooks, layout.names()) if notebooks else list(sections)
+    names = list(sections) if names is None else names
     missing = [name for name in names if name not in sections]
     if missing:
         raise profiles.ProfileError(f"profile {profile} has no section for {', '.join(missing)}")
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
                     CONTEXT.set_forkserver_preload(PRELOAD)
                 if not run(jobs, args.jobs, Screen()):
                     return 130
-        except cluster.ClusterError as error:
+        except (cluster.ClusterError, profiles.ProfileError) as error:
             print(f"run_all.sh: {error}", file=sys.stderr)
             return 2
     for profile in {profile for profile, _, _ in sections.values()}:
