@@ -231,7 +231,7 @@ class Curve:
         if shapes[0] != shapes[1]:
             raise ValueError("start and end must be of one architecture: names or shapes of their tensors differ")
         for (name, a), (_, b) in zip(*(as_module(m).named_modules() for m in (start, end)), strict=False):
-            if type(a) is not type(b) or a.extra_repr() != b.extra_repr():
+            if not [*a.children()] and (type(a) is not type(b) or a.extra_repr() != b.extra_repr()):
                 raise ValueError(f"start and end must be of one architecture: module {name!r} is {a} and {b}")
         self.given, self.ends, self.kind = (start, end), (copied(start).eval(), copied(end).eval()), kind
         for (name, a), (_, b) in zip(*(model.named_buffers() for model in self.ends), strict=True):
