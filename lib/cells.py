@@ -334,7 +334,7 @@ def as_many(more, test):
 def looked(rows, question, n):
     """With how many seeds, fewer than the n (a text that begins with a number), the verdict on a question of a row had
     been read before, as a text to go on with; figures/overnight/cells/looks.json keeps the list."""
-    known = read_json(FIGURES / "overnight" / "cells" / "looks.json").get(title(rows), {}).get(question, [])
+    known = read_if_whole(FIGURES / "overnight" / "cells" / "looks.json").get(title(rows), {}).get(question, [])
     before = [str(seeds) for seeds in known if seeds < int(n.split()[0])]
     return f"; read before with {', '.join(before)}" if before else ""
 

@@ -32,6 +32,7 @@ from lib.cells import (
     write,
 )
 from lib.evaluation import error, predict, robust_error
+from lib.files import write_json
 from lib.models import Ensemble
 from lib.runs import run
 from lib.training import TrainConfig
@@ -361,3 +362,11 @@ def test_a_cell_does_not_take_the_place_of_anothers(tmp_path):
         with pytest.raises(ValueError, match="another eps or learning rate"):
             write(tmp_path, other)
     assert path.read_bytes() == before
+
+
+def test_a_row_says_with_how_many_seeds_it_was_read_before(folder):
+    rows = cells.table([cell()])
+    assert cells.looked(rows, "best", "8 seeds, 100 images") == ""  # nothing is known of it
+    write_json(folder / "looks.json", {cells.title(rows): {"best": [4, 6, 8, 10]}})
+    assert cells.looked(rows, "best", "8 seeds, 100 images") == "; read before with 4, 6"
+    assert cells.looked(rows, "best", "4 seeds") == cells.looked(rows, "range", "9 seeds") == ""
