@@ -189,7 +189,8 @@ def write(folder, cell):
 
     Raises ValueError where another's stands there: names have a few digits of eps and learning rate only.
     """
-    path, there = path_of(folder, cell), read_if_whole(path_of(folder, cell))
+    path = path_of(folder, cell)
+    there = read_if_whole(path)
     if there and any(there["config"][name] != cell["config"][name] for name in ("eps", "lr")):
         raise ValueError(f"{path} is of another eps or learning rate: choose ones that differ by more")
     if {**there, "made": None} != {**cell, "made": None}:

@@ -281,9 +281,12 @@ def _flipped(d):
     """Low and high ends (2, columns) of the intervals for the centres of values (seeds, columns) that lie symmetrically
     round them: means of parts of the seeds, all or 1,023 of them (Hartigan 1969), which flips of the signs allow."""
     s = len(d)
-    every = np.arange(1, 2**s)[:, None] >> np.arange(s) & 1 if s <= 10 else None
-    parts = np.random.default_rng(0).integers(0, 2, (1023, s)) if every is None else every
-    means = np.sort(parts @ d / np.maximum(parts.sum(1, keepdims=True), 1), axis=0)
+    if s <= 10:
+        parts = np.arange(1, 2**s)[:, None] >> np.arange(s) & 1
+    else:
+        parts = np.random.default_rng(0).integers(0, 2, (1023, s))
+        parts = parts[parts.any(1)]  # none of them has no mean
+    means = np.sort(parts @ d / parts.sum(1, keepdims=True), axis=0)
     left_out = int((len(means) + 1) * LEVEL / 2)
     return means[[left_out - 1, -left_out]] if left_out else np.array([[-math.inf], [math.inf]]).repeat(d.shape[1], 1)
 

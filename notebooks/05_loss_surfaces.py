@@ -249,7 +249,7 @@ short = lines.groupby(["direction", "loss", "seed", "eps"]).rise.max() < 1  # th
 bounded = f" {short.sum()} of {len(short)} reaches are bounded from below only: the loss rises by less than 1 there."
 reaches = lines.groupby(["direction", "loss", "seed", "eps"])[["step", "rise"]].apply(reach)
 findings = {(direction, f"log of the step, {loss} loss, {which}"): rule_reach(logs.to_numpy(), unless=unless)
-            for (direction, loss), values in reaches.groupby(level=[0, 1], sort=False)
+            for (direction, loss), values in reaches.groupby(level=[0, 1])
             for logs in [np.log(values.unstack("eps"))]
             for which, logs in (("all eps", logs), ("eps > 0", logs[[e for e in ended_eps if e]]))}  # fmt: skip
 for direction, named in (("random", "random directions"), ("top eigenvector", "the top eigenvector")):

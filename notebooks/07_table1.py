@@ -370,7 +370,7 @@ for name, row in claimed.items():
         lr = usual[name]
         finding = cells.compare(rules[what], of[row], (arm, lr, network), (other, lr, end))
         count = counts(row, (arm, lr, network), (other, lr, end))
-        read = cells.looked(of[row], "periods" if what.startswith("periodic") else "robust", count)
+        read = cells.looked(of[row], "robust" if what == "cosine - constant" else "periods", count)
         about = {"n": count + read, "source": of[row]["source"].iloc[0]}
         if finding.measured != "nothing" and paper and name.endswith(cells.PAPER):
             book.claim(f"{text}: {name}", section="5, Table 1", paper=paper, holds=finding,
