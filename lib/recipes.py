@@ -69,7 +69,7 @@ def get(name, changes=None):
                 raise SettingError(f"{recipe!r} has no setting {setting!r}: there are {there}")
             if setting in PER_RUN:
                 raise SettingError(f"{setting} of {recipe!r} {PER_RUN[setting]}: no recipe sets it")
-            exactly(f"{setting} of {recipe!r}", value, RECIPES[recipe].get(setting))
+            exactly(f"{setting} of {recipe!r}", value, RECIPES[recipe].get(setting), setting)
         if any(type(n) is not int for n in settings.get("images", []) if n is not None):
             raise SettingError(f"images of {recipe!r} are {settings['images']}: two whole numbers, or null for all")
     old, new = RECIPES[name], (changes or {}).get(name, {})  # what a change of a dict does not name stays

@@ -20,11 +20,15 @@ def kind(value):
     return {str: "text", tuple: "list"}.get(type(value), "number")
 
 
-def fit(where, value, like):
+FREE = {"images", "lr_drops"}  # lists in which a number may stand twice; of images null is all, at any place
+
+
+def fit(where, value, like, name=""):
     """A value for a setting that is `like` in the notebook or recipe; text that is a number becomes one.
 
     Args:
         where: what the sentence begins with.
+        name: the setting's own.
     Raises:
         SettingError: another type, a name that neither like nor the recipes have (at any depth), an empty list, a
             fraction where like has whole numbers, a number twice in a list where like has none twice.
@@ -41,15 +45,14 @@ def fit(where, value, like):
 
         if unknown := [key for key in value if key not in like and key not in KNOWN]:
             raise SettingError(f"{where}: no name {unknown[0]!r}: there are {', '.join(map(str, like))}")
-        return {key: fit(f"{where}: {key}", one, like.get(key)) for key, one in value.items()}
+        return {key: fit(f"{where}: {key}", one, like.get(key), key) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         if like and not value:
             raise SettingError(f"{where} is empty")
-        words = where.split()  # images of a recipe: how many of each part, where null is all
         item = _item([one for one in like if one is not None])
-        found = [None if one is None and ("images" in words or None in like) else fit(f"{where}, item {n}", one, item)
+        found = [None if one is None and (name == "images" or None in like) else fit(f"{where}, item {n}", one, item)
                  for n, one in enumerate(value, 1)]  # fmt: skip
-        alone = not {"images", "lr_drops"} & {*words} and kind(item) == "number" and len(set(like)) == len(like)
+        alone = name not in FREE and kind(item) == "number" and len(set(like)) == len(like)
         if alone and len(set(found)) < len(found):
             raise SettingError(f"{where} has a number twice: {value!r}")
         return found
@@ -60,9 +63,9 @@ def fit(where, value, like):
     return value
 
 
-def exactly(where, value, like):
+def exactly(where, value, like, name=""):
     """Raise SettingError, as `fit`, also for what only a profile may write: numbers as text."""
-    if _plain(fit(where, value, like)) != _plain(value):
+    if _plain(fit(where, value, like, name)) != _plain(value):
         raise SettingError(f"{where} is {value!r}: write numbers without quotes")
 
 
@@ -78,7 +81,7 @@ def differing(where, values, known):
     names = [name for name in known if _plain(values[name]) != _plain(known[name])]
     for name in names:
         if name != "changes":
-            exactly(f"{where}: {name}", values[name], known[name])
+            exactly(f"{where}: {name}", values[name], known[name], name)
     return names
 
 

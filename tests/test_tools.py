@@ -421,6 +421,8 @@ def test_what_a_profile_may_write_otherwise_than_the_notebook(toy):
         known = {"images": [11000, 5000], "lr_drops": [0.5, 0.75]}
         value = {"images": images, "lr_drops": [0.5, 0.5]}
         assert profiles.fit("here", value, known) == value
+    with pytest.raises(profiles.ProfileError, match="twice"):  # a word of where it stands is no name of a setting
+        profiles.fit("the images of mine: seeds", [0, 0], [0, 1], "seeds")
 
 
 @given(st.integers(1, 9999), st.integers(1, 9999), st.integers(-9, 9))

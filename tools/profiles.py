@@ -215,7 +215,7 @@ def _section(where: str, section: dict, known: dict, everywhere: dict) -> dict:
     for key in section:
         if key not in allowed:
             raise ProfileError(f"{where}: no parameter {key!r}: the notebook has {', '.join(allowed) or 'none'}")
-    found = {key: fit(f"{where}: {key}", value, known[key]) for key, value in section.items() if key != "changes"}
+    found = {key: fit(f"{where}: {key}", value, known[key], key) for key, value in section.items() if key != "changes"}
     own = _recipes(f"{where}: changes", section.get("changes", known.get("changes", {})))
     if "changes" in known:
         named = check_names(where, known | found)
