@@ -9,8 +9,9 @@ comparison that asks for them. A cell stands in
 figures/<profile>/cells/<recipe>-eps<eps>/<arm>-lr<rate>-seed<seed>.json.
 """
 
+import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from decimal import ROUND_HALF_UP, Decimal
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ NAMES = {"lenet": "LeNet", "vgg": "VGG16", "vgg16": "VGG16", "resnet": "ResNet18
 QUESTIONS = {
     "periodic ensemble - single run": (("periodic cosine", "ensemble"), ("cosine", "end")),
     "last period alone - single run": (("periodic cosine", "end"), ("cosine", "end")),
+    "periodic ensemble - its last network": (("periodic cosine", "ensemble"), ("periodic cosine", "end")),
     "periodic ensemble - single run's checkpoints": (("periodic cosine", "ensemble"), ("cosine", "ensemble")),
     "single run's checkpoints - its end": (("cosine", "ensemble"), ("cosine", "end")),
     "single run's best - its end": (("cosine", "best"), ("cosine", "end")),
@@ -44,6 +46,8 @@ QUESTIONS = {
     "linear - constant": (("linear", "end"), ("constant", "end")),
 }
 PAPER = ("eps 8/255", "eps 0.4")  # how the titles of rows end that the paper has, too
+FEWEST = 3  # of fewer seeds no interval is given,
+WIDE = 0.1  # and none that decides nothing and reaches further than this to each side
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 ARM = ("schedule", "schedule_stop", "restarts", "lr", "seed")  # by these settings the cells of one row may differ
 
@@ -332,19 +336,75 @@ def as_many(more, test):
     return len(more) >= max(1, len(test))
 
 
-def looked(rows, question, n):
-    """With how many seeds, fewer than the n (a text that begins with a number), the verdict on a question of a row had
-    been read before, as a text to go on with; figures/overnight/cells/looks.json keeps the list."""
+def counted(rows, first, second):
+    """How many seeds two arms, as for `both`, are compared by; and these and the images, as a text."""
+    masks, _, seeds = both(rows, first, second)
+    beside = masks.shape[1] - rows[rows["part"] == "test"]["n"].max()
+    said = f", {beside:,} of them not of the recipe" if beside > 0 else ""
+    return len(seeds), f"{len(seeds)} seed{'s' * (len(seeds) != 1)}, {masks.shape[1]:,} images{said}"
+
+
+def looked(rows, question, seeds):
+    """With how many seeds, fewer than these, the verdict on a question of a row had been read before, as a text to go
+    on with; figures/overnight/cells/looks.json keeps the list."""
     known = read_if_whole(FIGURES / "overnight" / "cells" / "looks.json").get(title(rows), {}).get(question, [])
-    before = [str(seeds) for seeds in known if seeds < int(n.split()[0])]
+    before = [str(n) for n in known if n < seeds]
     return f"; read before with {', '.join(before)}" if before else ""
 
 
+def judge(rule, a, b, *, unless=""):
+    """What a rule of `inference.difference` finds of shares of errors; an interval that says nothing is left away: of
+    fewer than `FEWEST` seeds, which decide nothing, and an undecided one that reaches further than `WIDE`."""
+    found = rule(a, b, unless=unless)
+    if not (why := _no_interval(found, a, b)):
+        return found
+    measured = re.sub(r" \[.*?\]", "", found.measured, count=1)
+    return replace(found, outcome="undecided", holds=None, measured=measured, why=unless or why)
+
+
+def _no_interval(found, a, b):
+    """Why no interval is given, or an empty text."""
+    if len(a) < FEWEST:
+        return f"no interval is given below {FEWEST} seeds"
+    wide = found.outcome == "undecided" and WIDE < inference.interval(a, b)[1] < math.inf
+    return f"no result: {found.why}" if wide else ""
+
+
 def compare(rule, rows, first, second, *, kind="PGD", unless=""):
-    """What a rule finds of two arms, as of `both`."""
+    """What a rule finds (`judge`) of two arms, as of `both`."""
     a, b, seeds = both(rows, first, second, kind)
     none = inference.Finding("undecided", None, "nothing", "no cells of a common seed yet")
-    return rule(a, b, unless=unless) if seeds else none
+    return judge(rule, a, b, unless=unless) if seeds else none
+
+
+def escape(margin):
+    """Does an arm leave the plateau on which another stays? A Rule for rows and two arms, the second of which stays,
+    each as (arm, lr)."""
+    rule = inference.difference("clean error at one learning rate, cosine minus constant", margin=margin)
+    text = (f"{rule.text} An escape needs a plateau: undecided, too, where fewer than {inference.THROUGH:.0%} of the "
+            f"constant runs are on it; and where more than {1 - inference.THROUGH:.0%} of the cosine runs are, though "
+            "their mean be smaller.")  # fmt: skip
+
+    def test(rows, rising, constant):
+        found, (*_, seeds) = (of(rows, rising, constant, kind="clean") for of in (partial(compare, rule), both))
+        for arm, stays in ((constant, True), (rising, False)):
+            on = len({*seeds} & {*stuck(rows, *arm)})
+            if (stays or found.holds) and (on if stays else len(seeds) - on) < inference.THROUGH * len(seeds):
+                why = f"{on} of {len(seeds)} {spelt(arm[0])} runs are on the plateau"
+                return replace(found, outcome="undecided", holds=None, why=why)
+        return found
+
+    return inference.Rule(text, test)
+
+
+def without_one(reading, rows, *arms, seeds):
+    """How many readings of rows that leave out one of these seeds keep the verdict, and how many turn it round, as a
+    text; empty where nothing is decided. reading: a function (rows, *arms), gives a Finding."""
+    if (whole := reading(rows, *arms).holds) is None:
+        return ""
+    others = [reading(rows[rows["seed"] != seed], *arms).holds for seed in seeds]
+    turned = sum({whole, other} == {True, False} for other in others)
+    return f"{sum(o == whole for o in others)} of {len(others)}" + f" ({turned} turn it round)" * bool(turned)
 
 
 def places(rows, first, second):
@@ -359,8 +419,9 @@ def places(rows, first, second):
 
 
 def differences(rows, rules, at):
-    """A line for each question of `QUESTIONS` that has a rule and cells: mean, half, the least difference that would be
-    seen (`inference.least_seen`), n, outcome, why that is undecided, and where the two were made if not in one place.
+    """A line for each question of `QUESTIONS` that has a rule and cells: mean, half (None where `judge` leaves the
+    interval away), the least difference that would be seen (`inference.least_seen`; None of fewer than `FEWEST` seeds),
+    n, outcome, why that is undecided, and where the two were made if not in one place.
 
     at: {arm: its learning rate}; a question about an arm that has none is passed over.
     """
@@ -369,8 +430,9 @@ def differences(rows, rules, at):
         lr, than = at.get(arm), at.get(other)
         a, b, seeds = both(rows, (arm, lr, network), (other, than, end))
         if seeds:
-            (mean, *ends), found = (*inference.interval(a, b), inference.least_seen(a, b)), rule(a, b)
-            half, least = (end if np.isfinite(end) else None for end in ends)
+            (mean, half), least, found = inference.interval(a, b), inference.least_seen(a, b), judge(rule, a, b)
+            half = half if math.isfinite(half) and not _no_interval(found, a, b) else None
+            least = least if math.isfinite(least) and len(seeds) >= FEWEST else None
             yield {"difference": what, "lr": lr, "second_lr": than, "mean": mean, "half": half, "least": least,
                    "seeds": len(seeds), "images": a.shape[1], "outcome": found.outcome, "why": found.why,
                    "places": places(rows, (arm, lr), (other, than))}  # fmt: skip

@@ -70,8 +70,8 @@ class Rule:
 
 
 def together(findings):
-    """One finding of several: it holds if all do, and not if none does; "partly" where some hold and some do not; else
-    it is undecided, for the causes of those that are.
+    """One finding of several: what all say, if they agree; "partly" where something holds and something does not, also
+    if more is undecided (a "partly" says both); else it is undecided, for the causes of those that are.
 
     Args:
         findings: a dict of Finding by name, at least one.

@@ -52,9 +52,10 @@ train_eps = 0.1
 activations = ["relu"]
 network_eps = {"linf": [0.05, 0.1, 0.2, 0.3], "l2": [0.5, 1.0, 2.0, 3.0]}
 distances = [0.001, 0.01]  # relative to the norm of the parameters
-num_directions = 2
+num_directions = 4
 num_images = 50
-tie_images = 200  # for the pairs of worst inputs
+tie_images = 250  # for the pairs of worst inputs
+tie_steps = 40  # of PGD there
 attack_steps = 5
 
 # %%
@@ -114,7 +115,7 @@ def ball(t, ax, eps=1.0):
     ax.contourf(side, side + POINT[0, 1], loss.reshape(61, 61), levels=levels, cmap="Greys", extend="both")
     for row, colour, width in ((1, "C0", 0.05), (2, "C1", 0.025)):
         ax.quiver(0, 0, *gradient[row], color=colour, angles="xy", scale_units="xy", scale=1, width=width)
-    ax.plot(*worst, "*", color="C3", markersize=12, clip_on=False)
+    ax.plot(*worst, "*", color="C2", markersize=12, clip_on=False)
     ax.set(title=f"t = {t:g}", xlabel="$x_1$", aspect="equal", xticks=[-1, 0, 1])
 
 
@@ -125,7 +126,7 @@ for ax, t in zip(axes, sequence):
     ball(t, ax)
 axes[0].set_ylabel("$x_2$")
 handles = [plt.Line2D([], [], color=c, linewidth=w) for c, w in (("C0", 5), ("C1", 2.5))]
-handles.append(plt.Line2D([], [], color="C3", marker="*", linestyle="", markersize=10))
+handles.append(plt.Line2D([], [], color="C2", marker="*", linestyle="", markersize=10))
 names = ["gradient of row 1", "gradient of row 2", "worst point of the ball"]
 fig.legend(handles, names, loc="outside lower center", ncols=3)
 table = pd.DataFrame([(t, *w, *g[1:].ravel()) for t in sequence for w, g in [worst_and_gradient(t, 1.0)]],
@@ -194,7 +195,10 @@ stepper(figs, texts, what="The ball, its worst point and the gradient as the par
 # the box $|w_i|\le r$: with $\hat x=|x|+\epsilon$ coordinate by coordinate, and means over the points,
 # $L_\theta=\overline{\|\hat x\|_2}$, $L_{\theta\theta}=\overline{\|\hat x\|_2^2}/4$, and
 # $L_{\theta x}=\overline{\sqrt m\,\sigma(r\|\hat x\|_1)+\tfrac14 rm\|\hat x\|_2}$ from the max norm to the Euclidean
-# norm. Pairs of weights are drawn at distances over four decades.
+# norm. (With $z=y\,w\cdot x$ the gradient is $-y\sigma(-z)x$, at most $\|x\|_2$ long. Its derivative in $w$ is
+# $\sigma(z)\sigma(-z)\,xx^\top$, and $\sigma(z)\sigma(-z)\le\tfrac14$. Its derivative in $x$ is
+# $-y\sigma(-z)I+\sigma(z)\sigma(-z)\,xw^\top$: $I$ has norm $\sqrt m$ between these norms, and $xw^\top$ has
+# $\|x\|_2\|w\|_1\le rm\|x\|_2$.) Pairs of weights are drawn at distances over four decades.
 
 # %%
 rules = {
@@ -581,7 +585,8 @@ book.claim(
 
 # %%
 scattered = inference.trend(f"scattering at distance {max(distances):g} along eps", expect="rises")
-aligned = inference.trend(f"cosine between the perturbations at distance {max(distances):g} along eps", expect="falls")
+aligned = inference.trend(f"1 minus the cosine between the perturbations at distance {max(distances):g}, along eps",
+                          expect="rises")  # fmt: skip
 display(scattered, aligned)
 
 # %%
@@ -626,7 +631,7 @@ network = pd.DataFrame(rows, columns=names)
 # %%
 CONTROL = {"linf": "sign steps (max norm)", "l2": "control: no signs (Euclidean)"}
 fig, axes = plt.subplots(2, len(network_eps), figsize=(7, 4.6), squeeze=False)
-near = network[network.distance == max(distances)]
+near = network[network.distance == max(distances)].assign(turned=lambda rows: 1 - rows.cosine)
 for ax, (kind, radii) in zip(axes.T, network_eps.items()):
     part = near[near.norm == kind]
     ax[0].sharey(axes[0, 0])
@@ -668,31 +673,36 @@ def along_eps(rule, column):
     return inference.together(findings)
 
 
-n_text = f"{of(seeds, 'seed')} x {of(num_directions, 'direction')} x {num_images} digits"
+n_text = f"{of(seeds, 'seed')} x {of(num_directions, 'direction')} x {num_images} digits, trained at eps {train_eps}"
 n_text += f", {len(idle)} of {len(keys)} networks left out" * bool(idle)
 book.claim(
     "In a network the gradients are more scattered the larger eps is, with sign steps and without", section="3.2, 4.2",
     paper="gradients are more scattered under larger budgets", holds=along_eps(scattered, "scattering"), n=n_text,
     source=digits.source, believe=True,
 )  # fmt: skip
+turned = along_eps(aligned, "turned")
 book.claim(
     "Perturbations at nearby parameters are less aligned the larger eps is, with sign steps and without",
-    section="3.2, 4.2", paper="the perturbations' cosine falls with the budget", holds=along_eps(aligned, "cosine"),
-    n=n_text, source=digits.source,
+    section="3.2, 4.2", paper="the perturbations' cosine falls with the budget", holds=turned, n=n_text,
+    measured=f"1 minus the cosine: {turned.measured}", source=digits.source,
 )  # fmt: skip
 
 # %% [markdown]
 # ## Do two worst inputs have different gradients?
 #
-# The jump needs two inputs that are (nearly) equally bad and whose parameter gradients differ. A reviewer asked whether
-# the second can be taken for granted. Here each digit is attacked from two random starts; a pair counts if the two end
-# points have losses within 5 % of each other and perturbations that are not the same (cosine below 0.99). A larger
-# loss alone lengthens a gradient, so their directions are compared. A digit has pairs on several networks, under two
-# attacks: it counts once, by its closest pair.
+# The jump needs two inputs that are (nearly) equally bad and whose parameter gradients differ. A reviewer asked
+# whether the second can be taken for granted. Here each digit is attacked from two random starts, at the largest eps
+# and by more steps than above; a pair counts if the two end points have losses within 5 % of each other and
+# perturbations that point more than 37 degrees apart (cosine below 0.8). A larger loss alone lengthens a gradient, so
+# their directions are compared. A digit has pairs on several networks, under two attacks: it counts once, by its
+# closest pair. (The first rule took all pairs with a cosine below 0.99 and asked whether their gradients agree to 1
+# %: few steps leave two ends of *one* worst input so far apart, and nearly any loss that is not linear passes. These
+# marks were set when the distances had been seen: the nearer the two inputs, the nearer their gradients.)
 
 # %%
-rule = inference.at_most("share of the digits of such pairs that have one whose parameter gradients point the same way "
-                         "within 1 %", bound=0.05)  # fmt: skip
+alike = 0.1
+rule = inference.at_most("share of the digits of such pairs that have one whose parameter gradients are less than "
+                         f"{alike} apart (as unit vectors: six degrees)", bound=0.05)  # fmt: skip
 rule
 
 
@@ -701,13 +711,13 @@ def maximisers(key, kind, e):
     """Of the pairs of nearly equal losses: the digit, and how far apart its two parameter gradients point."""
     model = trained[key].model().requires_grad_(True)
     images, labels = digits.x_test[:tie_images], digits.y_test[:tie_images]
-    ends = [attack_of(kind, e, random_start="ball", generator=torch.Generator().manual_seed(s))(model, images, labels)
-            for s in (0, 1)]  # fmt: skip
+    ends = [attack_of(kind, e, num_steps=tie_steps, step_size=e / 10, random_start="ball",
+                      generator=torch.Generator().manual_seed(s))(model, images, labels) for s in (0, 1)]  # fmt: skip
     losses = [F.cross_entropy(model(z), labels, reduction="none") for z in ends]
     close = (losses[0] / losses[1]).log().abs() < 0.05
     cosine = F.cosine_similarity(*((z - images).flatten(1) for z in ends))
     values = []
-    for i in torch.nonzero(close & (cosine < 0.99)).flatten():
+    for i in torch.nonzero(close & (cosine < 0.8)).flatten():
         g1, g2 = (torch.cat([g.flatten() for g in torch.autograd.grad(loss[i], list(model.parameters()),
                   retain_graph=True)]) for loss in losses)  # fmt: skip
         values.append((i.item(), (F.normalize(g1, dim=0) - F.normalize(g2, dim=0)).norm().item()))
@@ -718,21 +728,21 @@ def maximisers(key, kind, e):
 rows, learnt = [], [key for key in keys if errors[key] <= 0.5]
 for key in learnt:
     for kind, radii in network_eps.items():
-        e = radii[len(radii) // 2]
+        e = max(radii)
         facts = {"run": trained[key].folder.name, "norm": kind, "eps": e, "images": tie_images, "tie": 0.05,
-                 "of": "directions", "steps": attack_steps, "data": digits.fingerprint}  # fmt: skip
+                 "of": "directions", "apart": 0.8, "steps": tie_steps, "data": digits.fingerprint}  # fmt: skip
         rows += [(*key, kind, e, *v) for v in runs.remember("maximisers", facts, partial(maximisers, key, kind, e))]
 pairs = pd.DataFrame(rows, columns=["activation", "seed", "norm", "eps", "digit", "difference"])
 if len(pairs):
     closest = pairs.groupby("digit").difference.min()
-    equal = rule(int((closest < 0.01).sum()), len(closest))
+    equal = rule(int((closest < alike).sum()), len(closest))
     low, middle = pairs.difference.quantile([0.01, 0.5])
     book.answer(
         "Do the gradients at two maximisers really differ, as the argument assumes?",
-        f"Yes: {equal.measured} of the digits have two equally bad inputs whose gradients point the same way within "
-        f"1 % ({equal.outcome}); of the pairs, the distance of the unit gradients is {middle:.2f} in the middle and "
-        f"above {low:.2f} in 99 %."
-        if equal.holds else f"Not settled here: {equal.outcome}, {equal.measured} of the digits have such a pair.",
+        {True: "Yes", False: "Not always", None: "Not settled here"}[equal.holds]
+        + f": {equal.measured} of the digits have two equally bad inputs whose gradients are less than {alike} apart "
+        f"({equal.outcome}); of the pairs, the distance of the unit gradients is {middle:.2f} in the middle and above "
+        f"{low:.2f} in 99 %{equal.because}.",
         reviewer="Reviewer 2", source=digits.source,
         n=f"{len(closest)} digits with {len(pairs)} pairs, {of(learnt, 'network')}, both attacks",
     )  # fmt: skip

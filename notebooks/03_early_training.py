@@ -41,7 +41,7 @@ changes = {}  # of the recipe: {recipe: {setting: value}}
 eps_grid = [0.0, 0.05, 0.1, 0.2, 0.4]
 seeds = [0, 1, 2]
 starts_per_seed = 2  # initial points whose gradients are compared
-gradient_images = 1000  # first training images, on which whole gradients are taken (None: all)
+gradient_images = None  # first training images, on which whole gradients are taken (None: all)
 first_steps = 20  # mini-batches that count as the first
 shown_steps = 200  # mini-batches that are drawn
 leaves_below = 0.7  # a mini-batch's robust error below this ends the plateau
@@ -93,8 +93,8 @@ def listing(values, decimals=3):
 # %% [markdown]
 # ## 1. What the networks are trained on
 #
-# A digit as it is, and attacked at each eps by the network trained there. The perturbation has a scale of its own: from
-# -eps (blue) to eps (red).
+# A digit as it is, and attacked at each eps by the network trained there. Beside it one attacked without having been
+# trained for it. The perturbation has a scale of its own: from -eps (blue) to eps (red).
 
 
 # %%
@@ -106,26 +106,30 @@ def attack_of(eps, num_steps=settings["num_steps"]):
 
 shown = [int((digits.y_test == k).nonzero()[0]) for k in (3, 7) if (digits.y_test == k).any()] or [0]
 few = digits.x_test[shown].to(where), digits.y_test[shown].to(where)
-fig, axes = plt.subplots(2 * len(shown), len(eps_grid), figsize=(7, 2.7 * len(shown)), squeeze=False)
+pairs = [(eps_grid[0], e) for e in sorted(eps_grid)[-2:-1]] + [(e, e) for e in eps_grid]  # trained at, attacked at
+fig, axes = plt.subplots(2 * len(shown), len(pairs), figsize=(7, 2.5 * len(shown)), squeeze=False)
 rows = []
-for column, eps in zip(axes.T, eps_grid):
-    network = trained[eps, seeds[0]].model().to(where)
+for column, (at, eps) in zip(axes.T, pairs):
+    network = trained[at, seeds[0]].model().to(where)
     attacked = attack_of(eps, 10)(network, *few) if eps else few[0]
     given = evaluation.predict(network, attacked).argmax(1).tolist()
     for i, (picture, clean) in enumerate(zip(attacked.cpu(), few[0].cpu())):
         label, change = few[1][i].item(), (picture - clean)[0]
         column[2 * i].imshow(picture[0], cmap="gray", vmin=0, vmax=1)
-        column[2 * i].set_title(f"eps {eps:g}: called {given[i]}", color="C3" if given[i] != label else "black")
+        column[2 * i].set_title(f"trained at {at:g}\n{label}, called {given[i]}", fontsize=8,
+                                color="C3" if given[i] != label else "black")  # fmt: skip
         column[2 * i + 1].imshow(change, cmap="bwr", vmin=-max(eps, 1e-9), vmax=max(eps, 1e-9))
-        column[2 * i + 1].set_title(f"$\\pm${eps:g}" if eps else "no change")
-        rows.append({"eps": eps, "label": label, "given": given[i], "largest change": change.abs().max().item()})
+        column[2 * i + 1].set_title(f"$\\pm${eps:g}" if eps else "no change", fontsize=8)
+        rows.append((at, eps, label, given[i], change.abs().max().item()))
 for ax in axes.flat:
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
 book.save(
-    fig, "03_attacked_digits", pd.DataFrame(rows), source=digits.source, seeds=seeds[:1],
-    caption="Test digits attacked (PGD-10) at the eps of training, and below each the perturbation on a scale of its "
-    "own. The title gives the network's answer, orange if wrong.",
+    fig, "03_attacked_digits", pd.DataFrame(rows, columns=["trained at", "eps", "label", "given", "largest change"]),
+    source=digits.source, seeds=seeds[:1],
+    caption="Test digits attacked (PGD-10), first by a network that was trained at another eps, then at the eps of "
+    "training; below each the perturbation on a scale of its own. The title gives the digit and the network's answer, "
+    "orange if wrong.",
 )  # fmt: skip
 
 # %% [markdown]
@@ -190,7 +194,7 @@ book.claim(
     paper="gradients are smaller at the beginning of training if eps is larger (ours is the stricter reading)",
     holds=rule_start(values),
     ours=True,
-    n=f"{many}, {len(x):,} images",
+    n=f"{many}, {len(x):,} training images, PGD-{settings['num_steps']} without a random start",
     source=digits.source,
     believe=True,
 )
@@ -270,8 +274,8 @@ print("Median length of the plateau in mini-batches:", listing(lengths, 0))
 
 # %% [markdown]
 # The two claims on the gradient differ, because the first one compares equal parameters and the second one networks
-# that are already under way at small eps: what is small there is the gradient *on the plateau*, where the network has
-# learnt to give every input the same answer, rather than that of the loss at the start.
+# that are not: some are already under way, and among those that are not yet, what is small is the gradient *on the
+# plateau*, where the network has learnt to give every input the same answer, rather than that of the loss at the start.
 #
 # ## 4. The constant classifier
 #

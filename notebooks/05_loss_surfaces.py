@@ -42,6 +42,7 @@ attack_steps = 3
 down_steps = [0.0, 0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.16, 0.2, 0.25]  # along steepest descent
 side_steps = {"random": [0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.7, 2.2],
               "top eigenvector": [0.005, 0.01, 0.015, 0.02, 0.03, 0.05]}  # fmt: skip
+other_rises = [0.1, 0.3, 2.0]
 plane_points = 9
 plane_images = 50
 plane_grid = [0.0, 0.1, 0.2]
@@ -123,7 +124,8 @@ about = {"data": images.fingerprint, "images": surface_images, "attack": attack_
 # *drop* is the loss at the start less the smallest loss on the line. That an attack makes it smaller is one thing, and
 # that a larger eps does so among attacks is another: the rule has to hold with eps 0 and without it. A change matters
 # from a hundredth of a nat on: without such a margin, initial points enough make a trend of any order among ever so
-# small differences. (It was added after a first reading, which found the drop falling from .05 to .1 and flat beyond.)
+# small differences. (It was added after a first reading, which found the drop falling from .05 to .1 and not beyond.
+# The test is of the order on the whole: one step down and none up is an order. The means say where it falls.)
 
 # %%
 rule_drop = inference.trend("drop along steepest descent from the initial point, along eps", expect="falls",
@@ -132,6 +134,11 @@ rule_drop
 
 
 # %%
+def drop(losses):
+    """The loss at the start less the smallest on the line."""
+    return losses.iloc[0] - losses.min()
+
+
 def down(origin):
     return [loss_along(starts[origin], descent(starts[origin], e), down_steps, e).tolist() for e in start_grid]
 
@@ -140,7 +147,7 @@ down_about = about | {"eps": start_grid, "steps": down_steps} | {k: settings[k] 
 found = {o: runs.remember("surfaces", down_about | {"start": o}, partial(down, o)) for o in origins}
 drops = pd.DataFrame({"eps": e, "start": o, "step": t, "loss": v} for o in origins
                      for e, line in zip(start_grid, found[o]) for t, v in zip(down_steps, line))  # fmt: skip
-depth = drops.groupby(["start", "eps"]).loss.agg(lambda v: v.iloc[0] - v.min()).unstack("eps")
+depth = drops.groupby(["start", "eps"]).loss.agg(drop).unstack("eps")
 fig, axes = plt.subplots(1, 2, figsize=(7, 3), width_ratios=[3, 2])
 sns.lineplot(drops, x="step", y="loss", hue="eps", palette=colours, errorbar=("pi", 100), err_kws={"alpha": 0.15},
              ax=axes[0], legend=False)  # fmt: skip
@@ -178,15 +185,16 @@ book.claim(
 # Along a filter-normalised random direction and along the top eigenvector of the Hessian, made equally long. The
 # *reach* is the step at which the loss has risen by 1 above its value in the centre (mean of the two sides, found by
 # interpolation; the longest step if it never does). So each network is looked at where the loss rises by 1, not at one
-# step for all, which would be too short for some and wreck others. There is a claim for each kind of direction, and it
-# holds if the rule does for both losses: the frozen one is what the Hessian describes, the adversarial one what is
+# step for all, which would be too short for some and wreck others. (What would be found at another rise than 1 is told
+# beside it, and judges nothing.) There is a claim for each kind of direction, and it holds if the rule does for both
+# losses: the frozen one is what the Hessian describes, the adversarial one what is
 # trained; and for each with eps 0 and without it, as of the drop. A tenth of the reach is what matters. (Four seeds
 # leave this open. The profile overnight has 120: its verdicts stand in figures/README.md. With 40 the rule was asked
 # with eps 0 only, and held along the top eigenvector; but the frozen reach falls from no attack to some, and hardly
 # from there on. That the rule has to hold without eps 0, too, was added at that, and 80 more seeds with it.)
 
 # %%
-rule_reach = inference.trend("log of the reach, along eps", expect="falls", margin=0.1)
+rule_reach = inference.trend("log of the reach, to a rise of 1, along eps", expect="falls", margin=0.1)
 rule_reach
 
 
@@ -216,13 +224,13 @@ lines = pd.DataFrame(rows)
 
 
 # %%
-def reach(line):
-    """The step at which the rise is 1, along the straight pieces between the points."""
+def reach(line, level=1.0):
+    """The first step at which the rise is at the level, along the straight pieces between the points."""
     step, rise = line.step.to_numpy(), line.rise.to_numpy()
-    if (rise < 1).all():
+    if (rise < level).all():
         return step[-1]
-    i = int((rise >= 1).argmax())
-    return step[i - 1] + (step[i] - step[i - 1]) * (1 - rise[i - 1]) / (rise[i] - rise[i - 1])
+    i = int((rise >= level).argmax())
+    return step[i - 1] + (step[i] - step[i - 1]) * (level - rise[i - 1]) / (rise[i] - rise[i - 1])
 
 
 fig, axes = plt.subplots(2, 2, figsize=(7, 5), sharey=True, sharex="row")
@@ -241,20 +249,29 @@ book.save(
 )  # fmt: skip
 
 # %%
+NAMED = {"random": "random directions", "top eigenvector": "the top eigenvector"}
 steps, middle = side_steps["random"], np.mean(side_steps["random"][:2])
 straight = pd.DataFrame({"step": [0.0, *steps]}).assign(rise=lambda t: t.step / middle)
 book.check("The reach of a straight rise is found between the points of the grid",
            holds=inference.exact("error", tolerance=1e-9)(reach(straight) - middle))  # fmt: skip
 short = lines.groupby(["direction", "loss", "seed", "eps"]).rise.max() < 1  # their reach is the longest step
 bounded = f" {short.sum()} of {len(short)} reaches are bounded from below only: the loss rises by less than 1 there."
-reaches = lines.groupby(["direction", "loss", "seed", "eps"])[["step", "rise"]].apply(reach)
-findings = {(direction, f"log of the step, {loss} loss, {which}"): rule_reach(logs.to_numpy(), unless=unless)
-            for (direction, loss), values in reaches.groupby(level=[0, 1])
+each = lines.groupby(["direction", "loss", "seed", "eps"])[["step", "rise"]]
+
+
+def found_at(level):
+    """The rule's finding for each direction and loss, with eps 0 and without it, if reaches are read at this rise."""
+    return {(direction, f"log of the step, {loss} loss, {which}"): rule_reach(logs.to_numpy(), unless=unless)
+            for (direction, loss), values in each.apply(reach, level).groupby(level=[0, 1])
             for logs in [np.log(values.unstack("eps"))]
             for which, logs in (("all eps", logs), ("eps > 0", logs[[e for e in ended_eps if e]]))}  # fmt: skip
-for direction, named in (("random", "random directions"), ("top eigenvector", "the top eigenvector")):
+
+
+# %%
+reaches, findings = each.apply(reach), found_at(1)
+for direction, named in NAMED.items():
     book.claim(
-        f"Round the end of training both losses rise faster at larger eps, along {named}",
+        f"Round the end of training both losses rise by 1 within a shorter step at larger eps, along {named}",
         section="4.2",
         paper="minima are sharper at larger eps (the surfaces are our reading)",
         ours=True,
@@ -262,6 +279,17 @@ for direction, named in (("random", "random directions"), ("top eigenvector", "t
         n=n,
         source=images.source,
     )
+levels = {level: found_at(level) for level in other_rises}
+book.answer(
+    "Does it hang on how far the losses are followed?",
+    "The step along eps > 0, by the same rule: "
+    + "; ".join(f"{loss} loss, {named}, to a rise of "
+                + ", ".join(f"{level:g} {found[direction, f'log of the step, {loss} loss, eps > 0'].outcome}"
+                            for level, found in levels.items())
+                for direction, named in NAMED.items() for loss in ("frozen", "adversarial"))
+    + ". (The rises other than 1 were looked at afterwards.)",
+    reviewer="Our own question", n=n, source=images.source,
+)  # fmt: skip
 reaches.groupby(level=[0, 1, 3]).mean().unstack("eps").round(3)
 
 # %% [markdown]

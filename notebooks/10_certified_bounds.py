@@ -31,7 +31,7 @@
 # 2. intervals forget how units depend on one another, so for networks that were trained against an attack nothing is
 #    proved at the eps of their training;
 # 3. a network that is trained by the bound itself makes it useful, at a price in clean error;
-# 4. the certified local Lipschitz constant lies above every gradient that is found, and is loose in the same places.
+# 4. the certified local Lipschitz constant lies above every gradient that is found.
 
 # %% tags=["parameters"]
 profile = "quick"
@@ -211,7 +211,7 @@ book.answer(
     "Can the robustness of these networks be proved, by interval bounds?",
     f"{said}. Proved there: {found.measured}. PGD breaks "
     + ", ".join(f"{between(attacked[k][:, at_home[k]].mean(1))} ({k})" for k in by_pgd)
-    + f" of the digits; the truth lies between. More than {few:.0%} are proved up to eps "
+    + f" of the digits; the truth lies between. The largest eps tried at which more than {few:.0%} are proved: "
     + ", ".join(f"{e:g} ({k})" for k, e in reach.items()) + "." + (f" Undecided: {found.why}." if found.why else "")
     + f" On the plateau, and not asked: {idle}." * bool(idle),
     reviewer="Reviewer 2", n=n, source=digits.source,
@@ -222,7 +222,7 @@ for name in (name for name in networks if networks[name].get("objective") == "in
     rival = next((k for k in by_pgd if home[k] == home[name]), by_pgd[0])
     j = at_home[name]
     found = useful(unproved[name][:, j], unproved[rival][:, j])
-    said = {True: "Yes", False: "No", None: "It cannot be told"}[found.holds]
+    said = {True: "Yes", "partly": "A little", False: "No", None: "It cannot be told"}[found.holds]
     book.answer(
         "Does training by the bound itself make it useful?",
         f"{said}: at eps {home[name]:g} it leaves {between(unproved[name][:, j].mean(1))} of the digits unproved, "

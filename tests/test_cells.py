@@ -211,7 +211,8 @@ def test_comparisons_by_hand():
     a, b, seeds = pair(masks(rows, "cosine", 0.1), masks(rows, "constant", 0.1))
     assert seeds == [1, 2] and a.shape == b.shape == (2, 12) and a.sum() == 2 and b.all()
     rule = inference.difference("error", margin=0.1)
-    assert compare(rule, rows, ("cosine", 0.1), ("constant", 0.1)) == rule(a, b)
+    assert compare(rule, rows, ("cosine", 0.1), ("constant", 0.1)) == cells.judge(rule, a, b)
+    assert cells.counted(rows, ("cosine", 0.1), ("constant", 0.1)) == (2, "2 seeds, 12 images")
     assert compare(rule, rows, ("cosine", 0.1), ("linear", 0.1)).why == "no cells of a common seed yet"
     assert stuck(rows, "constant", 0.1) == [1, 2, 3] and not stuck(rows, "constant", 0.03) + stuck(rows, "cosine", 0.1)
     assert rates(rows, "constant") == {0.03: {1: 2 / 12}, 0.1: {1: 1.0, 2: 1.0, 3: 1.0}}
@@ -278,6 +279,8 @@ def test_of_more_images_is_judged_where_as_many_seeds_have_them():
     for seeds, images in (((), 12), ((0,), 12), ((0, 1), 24)):
         a, b, common = cells.both(rows(*seeds), ("cosine", 0.1), ("constant", 0.1))
         assert common == [0, 1] and a.shape == b.shape == (2, images) and (images == 12 or a[:, :8].all())
+        said = "2 seeds, 24 images, 12 of them not of the recipe" if images > 12 else "2 seeds, 12 images"
+        assert cells.counted(rows(*seeds), ("cosine", 0.1), ("constant", 0.1)) == (2, said)
     assert cells.both(rows(0, 1), ("cosine", 0.1), ("constant", 0.1), kind="clean")[0].shape == (2, 12)
     assert cells.both(rows(0, 1), ("cosine", 0.1, "ensemble"), ("constant", 0.1))[0].shape[1] != 24
 
@@ -339,6 +342,7 @@ def test_the_differences_are_of_the_rates_that_each_arm_is_given():
     assert found.keys() == {"cosine - constant", "single run's checkpoints - its end"}  # the others' arms have no rate
     line = found["cosine - constant"]
     assert (line["lr"], line["second_lr"], line["mean"], line["seeds"]) == (1, 3, -0.5, 2)
+    assert line["half"] is line["least"] is None and line["outcome"] == "undecided"  # of two seeds
     assert found["single run's checkpoints - its end"]["mean"] == 0
     assert list(cells.differences(rows, rules, {})) == []
 
@@ -366,7 +370,61 @@ def test_a_cell_does_not_take_the_place_of_anothers(tmp_path):
 
 def test_a_row_says_with_how_many_seeds_it_was_read_before(folder):
     rows = cells.table([cell()])
-    assert cells.looked(rows, "best", "8 seeds, 100 images") == ""  # nothing is known of it
+    assert cells.looked(rows, "best", 8) == ""  # nothing is known of it
     write_json(folder / "looks.json", {cells.title(rows): {"best": [4, 6, 8, 10]}})
-    assert cells.looked(rows, "best", "8 seeds, 100 images") == "; read before with 4, 6"
-    assert cells.looked(rows, "best", "4 seeds") == cells.looked(rows, "range", "9 seeds") == ""
+    assert cells.looked(rows, "best", 8) == "; read before with 4, 6"
+    assert cells.looked(rows, "best", 4) == cells.looked(rows, "range", 9) == ""
+
+
+def test_an_interval_that_says_nothing_is_left_away():
+    """Of two seeds; and of three that differ so much that nothing is decided."""
+    rule, never = inference.difference("error", margin=0.01), np.zeros((4, 1000))
+    some = np.arange(1000) < 1000 * np.array([[0.1], [0.101], [0.102], [0.103]])
+    assert rule(some[:2], never[:2]).holds is not None and "[" in rule(some[:2], never[:2]).measured
+    found = cells.judge(rule, some[:2], never[:2])
+    assert (found.outcome, found.holds, found.why) == ("undecided", None, "no interval is given below 3 seeds")
+    assert found.measured.startswith("+0.1005 (these networks: ")
+    assert cells.judge(rule, some[:1], never[:1]).why == found.why
+    for n in (3, 4):
+        assert cells.judge(rule, some[:n], never[:n]) == rule(some[:n], never[:n])  # decided, or narrow: as it is
+    wide = np.arange(1000) < 1000 * np.array([[0.1], [0.3], [0.0]])
+    found, whole = cells.judge(rule, wide, never[:3]), rule(wide, never[:3])
+    assert whole.outcome == found.outcome == "undecided" and found.why == f"no result: {whole.why}"
+    assert "[" in whole.measured and found.measured == whole.measured.replace(" [-0.742, +1]", "")
+    assert cells.judge(rule, wide, never[:3], unless="a cause").why == "a cause"
+
+
+def rows_of(**of_arms):
+    """The rows of two arms: of each a network per seed, which errs on 1 of 12 images ("."), on 11 ("x"), or on all."""
+    wrong = {".": [3], "x": range(11), "X": range(12)}
+    return table([cell(arm, seed, wrong_images=wrong[kind])
+                  for arm, seeds in of_arms.items() for seed, kind in enumerate(seeds)])  # fmt: skip
+
+
+@pytest.mark.parametrize("constant, cosine, holds, why", [
+    ("xxxxxxxx", "........", True, ""),
+    ("xxxxxx..", "........", True, ""),  # three in four
+    ("xxxxx...", "........", None, "5 of 8 constant runs are on the plateau"),
+    ("........", "........", None, "0 of 8 constant runs are on the plateau"),  # there was nothing to leave
+    ("xxxxxxxx", "......xx", True, ""),
+    ("xxxxxxxxxxxx", "........xxxx", None, "4 of 12 cosine runs are on the plateau"),  # though the mean is smaller
+    ("xxxxxxxx", "XXXXXXXX", False, ""),  # none escapes
+])  # fmt: skip
+def test_an_escape_needs_a_plateau_on_which_most_constant_runs_stay_and_few_others(constant, cosine, holds, why):
+    asked = ("cosine", 0.1), ("constant", 0.1)
+    found = cells.escape(0.2)(rows_of(constant=constant, cosine=cosine), *asked)
+    assert found.holds is holds and found.why == why
+    assert "fewer than 75%" in cells.escape(0.2).text and "more than 25%" in cells.escape(0.2).text
+
+
+def test_how_many_readings_without_one_seed_keep_a_verdict():
+    rows, asked = rows_of(constant="x" * 12, cosine="." * 12), (("cosine", 0.1), ("constant", 0.1))
+    assert cells.without_one(cells.escape(0.2), rows, *asked, seeds=range(12)) == "12 of 12"
+    edge = rows_of(constant="xxxxxxxxx...", cosine="." * 12)  # without one of the nine fewer than three in four stay
+    assert cells.without_one(cells.escape(0.2), edge, *asked, seeds=range(12)) == "3 of 12"
+
+    def reading(rows):
+        return inference.Finding("x", {0, 1} <= set(rows["seed"]), "")
+
+    assert cells.without_one(reading, rows, seeds=range(12)) == "10 of 12 (2 turn it round)"
+    assert cells.without_one(lambda rows: inference.Finding("undecided", None, ""), rows, seeds=range(12)) == ""

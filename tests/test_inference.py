@@ -345,11 +345,14 @@ def test_exact():
 
 def test_together():
     yes, no, open_ = Finding("a", True, "1"), Finding("b", False, "2"), Finding("undecided", None, "3", "few")
+    part = Finding("a, by less", "partly", "4")
     assert together({"x": yes, "y": yes}).holds is True
     assert together({"x": no, "y": no}).holds is False
     assert together({"x": yes, "y": no}).holds == "partly"
     assert together({"x": yes, "y": open_}).holds is None
     assert together({"x": yes, "y": open_}).why == "y: few"
+    assert together({"x": no, "y": open_}).holds is None  # it may yet hold in part
+    assert together({"x": yes, "y": part}).holds == together({"x": part, "y": open_}).holds == "partly"
     with pytest.raises(ValueError, match="no findings"):
         together({})
 
