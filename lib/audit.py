@@ -135,7 +135,7 @@ def _masks(several):
     return masks
 
 
-def signs(reported, rivals, by_eps, flat):
+def signs(reported, rivals, by_eps, flat, tried=None):
     """The usual signs of gradient masking, each as the images that show it: `inference.at_most` judges their share.
 
     A rival that should be weaker breaks an image that the reported attack leaves. An image that falls at one eps
@@ -143,23 +143,23 @@ def signs(reported, rivals, by_eps, flat):
 
     Args:
         reported: the mask of the attack whose robust error is reported, an iterated gradient attack.
-        rivals: masks by name: attacks without gradients, of a single step, from another model; on the same images, or
-            on the first of them.
+        rivals: masks by name: attacks without gradients, of a single step, from another model; on the same images.
         by_eps: masks of the gradient attack by eps; at the largest eps the ball should hold the whole box.
         flat: the mask of `flat`.
+        tried: {rival: mask of the images that it was tried on}, for those that were not tried on all.
     Returns:
-        {sign: mask}, over all images but for the rivals: theirs is over those that the reported attack leaves. Of the
-        steps from one eps to the next, only that with the most images.
+        {sign: mask}, over all images but for the rivals: theirs is over those that they were tried on and the reported
+        attack leaves. Of the steps from one eps to the next, only that with the most images.
     Raises:
         ValueError: masks of unequal length, no rivals, or fewer than two eps.
     """
     if not len(rivals) or len(by_eps) < 2:
         raise ValueError(f"needs at least one rival and two eps, got {len(rivals)} and {len(by_eps)}")
-    grid = sorted(by_eps)
+    grid, tried, found = sorted(by_eps), tried or {}, {}
     flat, reported, *curve = _masks([flat, reported, *(by_eps[e] for e in grid)])
-    rivals = {name: _masks([mask])[0] for name, mask in rivals.items()}
-    left = {name: ~reported[: len(mask)] for name, mask in rivals.items()}
-    found = {f"only {name} breaks it": (mask & left[name])[left[name]] for name, mask in rivals.items()}
+    for name, mask in rivals.items():
+        _, mask, where = _masks([reported, mask, tried.get(name, ~reported)])
+        found[f"only {name} breaks it"] = mask[where & ~reported]
     found["it stands again at a larger eps"] = max((a & ~b for a, b in pairwise(curve)), key=np.sum)
     return found | {f"it stands at eps {grid[-1]:g}": ~curve[-1], "its loss is flat": flat}
 

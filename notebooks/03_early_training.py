@@ -124,6 +124,8 @@ for column, (at, eps) in zip(axes.T, pairs):
 for ax in axes.flat:
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
+
+# %%
 book.save(
     fig, "03_attacked_digits", pd.DataFrame(rows, columns=["trained at", "eps", "label", "given", "largest change"]),
     source=digits.source, seeds=seeds[:1],

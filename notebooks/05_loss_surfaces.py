@@ -148,6 +148,8 @@ found = {o: runs.remember("surfaces", down_about | {"start": o}, partial(down, o
 drops = pd.DataFrame({"eps": e, "start": o, "step": t, "loss": v} for o in origins
                      for e, line in zip(start_grid, found[o]) for t, v in zip(down_steps, line))  # fmt: skip
 depth = drops.groupby(["start", "eps"]).loss.agg(drop).unstack("eps")
+
+# %%
 fig, axes = plt.subplots(1, 2, figsize=(7, 3), width_ratios=[3, 2])
 sns.lineplot(drops, x="step", y="loss", hue="eps", palette=colours, errorbar=("pi", 100), err_kws={"alpha": 0.15},
              ax=axes[0], legend=False)  # fmt: skip

@@ -213,7 +213,7 @@ for family, arm, number, eps, network, pictures in load_all():
     found = measured(network, pictures, eps)
     signs[family, arm, number] = {kind: np.array(mask) for kind, mask in found["signs"]}
     here = {kind: np.array(mask) for kind, mask in found["masks"]}
-    here["worst"] = np.any(list(here.values()), axis=0)
+    here["worst"] = audit.worst_case(here)
     masks |= {(family, arm, number, kind.split("-")[0]): mask for kind, mask in here.items()}
     lines.append({"family": family, "arm": arm, "number": number} | {kind: mask.mean() for kind, mask in here.items()})
     if found["eigenvalue"] is not None:

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import stability
@@ -19,10 +21,33 @@ def test_changes_are_counted_and_named():
     after = {("01", "a"): "not reproduced", ("01", "b"): "reproduced", ("02", "c"): "partly", ("03", "new"): "partly"}
     before = {key: (verdict, "p = 0.1") for key, verdict in before.items()}
     after = {key: (verdict, "p = 0.1" if key[1] == "c" else "p = 0.2") for key, verdict in after.items()}
-    text = stability.compare(before, after, "other seeds")
-    assert "2 of 3 verdicts change; 1 between reproduced and not reproduced. 1 rest on the same numbers" in text
-    assert "| 01 | a | reproduced | not reproduced |" in text and "partly" not in text
-    assert "1 of figures/quick are not in that run: 02, gone." in text
-    assert "0 of 4 verdicts change; 0 between reproduced and not reproduced. 4 rest" in stability.compare(
-        before, before, "the same"
+    text = stability.compare(before, after, "other seeds", [])
+    assert (
+        "2 of 3 verdicts change; 1 between reproduced and not reproduced.\n\n1 came out with the same numbers." in text
     )
+    assert "| 01 | a | reproduced | not reproduced |" in text and "partly" not in text
+    assert "1 of figures/quick are not in that run: 02, gone." in text and "committed" not in text
+    text = stability.compare(before, before, "the same", ["02", "05"])
+    assert "0 of 4 verdicts change; 0 between reproduced and not reproduced." in text
+    assert "2 could not change, and this run says nothing of them: 2 of 02 judge committed cells" in text
+    assert "2 came out with the same numbers" in text
+    assert "same numbers" not in stability.compare(after, dict.fromkeys(after, ("partly", "")), "all new", ["01"])
+
+
+def test_notebooks_that_judge_committed_cells_are_known_by_what_they_call():
+    assert stability.judging_cells(stability.Layout()) == ["06_periodic_scheduling", "07_table1"]
+
+
+@pytest.mark.parametrize("ran", [("seeds",), ("seeds", "avx2", "bfloat16"), ()])
+def test_variants_that_were_not_run_are_named(ran, tmp_path, monkeypatch):
+    layout = stability.Layout(tmp_path)
+    for folder in (layout.notebooks, layout.figures):
+        folder.mkdir()
+    found = {layout.build / "stability" / variant / "figures": {("01", "a"): ("partly", "1")} for variant in ran}
+    monkeypatch.setattr(stability, "Layout", lambda: layout)
+    monkeypatch.setattr(stability, "verdicts", lambda folder: found.get(folder, {}))
+    stability.main(["compare"])
+    text = (layout.figures / "stability.md").read_text()
+    missing = [variant for variant in stability.VARIANTS if variant not in ran]
+    assert text.count("## ") == len(ran) + bool(missing) and ("## Not run" in text) == bool(missing)
+    assert all(f"`{variant}`" in text.partition("## Not run")[2] for variant in missing)

@@ -1028,6 +1028,18 @@ def test_the_gallery_shows_ledger_and_figures(shelf):
     assert "`gpu`, [01_slope](quick/01_slope.png)" in text and "(gpu/01_slope.png)" not in text
 
 
+def test_figures_stand_as_their_notebook_draws_them(shelf):
+    lines = ["# The profile's picture is `gpu/01_slope.png`.", 'book.save(fig, "01_z")', 'book.save(fig, "01_slope")',
+             'book.claim("so", figure="01_z")', 'book.save(fig, "01_b")']  # fmt: skip
+    (shelf.notebooks / "01_a.py").write_text("\n".join(lines))
+    for stem in ("01_b", "01_other", "01_z"):
+        figure(shelf, "quick", stem)
+    figure(shelf, "gpu", "01_z")
+    shown = [(record["stem"], record["profile"]) for record in gallery.collect(shelf)[1]]
+    assert shown == [("01_z", "quick"), ("01_z", "gpu"), ("01_slope", "quick"), ("01_slope", "gpu"), ("01_b", "quick"),
+                     ("01_other", "quick")]  # fmt: skip
+
+
 def test_our_own_claims_are_counted_apart(shelf):
     path = shelf.figures / "quick/01_a.claims.json"
     record = json.loads(path.read_text())

@@ -96,8 +96,8 @@ def read_figure(path: Path) -> dict:
 
 
 def collect(layout: Layout) -> tuple[list[dict], list[dict]]:
-    """All records of claims and of figures, in the order of the page: notebook, then profile."""
-    claims, figures = [], []
+    """All records of claims and of figures, in the order of the page: notebook, place in it, then profile."""
+    claims, figures, drawn = [], [], _drawn(layout)
     for path in sorted(layout.figures.glob("*/*.json")):
         if path.name.endswith(".uses.json"):
             continue
@@ -108,8 +108,19 @@ def collect(layout: Layout) -> tuple[list[dict], list[dict]]:
             raise RecordError(f"{path}: there is no notebook {record['notebook']}; delete what it left")
         (claims if "claims" in record else figures).append(record)
     claims.sort(key=lambda record: (record["notebook"], _rank(record)))
-    figures.sort(key=lambda record: (record["notebook"], record["stem"], _rank(record)))
+    figures.sort(key=lambda record: (*drawn.get(record["stem"], (record["notebook"], len(drawn))), record["stem"],
+                                     _rank(record)))  # fmt: skip
     return claims, figures
+
+
+def _drawn(layout: Layout) -> dict[str, tuple[str, int]]:
+    """{what is named like a figure in a notebook's source: the notebook, and which one it is there}."""
+    found = {}
+    for name in layout.names():
+        source = (layout.notebooks / f"{name}.py").read_text(encoding="utf-8")
+        for stem in re.findall(rf'"({re.escape(name[:3])}\w+)"', source):
+            found.setdefault(stem, (name, len(found)))
+    return found
 
 
 def _rank(record: dict) -> tuple:

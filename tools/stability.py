@@ -3,7 +3,7 @@
 
     python tools/stability.py [seeds] [avx2] [bfloat16] [compare]        (default: seeds and avx2)
 
-seeds: every parameter called `seeds`, at any depth, has 100 added to it, so that no network is one of the first run.
+seeds: every parameter that lists seeds, at any depth, has 100 added to it, so that no network is one of the first run.
 avx2: the same seeds without the instructions and number formats of newer processors, trained anew. bfloat16: in that
 number format.
 compare: run nothing. All of it goes to build/stability; the comparison of all that is there with figures/quick to
@@ -13,6 +13,7 @@ figures/stability.md.
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import gallery
@@ -23,6 +24,7 @@ from profiles import definition
 from lib.files import write_bytes
 
 SHIFT = 100
+SEEDS = {"seeds", "l2_seeds"}
 OTHER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "PRECISION": "float32"}
 VARIANTS = {  # name: what it is, environment
     "seeds": ("a disjoint set of seeds", {}),
@@ -39,12 +41,12 @@ A section is of the ledger as it stood when it was run: claims that were changed
 
 
 def shifted(value, key=""):
-    """A parameter with other seeds: whole numbers under a name `seeds`, at any depth, moved by SHIFT."""
+    """A parameter with other seeds: whole numbers under a name of SEEDS, at any depth, moved by SHIFT."""
     if isinstance(value, dict):
         return {k: shifted(v, k) for k, v in value.items()}
     if isinstance(value, list):
         return [shifted(v, key) for v in value]
-    return value + SHIFT if key == "seeds" and type(value) is int else value
+    return value + SHIFT if key in SEEDS and type(value) is int else value
 
 
 def run(layout: Layout, variant: str) -> Path:
@@ -71,15 +73,28 @@ def verdicts(folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
     }  # fmt: skip
 
 
-def compare(before: dict, after: dict, what: str) -> str:
-    """The section of one variant: how many verdicts change, and which."""
+def judging_cells(layout: Layout) -> list[str]:
+    """The notebooks that judge committed cells, which no variant makes again."""
+    return [name for name in layout.names()
+            if "cells.read(" in (layout.notebooks / f"{name}.py").read_text(encoding="utf-8")]  # fmt: skip
+
+
+def compare(before: dict, after: dict, what: str, committed: list[str]) -> str:
+    """The section of one variant: how many verdicts change, and which. committed: the notebooks of `judging_cells`."""
     both = sorted(before.keys() & after.keys())
     changed = [(*key, before[key][0], after[key][0]) for key in both if before[key][0] != after[key][0]]
     flips = sum({old, new} == {"reproduced", "not reproduced"} for *_, old, new in changed)
-    same = sum(before[key][1] == after[key][1] for key in both)
+    same = Counter(notebook if notebook in committed else "" for notebook, claim in both
+                   if before[notebook, claim][1] == after[notebook, claim][1])  # fmt: skip
+    alike = same.pop("", 0)
     lines = [f"## {what[0].upper()}{what[1:]}\n", f"{len(changed)} of {len(both)} verdicts change; {flips} between "
-             f"reproduced and not reproduced. {same} rest on the same numbers in both: committed cells, which cannot "
-             "change, or results that came out alike.\n"]  # fmt: skip
+             "reproduced and not reproduced.\n"]  # fmt: skip
+    if same:
+        whose = " and ".join(f"{n} of {notebook}" for notebook, n in same.items())
+        lines.append(f"{same.total()} could not change, and this run says nothing of them: {whose} judge committed "
+                     "cells, which were not made again.\n")  # fmt: skip
+    if alike:
+        lines.append(f"{alike} came out with the same numbers.\n")
     if gone := sorted(before.keys() - after.keys()):
         lines.append(f"{len(gone)} of figures/quick are not in that run: "
                      + "; ".join(f"{notebook}, {claim}" for notebook, claim in gone) + ".\n")  # fmt: skip
@@ -95,10 +110,14 @@ def main(asked: list[str]) -> None:
     for variant in asked or ["seeds", "avx2"]:
         if variant != "compare":
             run(layout, variant)
-    parts, here = [INTRO], verdicts(layout.figures / "quick")
+    parts, here, left = [INTRO], verdicts(layout.figures / "quick"), []
     for variant, (what, _) in VARIANTS.items():
         if found := verdicts(layout.build / "stability" / variant / "figures"):
-            parts.append(compare(here, found, what))
+            parts.append(compare(here, found, what, judging_cells(layout)))
+        else:
+            left.append(f"`{variant}` ({what})")
+    if left:
+        parts.append(f"## Not run\n\nNothing is known of {'; '.join(left)}.\n")
     print("\n".join(parts))
     write_bytes(layout.figures / "stability.md", "\n".join(parts).encode())
 
