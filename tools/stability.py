@@ -7,7 +7,7 @@ seeds: every parameter that lists seeds, at any depth, has 100 added to it, so t
 avx2: the same seeds without the instructions and number formats of newer processors, trained anew. bfloat16: in that
 number format.
 compare: run nothing. All of it goes to build/stability; the comparison of all that is there with figures/quick to
-figures/stability.md.
+figures/stability.md, where the section of a variant that is not there stays as it was.
 """
 
 import os
@@ -79,7 +79,13 @@ def judging_cells(layout: Layout) -> list[str]:
             if "cells.read(" in (layout.notebooks / f"{name}.py").read_text(encoding="utf-8")]  # fmt: skip
 
 
-def compare(before: dict, after: dict, what: str, committed: list[str]) -> str:
+def sections(page: Path) -> dict[str, str]:
+    """{title: text} of the sections of a page that was written before; of none, if there is no page."""
+    texts = page.read_text(encoding="utf-8").split("\n## ")[1:] if page.exists() else []
+    return {text.split("\n")[0]: f"## {text}" for text in texts}
+
+
+def compare(before: dict, after: dict, title: str, committed: list[str]) -> str:
     """The section of one variant: how many verdicts change, and which. committed: the notebooks of `judging_cells`."""
     both = sorted(before.keys() & after.keys())
     changed = [(*key, before[key][0], after[key][0]) for key in both if before[key][0] != after[key][0]]
@@ -87,7 +93,7 @@ def compare(before: dict, after: dict, what: str, committed: list[str]) -> str:
     same = Counter(notebook if notebook in committed else "" for notebook, claim in both
                    if before[notebook, claim][1] == after[notebook, claim][1])  # fmt: skip
     alike = same.pop("", 0)
-    lines = [f"## {what[0].upper()}{what[1:]}\n", f"{len(changed)} of {len(both)} verdicts change; {flips} between "
+    lines = [f"## {title}\n", f"{len(changed)} of {len(both)} verdicts change; {flips} between "
              "reproduced and not reproduced.\n"]  # fmt: skip
     if same:
         whose = " and ".join(f"{n} of {notebook}" for notebook, n in same.items())
@@ -110,16 +116,20 @@ def main(asked: list[str]) -> None:
     for variant in asked or ["seeds", "avx2"]:
         if variant != "compare":
             run(layout, variant)
-    parts, here, left = [INTRO], verdicts(layout.figures / "quick"), []
+    page = layout.figures / "stability.md"
+    parts, here, left, known = [INTRO], verdicts(layout.figures / "quick"), [], sections(page)
     for variant, (what, _) in VARIANTS.items():
+        title = what[0].upper() + what[1:]
         if found := verdicts(layout.build / "stability" / variant / "figures"):
-            parts.append(compare(here, found, what, judging_cells(layout)))
+            parts.append(compare(here, found, title, judging_cells(layout)))
+        elif title in known:
+            parts.append(known[title])
         else:
             left.append(f"`{variant}` ({what})")
     if left:
         parts.append(f"## Not run\n\nNothing is known of {'; '.join(left)}.\n")
     print("\n".join(parts))
-    write_bytes(layout.figures / "stability.md", "\n".join(parts).encode())
+    write_bytes(page, "\n".join(parts).encode())
 
 
 if __name__ == "__main__":
