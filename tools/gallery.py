@@ -246,8 +246,9 @@ def _counts(records: list[dict]) -> str:
 
 
 def _notebook(records: list[dict], seconds: float) -> list[str]:
-    """A notebook's line in README.md: the claims that it marks, else its first claim, else its first question."""
-    rows = _latest(records)
+    """A notebook's line in README.md: the claims that it marks, else its first one, the paper's before ours; else its
+    first question."""
+    rows = sorted(_latest(records), key=lambda row: bool(row.get("ours")))
     shown = [row for row in rows if row.get("believe")] or rows[:1]
     lines = [f"{_words(row['claim'])}: **{row['verdict']}**" for row in shown]
     lines = lines or [_words(row["question"]) for row, _ in _rows(records, "answers")[:1]] or [NOTHING]
