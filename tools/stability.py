@@ -3,7 +3,7 @@
 
     python tools/stability.py [seeds] [avx2] [bfloat16] [compare]        (default: seeds and avx2)
 
-seeds: every parameter that lists seeds, at any depth, has 100 added to it, so that no network is one of the first run.
+seeds: every parameter called `seeds`, at any depth, has 100 added to it, so that no network is one of the first run.
 avx2: the same seeds without the instructions and number formats of newer processors, trained anew. bfloat16: in that
 number format.
 compare: run nothing. All of it goes to build/stability; the comparison of all that is there with figures/quick to
@@ -24,7 +24,6 @@ from profiles import definition
 from lib.files import write_bytes
 
 SHIFT = 100
-SEEDS = {"seeds", "l2_seeds"}
 OTHER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "PRECISION": "float32"}
 VARIANTS = {  # name: what it is, environment
     "seeds": ("a disjoint set of seeds", {}),
@@ -41,12 +40,12 @@ A section is of the ledger as it stood when it was run: claims that were changed
 
 
 def shifted(value, key=""):
-    """A parameter with other seeds: whole numbers under a name of SEEDS, at any depth, moved by SHIFT."""
+    """A parameter with other seeds: whole numbers under a name `seeds`, at any depth, moved by SHIFT."""
     if isinstance(value, dict):
         return {k: shifted(v, k) for k, v in value.items()}
     if isinstance(value, list):
         return [shifted(v, key) for v in value]
-    return value + SHIFT if key in SEEDS and type(value) is int else value
+    return value + SHIFT if key == "seeds" and type(value) is int else value
 
 
 def run(layout: Layout, variant: str) -> Path:
