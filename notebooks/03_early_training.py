@@ -107,6 +107,8 @@ def attack_of(eps, num_steps=settings["num_steps"]):
 shown = [int((digits.y_test == k).nonzero()[0]) for k in (3, 7) if (digits.y_test == k).any()] or [0]
 few = digits.x_test[shown].to(where), digits.y_test[shown].to(where)
 pairs = [(eps_grid[0], e) for e in sorted(eps_grid)[-2:-1]] + [(e, e) for e in eps_grid]  # trained at, attacked at
+
+# %%
 fig, axes = plt.subplots(2 * len(shown), len(pairs), figsize=(7, 2.5 * len(shown)), squeeze=False)
 rows = []
 for column, (at, eps) in zip(axes.T, pairs):
@@ -124,8 +126,6 @@ for column, (at, eps) in zip(axes.T, pairs):
 for ax in axes.flat:
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
-
-# %%
 book.save(
     fig, "03_attacked_digits", pd.DataFrame(rows, columns=["trained at", "eps", "label", "given", "largest change"]),
     source=digits.source, seeds=seeds[:1],

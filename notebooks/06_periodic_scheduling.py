@@ -137,6 +137,8 @@ subjects = {arm: trained[arm, seeds[0]].model() for arm in shown}
 subjects["periodic, ensemble"] = Ensemble([periodic_run.model(epoch) for epoch in (*periods, epochs)])
 chosen = [int((digits.y_test == k).nonzero()[0]) for k in (3, 7) if (digits.y_test == k).any()] or [0]
 x, y, plan = digits.x_test[chosen].to(device()), digits.y_test[chosen].to(device()), settings["plan"]
+
+# %%
 fig, axes = plt.subplots(2 * len(chosen), len(subjects), figsize=(6, 3.3 * len(chosen)), squeeze=False)
 lines = []
 for column, (arm, subject) in zip(axes.T, subjects.items()):
@@ -153,8 +155,6 @@ for column, (arm, subject) in zip(axes.T, subjects.items()):
 for ax in axes.flat:
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
-
-# %%
 book.save(
     fig, "06_attacked_digits", pd.DataFrame(lines), source=digits.source, seeds=seeds[:1],
     caption=f"{titled}: test digits attacked (PGD-{plan['steps']}, from the digit itself) for the networks of seed "

@@ -86,7 +86,9 @@ def stream(name, text):
 
 
 def shown(**data):
-    return {"output_type": "display_data", "data": {k.replace("_", "/"): v for k, v in data.items()}, "metadata": {}}
+    metadata = {"image/png": {"alt": "what is seen"}}
+    return {"output_type": "display_data", "data": {k.replace("_", "/"): v for k, v in data.items()},
+            "metadata": metadata}  # fmt: skip
 
 
 def executed(*outputs, tags=(), count=7):
@@ -238,6 +240,7 @@ SPOILT_RENDERINGS = {
     "stderr": (set_in_last(outputs=[stream("stderr", ["bar"]), shown(image_png=PICTURE)]), "holds stderr"),
     "not clean": (set_in_last(metadata={"scrolled": True}), "is not clean"),
     "long cell": (set_in_last(source=["x\n"] * 31), "cell 3 has more than 30 lines"),
+    "no caption": (set_in_last(outputs=[shown(image_png=PICTURE) | {"metadata": {}}]), "without its caption"),
     "machine path": (set_in_last(outputs=PATH_SHOWN), "cell 3 names a path of one machine: /home/me/data"),
     "too big": (set_in_last(outputs=[shown(image_png="A" * 1_500_000)]), "at most 1,500,000"),
     "not a notebook": (lambda cells: cells.append({}), "cannot be read"),

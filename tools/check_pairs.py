@@ -99,6 +99,9 @@ def rendering_problems(notebook: dict) -> list[str]:
         path = next(filter(None, map(MACHINE_PATH.search, _texts(cell))), None)
         if path:
             found.append(f"cell {number} names a path of one machine: {path[0]}")
+        pictures = [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+        if any(not output["metadata"].get("image/png", {}).get("alt") for output in pictures):
+            found.append(f"cell {number} shows a figure without its caption: draw and save a figure in one cell")
     return found
 
 
