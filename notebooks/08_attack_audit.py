@@ -709,7 +709,7 @@ asked = [recipes.configure(settings, eps=l2_radius, norm="l2", seed=seed, **how)
 l2_runs = np.reshape(np.array(runs.grid(asked, digits), object), (len(schedules), len(seeds)))
 l2_arms = {kind: over_seeds([on_trial(run) for run in row], l2_attacks) for kind, row in zip(schedules, l2_runs)}
 book.save(
-    dots(by_seed(l2_arms)), "08_l2", by_seed(l2_arms), source=digits.source, seeds=seeds,
+    dots(by_seed(l2_arms)), "08_euclidean", by_seed(l2_arms), source=digits.source, seeds=seeds,
     caption=f"Error without an attack and under attacks in an l2 ball of radius {l2_radius:g}, after training in it "
     f"under a constant budget and one that rises along the cosine (last: a digit counts if any of these breaks it); a "
     f"point for each of {many_seeds}, {len(x):,} test digits.",

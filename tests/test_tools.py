@@ -51,7 +51,8 @@ HEADER = """\
 
 """
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-SHOW = f'from IPython.display import display\ndisplay({{"image/png": "{PICTURE}"}}, raw=True)'
+CAPTION = {"image/png": {"alt": "what is seen"}}
+SHOW = f'from IPython.display import display\ndisplay({{"image/png": "{PICTURE}"}}, raw=True, metadata={CAPTION})'
 
 
 def source(title, *cells, parameters='profile = "quick"\nsteps = 3\nrate = 0.1'):
@@ -86,9 +87,8 @@ def stream(name, text):
 
 
 def shown(**data):
-    metadata = {"image/png": {"alt": "what is seen"}}
     return {"output_type": "display_data", "data": {k.replace("_", "/"): v for k, v in data.items()},
-            "metadata": metadata}  # fmt: skip
+            "metadata": CAPTION}  # fmt: skip
 
 
 def executed(*outputs, tags=(), count=7):
