@@ -430,22 +430,28 @@ def at_most(what, *, bound):
     def upper(k, n):
         return stats.beta.isf(LEVEL, k + 1, n - k) if k < n else 1.0
 
+    def lower(k, n):
+        return stats.beta.ppf(LEVEL, k, n - k + 1) if k else 0.0
+
+    def decides(share, n):  # at this share, but for one time in ten (MISSES)
+        if share < bound:
+            return upper(stats.binom.isf(MISSES, n, share), n) <= bound
+        return lower(stats.binom.ppf(MISSES, n, share), n) > bound
+
     def test(count, n):
         if not (float(count).is_integer() and float(n).is_integer() and 0 <= count <= n):
             raise ValueError(f"a share needs a whole count between 0 and n: got {count} of {n}")
         k, n = int(count), int(n)
         if n == 0:
             return Finding("undecided", None, "0 of 0", f"there is no case to count; {least} at least")
-        high, low = upper(k, n), stats.beta.ppf(LEVEL, k, n - k + 1) if k else 0.0
+        high, low = upper(k, n), lower(k, n)
         measured = f"{k} of {n:,}, that is {low:.3g} to {high:.3g}"
         if high <= bound:
             return Finding(f"at most {bound:g}", True, measured)
         if low > bound:
             return Finding(f"more than {bound:g}", False, measured)
-        if k / n >= bound:
-            return Finding("undecided", None, measured, f"too few cases: the share itself is {k / n:.3g}")
         grid = (math.ceil(n * 1.1**i) for i in range(1, 150))
-        wanted = next((m for m in grid if upper(stats.binom.isf(MISSES, m, k / n), m) <= bound), None)
+        wanted = next((m for m in grid if decides(k / n, m)), None)
         wanted = f"about {wanted:,}" if wanted else "far more"
         why = f"too few cases: {n}; {wanted} would decide if the share stays as it is"
         return Finding("undecided", None, measured, why)

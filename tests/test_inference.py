@@ -324,6 +324,10 @@ class TestAtMost:
         found = at_most("x", bound=0.05)(1, 60)
         wanted = int(found.why.split("about ")[1].split()[0].replace(",", ""))
         assert at_most("x", bound=0.05)(math.ceil(wanted / 60), wanted).holds is True
+        above = at_most("x", bound=0.1)(6, 50)  # the share lies above the bound, and may not
+        wanted = int(above.why.split("about ")[1].split()[0].replace(",", ""))
+        assert above.holds is None and at_most("x", bound=0.1)(round(0.12 * wanted), wanted).holds is False
+        assert "far more would decide" in at_most("x", bound=0.1)(6, 60).why  # no n does, if it is the bound itself
 
     def test_without_a_case_nothing_is_decided(self):
         found = at_most("x", bound=0.1)(0, 0)
