@@ -344,6 +344,29 @@ def _title(name):
     return first.splitlines()[0].lstrip("# ")
 
 
+def draw_attacked(pair, image, attacked, eps, title, *, wrong=False):
+    """An attacked image, and the perturbation on a scale of its own, from -eps (blue) to eps (red); of an image in
+    colour each colour by itself, and grey is none.
+
+    Args:
+        pair: two axes. image, attacked: tensors (1 or 3, H, W) in [0, 1]. title: of the first, in colour where wrong.
+    Returns:
+        The largest change of a pixel.
+    """
+    picture, change = attacked.cpu(), (attacked - image).cpu()
+    if len(picture) == 1:
+        pair[0].imshow(picture[0], cmap="gray", vmin=0, vmax=1)
+        pair[1].imshow(change[0], cmap="bwr", vmin=-(eps or 1), vmax=eps or 1)
+    else:
+        pair[0].imshow(picture.permute(1, 2, 0))
+        pair[1].imshow((change / (2 * (eps or 1)) + 0.5).permute(1, 2, 0).clamp(0, 1))
+    for ax in pair:
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+    pair[0].set_title(title, fontsize=8, color="C3" if wrong else "black")
+    return change.abs().max().item()
+
+
 def stepper(figs, labels, *, what):
     """Pictures to step through with a slider: lives on a static page and in JupyterLab, and repeats byte for byte.
 

@@ -63,7 +63,7 @@ from lib import curvature, evaluation, inference, models, recipes, runs
 from lib.attacks import pgd
 from lib.compute import device
 from lib.differentiate import differentiating
-from lib.figures import Book, eps_colours
+from lib.figures import Book, draw_attacked, eps_colours
 
 book = Book("03_early_training", globals())
 settings = book.recipe(recipe)
@@ -115,17 +115,11 @@ for column, (at, eps) in zip(axes.T, pairs):
     network = trained[at, seeds[0]].model().to(where)
     attacked = attack_of(eps, 10)(network, *few) if eps else few[0]
     given = evaluation.predict(network, attacked).argmax(1).tolist()
-    for i, (picture, clean) in enumerate(zip(attacked.cpu(), few[0].cpu())):
-        label, change = few[1][i].item(), (picture - clean)[0]
-        column[2 * i].imshow(picture[0], cmap="gray", vmin=0, vmax=1)
-        column[2 * i].set_title(f"trained at {at:g}\n{label}, called {given[i]}", fontsize=8,
-                                color="C3" if given[i] != label else "black")  # fmt: skip
-        column[2 * i + 1].imshow(change, cmap="bwr", vmin=-max(eps, 1e-9), vmax=max(eps, 1e-9))
-        column[2 * i + 1].set_title(f"$\\pm${eps:g}" if eps else "no change", fontsize=8)
-        rows.append((at, eps, label, given[i], change.abs().max().item()))
-for ax in axes.flat:
-    ax.set(xticks=[], yticks=[])
-    ax.grid(False)
+    for i, (clean, label) in enumerate(zip(few[0], few[1].tolist())):
+        pair, title = column[2 * i : 2 * i + 2], f"trained at {at:g}\n{label} called {given[i]}"
+        largest = draw_attacked(pair, clean, attacked[i], eps, title, wrong=given[i] != label)
+        pair[1].set_title(f"$\\pm${eps:g}" if eps else "no change", fontsize=8)
+        rows.append((at, eps, label, given[i], largest))
 book.save(
     fig, "03_attacked_digits", pd.DataFrame(rows, columns=["trained at", "eps", "label", "given", "largest change"]),
     source=digits.source, seeds=seeds[:1],

@@ -54,7 +54,7 @@ import pandas as pd
 from lib import cells, evaluation, inference, recipes, runs
 from lib.attacks import pgd
 from lib.compute import device
-from lib.figures import SCHEDULE_COLOURS, Book, intervals, stepper
+from lib.figures import SCHEDULE_COLOURS, Book, draw_attacked, intervals, stepper
 from lib.models import Ensemble
 
 book = Book("06_periodic_scheduling", globals())
@@ -146,15 +146,11 @@ for column, (arm, subject) in zip(axes.T, subjects.items()):
     attacked = pgd(subject.to(device()), x, y, eps=eps, step_size=plan["step_fraction"] * eps, num_steps=plan["steps"],
                    random_start=False, precision="full")  # fmt: skip
     answers = evaluation.predict(subject, attacked).argmax(1).tolist()
-    for i, (label, answer, change) in enumerate(zip(y.tolist(), answers, (attacked - x)[:, 0].cpu())):
-        column[2 * i].imshow(attacked[i, 0].cpu(), cmap="gray", vmin=0, vmax=1)
-        column[2 * i].set_title(f"{label} called {answer}", color="C3" if answer != label else "black")
-        column[2 * i + 1].imshow(change, cmap="bwr", vmin=-eps, vmax=eps)
-        lines.append({"arm": arm, "label": label, "answer": answer, "largest change": change.abs().max().item()})
+    for i, (label, answer) in enumerate(zip(y.tolist(), answers)):
+        largest = draw_attacked(column[2 * i : 2 * i + 2], x[i], attacked[i], eps, f"{label} called {answer}",
+                                wrong=answer != label)  # fmt: skip
+        lines.append({"arm": arm, "label": label, "answer": answer, "largest change": largest})
     column[-1].set_xlabel(arm)
-for ax in axes.flat:
-    ax.set(xticks=[], yticks=[])
-    ax.grid(False)
 book.save(
     fig, "06_attacked_digits", pd.DataFrame(lines), source=digits.source, seeds=seeds[:1],
     caption=f"{titled}: test digits attacked (PGD-{plan['steps']}, from the digit itself) for the networks of seed "

@@ -176,13 +176,6 @@ stand = {name: ~mask for name, mask in base.items()}  # what the reported attack
 
 
 # %%
-def draw(axis, image, eps=0.0):
-    """An image, or (with its eps) a perturbation on the scale of its own."""
-    scale = {"cmap": "RdBu_r", "vmin": -eps, "vmax": eps} if eps else {"cmap": "gray", "vmin": 0, "vmax": 1}
-    axis.imshow(image.cpu().squeeze(0), **scale)
-    axis.set(xticks=[], yticks=[])
-
-
 def label(network, image):
     """The label a network gives, and its probability."""
     p, digit = evaluation.predict(network, image[None]).softmax(1)[0].max(0)
@@ -194,13 +187,12 @@ def strip(axes, image, truth, eps, shown):
 
     shown: {what: (network, attacked image)}.
     """
-    for (what, (network, adversarial)), top, bottom in zip(shown.items(), *axes):
+    for (what, (network, adversarial)), *pair in zip(shown.items(), *axes):
         digit, p = label(network, adversarial)
-        draw(top, adversarial)
-        draw(bottom, adversarial - image, eps)
-        top.set_title(f"{what}\n{truth} called {digit}\n{p:.0%}", fontsize=8)
-        moved = (adversarial - image).abs()
-        yield {"attack": what, "label": digit, "p": p, "largest": moved.max().item(), "mean": moved.mean().item()}
+        title = f"{what}\n{truth} called {digit}\n{p:.0%}"
+        largest = figures.draw_attacked(pair, image, adversarial, eps, title, wrong=digit != truth)
+        mean = (adversarial - image).abs().mean().item()
+        yield {"attack": what, "label": digit, "p": p, "largest": largest, "mean": mean}
 
 
 # %%

@@ -60,7 +60,7 @@ from sklearn.datasets import load_sample_images
 
 from lib import cells, data, evaluation, inference, recipes, runs
 from lib.attacks import pgd
-from lib.figures import SCHEDULE_COLOURS, Book
+from lib.figures import SCHEDULE_COLOURS, Book, draw_attacked
 from lib.training import train
 
 book = Book("11_other_data", globals())
@@ -311,13 +311,11 @@ def attacked(pair, network, x, y, eps, names=()):
     """Draw an image as PGD leaves it on a network, and the perturbation; a row of what is drawn."""
     made = pgd(network, x[None], y[None], eps=eps, step_size=eps / 4, num_steps=attack_steps, random_start=False,
                precision="full")  # fmt: skip
-    given, change = evaluation.predict(network, made).argmax(1).item(), made[0] - x
+    given = evaluation.predict(network, made).argmax(1).item()
     label, answer = (names[k] if names else int(k) for k in (y, given))
-    for ax, picture in zip(pair, (made[0], (change / eps + 1) / 2)):
-        ax.imshow(picture.permute(1, 2, 0).clamp(0, 1))
-    pair[0].set_title(f"{label} called {answer}", color="C3" if given != y else "black")
-    pair[1].set_title(f"$\\pm${cells.budget(eps)}" if change.any() else "no change")
-    return {"eps": eps, "label": label, "given": answer, "largest change": change.abs().max().item()}
+    largest = draw_attacked(pair, x, made[0], eps, f"{label} called {answer}", wrong=given != y)
+    pair[1].set_title(f"$\\pm${cells.budget(eps)}" if largest else "no change", fontsize=8)
+    return {"eps": eps, "label": label, "given": answer, "largest change": largest}
 
 
 # %%

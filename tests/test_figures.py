@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 
@@ -337,3 +338,18 @@ def test_a_check_takes_numpys_truth_and_nothing_else():
     for holds in (1, "partly", None, [True]):
         with pytest.raises(ValueError, match=r"holds|passes"):
             claims.check("c", holds=holds, measured="1")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_attacked_image_is_drawn_beside_what_was_changed(channels):
+    image = torch.full((channels, 4, 4), 0.5)
+    attacked = image.clone()
+    attacked[:, 0, 0] += 0.1
+    fig, pair = plt.subplots(1, 2)
+    assert figures.draw_attacked(pair, image, attacked, 0.2, "3 called 5", wrong=True) == pytest.approx(0.1)
+    drawn = pair[1].images[0]
+    shades = drawn.norm(drawn.get_array()) if channels == 1 else drawn.get_array()
+    assert np.allclose(shades[0, 0], 0.75) and np.allclose(shades[1:], 0.5)  # no change: grey or white
+    assert pair[0].get_title() == "3 called 5" and pair[0].title.get_color() == "C3"
+    assert figures.draw_attacked(pair, image, image, 0.0, "3 called 3") == 0 and pair[0].title.get_color() == "black"
+    plt.close(fig)
