@@ -355,11 +355,11 @@ def draw_attacked(pair, image, attacked, eps, title, *, wrong=False):
     """
     picture, change = attacked.cpu(), (attacked - image).cpu()
     if len(picture) == 1:
-        pair[0].imshow(picture[0], cmap="gray", vmin=0, vmax=1)
-        pair[1].imshow(change[0], cmap="bwr", vmin=-(eps or 1), vmax=eps or 1)
+        pair[0].imshow(picture[0].numpy(), cmap="gray", vmin=0, vmax=1)
+        pair[1].imshow(change[0].numpy(), cmap="bwr", vmin=-(eps or 1), vmax=eps or 1)
     else:
-        pair[0].imshow(picture.permute(1, 2, 0))
-        pair[1].imshow((change / (2 * (eps or 1)) + 0.5).permute(1, 2, 0).clamp(0, 1))
+        pair[0].imshow(picture.permute(1, 2, 0).numpy())
+        pair[1].imshow((change / (2 * (eps or 1)) + 0.5).permute(1, 2, 0).clamp(0, 1).numpy())
     for ax in pair:
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
