@@ -2,10 +2,10 @@
 
 A cell is one run in a table: a recipe at an eps, an arm, a learning rate, a seed. An arm is the name of a schedule of
 the budget, with "periodic " before it if it begins again. A cell's masks are of three networks, in the images for
-testing and in those set aside for choosing: "end", the last one; "ensemble", the mean of those at the ends of the
-periods, which of an arm without periods are its own checkpoints at the same epochs; "best", of all that the run kept
-the one with the least robust error on the images set aside. Of "end" there may be masks of more images, too, for a
-comparison that asks for them. A cell stands in
+testing and in those set aside for choosing: "end", the last one; "ensemble", where the recipe has periods, the mean of
+those at their ends, which of an arm without periods are its own checkpoints at the same epochs; "best", where images
+are set aside, of all that the run kept the one with the least robust error on these. Of "end" there may be masks of
+more images, too, for a comparison that asks for them. A cell stands in
 figures/<profile>/cells/<recipe>-eps<eps>/<arm>-lr<rate>-seed<seed>.json.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import cluster, compute, inference, recipes, runs, training
+from . import audit, cluster, compute, inference, recipes, runs, training
 from .attacks import autoattack, pgd
 from .evaluation import wrong
 from .files import as_json, checksum, read_if_whole, read_json, write_json
@@ -60,13 +60,14 @@ def configure(settings, arm, **changes):
     return recipes.configure(settings, schedule=schedule, restarts=settings["periods"] if again else (), **changes)
 
 
-def attacks(eps, seed, *, steps, step_fraction, strong_steps, queries):
+def attacks(eps, seed, *, norm="linf", steps, step_fraction, strong_steps, queries):
     """PGD from a point of the ball, and the stronger ones: {name: a function (model, x, y) -> x_adv}."""
-    common = {"eps": eps, "num_steps": strong_steps, "num_restarts": 1, "num_queries": queries, "seed": seed}
-    first = partial(pgd, eps=eps, step_size=step_fraction * eps, num_steps=steps, random_start="ball",
+    ball, spent = {"eps": eps, "norm": norm}, {"num_steps": strong_steps, "num_restarts": 1, "num_queries": queries}
+    first = partial(pgd, **ball, step_size=step_fraction * eps, num_steps=steps, random_start="ball",
                     stop_early=True, generator=torch.Generator(compute.device()).manual_seed(seed))  # fmt: skip
     apgd = f"APGD-{strong_steps}"
     names = {f"{apgd} CE": "apgd-ce", f"{apgd} DLR": "apgd-dlr", f"Square-{queries}": "square"}
+    common = ball | spent | {"seed": seed}
     return {f"PGD-{steps}": first} | {k: partial(autoattack, attacks=(v,), **common) for k, v in names.items()}
 
 
@@ -134,14 +135,14 @@ def _asked(recipe, arm, config, data, settings, more=None):
 
 def _measure(run, data, aside, periods, *, pgd_images, strong_images, **plan):
     config, began, entries = run.config, compute.clock(), []
-    (name, first), *others = attacks(config.eps, config.seed, **plan).items()
+    (name, first), *others = attacks(config.eps, config.seed, norm=config.norm, **plan).items()
 
     def look(network, epochs, part, images, chosen):
         entries.extend(_look(run, network, epochs, part, images, chosen))
         return entries[-1]
 
     ends, step = [*periods, config.epochs], config.keep_every or config.epochs
-    networks = {"end": ends[-1:], "ensemble": ends}
+    networks = {"end": ends[-1:]} | ({"ensemble": ends} if periods else {})
     if aside:
         kept = sorted({*range(step, config.epochs, step), *config.restarts, config.epochs})
         robust = {e: look(f"epoch {e}", [e], "aside", (aside.x_test, aside.y_test), {name: first}) for e in kept}
@@ -155,9 +156,10 @@ def _measure(run, data, aside, periods, *, pgd_images, strong_images, **plan):
 
 def _measure_more(run, more, *, pgd_images, strong_images, **plan):
     """Random points are drawn anew from the seed, so that a test image has other ones than in `_measure`."""
-    began, ((name, first), *others) = compute.clock(), attacks(run.config.eps, run.config.seed, **plan).items()
+    began, config = compute.clock(), run.config
+    (name, first), *others = attacks(config.eps, config.seed, norm=config.norm, **plan).items()
     n = max(1, len(more.y_test) * strong_images // pgd_images)
-    end = run, "end", [run.config.epochs]
+    end = run, "end", [config.epochs]
     entries = _look(*end, "more", (more.x_test, more.y_test), {name: first})
     entries += _look(*end, "more strong", (more.x_test[:n], more.y_test[:n]), dict(others))
     return {"masks": entries, "made": compute.made(compute.clock() - began)}
@@ -314,6 +316,18 @@ def masks(rows, arm, lr, network="end", part="test", kind="PGD"):
     if chosen["seed"].duplicated().any():
         raise ValueError(f"two masks of one seed: the cells are of more than one row ({', '.join(set(chosen['row']))})")
     return dict(zip(chosen["seed"].tolist(), chosen["wrong"], strict=True))
+
+
+def by_attack(cell, part="test", strong="strong"):
+    """{attack: mask} of one network, on all images of it; and on those that all have seen, the worst case beside it.
+
+    cell: the lines of one network of a cell, or of its `part` and `strong`.
+    """
+    by = {kind: of_kind["wrong"].iloc[0] for kind, of_kind in cell[cell["part"] == part].groupby("kind")}
+    others = cell[(cell["part"] == strong) & (cell["attack"] != "clean")]
+    by |= dict(zip(others["kind"], others["wrong"], strict=True))
+    first = {kind: mask[: min(map(len, by.values()))] for kind, mask in by.items()}
+    return by, first | {"worst": audit.worst_case(first)}
 
 
 def pair(first, second):

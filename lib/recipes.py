@@ -21,12 +21,15 @@ CIFAR10 = dict(
     augment=True, eval_every=8, eval_images=500, keep_every=4, periods=[16, 24],
     plan=dict(steps=10, step_fraction=0.25, pgd_images=5000, strong_steps=30, queries=300, strong_images=500),
 )  # fmt: skip
+MNIST5K = dict(
+    dataset="mnist5k", images=[None, None], set_aside=0, model="lenet", width=4, step_fraction=0.5, num_steps=3,
+    stops={"linear": 2.0, "cosine": 1.5}, epochs=5, batch_size=64, optimizer="adam", lr=3e-3, lr_drops=[0.8],
+    eval_every=5, eval_images=500, keep_every=0, periods=[],
+    plan=dict(steps=20, step_fraction=0.4, pgd_images=1000, strong_steps=20, queries=200, strong_images=500),
+)  # fmt: skip
 RECIPES = {
-    "lenet on mnist5k": dict(
-        dataset="mnist5k", images=[None, None], set_aside=0, model="lenet", width=4, step_fraction=0.5, num_steps=3,
-        stops={"linear": 2.0, "cosine": 1.5}, epochs=5, batch_size=64, optimizer="adam", lr=3e-3, lr_drops=[0.8],
-        eval_every=5, eval_images=500, keep_every=0,
-    ),
+    "lenet on mnist5k": MNIST5K,
+    "lenet on mnist5k in l2": MNIST5K | {"norm": "l2"},
     "lenet on few digits": dict(
         dataset="mnist5k", images=[None, None], set_aside=500, model="lenet", width=4, step_fraction=0.5, num_steps=3,
         stops={"linear": 2.0, "cosine": 1.5, "cosine_misread": 1.5}, epochs=4, batch_size=64, optimizer="adam", lr=1e-2,

@@ -267,6 +267,31 @@ def test_a_cell_holds_what_its_networks_do(folder, tmp_path, monkeypatch):
     assert [dry_run.stands(folder, *args[:3], which, n) for n in (None, 1050, 1049)] == [True, True, False]
 
 
+@pytest.mark.parametrize("norm, largest", [("linf", 0.3), ("l2", 3.0)])
+def test_all_attacks_of_a_cell_are_in_the_norm_of_its_training(digits, norm, largest):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    x = digits.x_test[:8]
+    y = net(x).argmax(1)  # so that none is broken as it is
+    plan = {"steps": 5, "step_fraction": 0.5, "strong_steps": 5, "queries": 50}
+    order = {"linf": torch.inf, "l2": 2}[norm]
+    for name, attack in cells.attacks(largest, 0, norm=norm, **plan).items():
+        moved = (attack(net, x, y) - x).flatten(1)
+        assert (moved.norm(dim=1, p=order) <= largest + 1e-5).all(), name
+
+
+def test_a_recipe_without_periods_or_images_set_aside_has_a_last_network_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    settings = recipes.get("lenet on mnist5k in l2") | {"width": 1, "images": [64, 12], "epochs": 1, "num_steps": 1,
+                                                        "eval_images": 12, "eval_every": 1, "plan": PLAN}  # fmt: skip
+    data, aside = recipes.load(settings)
+    made = cells.make("lenet on mnist5k in l2", settings, "cosine", data, aside, eps=3.0, lr=3e-3, seed=0)
+    assert made["config"]["norm"] == "l2" and {e["network"] for e in made["masks"]} == {"end"}
+    by, first = cells.by_attack(table([made]))
+    assert first.keys() == {"clean", "PGD", "APGD CE", "APGD DLR", "Square", "worst"} and len(by["PGD"]) == 8
+    assert all((first["worst"] >= mask).all() and len(mask) == 4 for mask in first.values())
+
+
 def test_of_more_images_is_judged_where_as_many_seeds_have_them():
     def rows(*seeds):
         of = [cell(arm, s, wrong_images=(s,)) for arm in ("cosine", "constant") for s in (0, 1)]

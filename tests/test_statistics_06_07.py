@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from notebook_functions import NOTEBOOKS, function
 
-from lib import audit, cells, inference
+from lib import cells, inference
 
 BOTH = ("constant", "cosine")
 BEST = inference.difference("robust error", margin=0.01)
@@ -83,11 +83,10 @@ def cell(wrong, part="test", strong="strong"):
 
 @pytest.mark.parametrize("part", [("test", "strong"), ("more", "more strong")])
 def test_the_worst_case_is_over_all_attacks_on_the_images_that_all_have_seen(part):
-    by_attack = function("07", "by_attack", audit=audit)
-    by, first = by_attack(cell({"clean": [0], "PGD": [0, 5], "Square": [0, 2], "APGD CE": [0, 1]}, *part), *part)
+    by, first = cells.by_attack(cell({"clean": [0], "PGD": [0, 5], "Square": [0, 2], "APGD CE": [0, 1]}, *part), *part)
     assert np.flatnonzero(by["PGD"]).tolist() == [0, 5] and {len(mask) for mask in first.values()} == {4}
     assert np.flatnonzero(first["worst"]).tolist() == [0, 1, 2] and np.flatnonzero(first["PGD"]).tolist() == [0]
-    _, first = by_attack(cell({"clean": [0], "PGD": [0], "Square": [0]}, *part), *part)
+    _, first = cells.by_attack(cell({"clean": [0], "PGD": [0], "Square": [0]}, *part), *part)
     assert np.flatnonzero(first["worst"]).tolist() == [0]  # nothing beyond
 
 

@@ -3,10 +3,11 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from notebook_functions import function
 
-from lib import audit, inference
+from lib import audit, cells, inference
 
 MORE = inference.at_most("of the digits left", bound=0.1)
 LOWER = inference.difference("robust error", margin=0.02)
@@ -66,6 +67,22 @@ def test_the_order_of_budgets_depends_on_the_attack(gaps, outcomes, answer):
 def test_what_is_open_about_the_order_stays_open(outcomes, answer):
     findings = {i: inference.Finding(outcome, None, "") for i, outcome in enumerate(outcomes)}
     assert function("08", "depends")(findings) == answer
+
+
+def test_budgets_are_compared_on_common_seeds_and_images_and_in_the_worst_case():
+    kinds = ("clean", "PGD", "APGD CE", "APGD DLR", "Square")
+    row = pd.DataFrame([
+        {"arm": arm, "seed": seed, "network": network, "part": "test" if kind in ("clean", "PGD") else "strong",
+         "kind": kind, "attack": kind, "wrong": np.arange(6 if kind in ("clean", "PGD") else 4) == i}
+        for arm, seeds in (("constant", (0, 1, 2)), ("cosine", (1, 2, 3)), ("linear", (1,))) for seed in seeds
+        for network in ("end", "ensemble") for i, kind in enumerate(kinds)
+        if network == "end" or kind in ("clean", "PGD")
+    ])  # fmt: skip
+    arms, seeds = function("08", "over_seeds", cells=cells, np=np)(row)
+    assert seeds == [1, 2] and list(arms) == ["constant", "cosine"]
+    for of in arms.values():
+        assert list(of) == [*kinds, "worst"] and all(masks.shape == (2, 4) for masks in of.values())
+        assert of["worst"].all() and of["PGD"].sum() == 2 and not of["Square"].any()  # Square's is the fifth image
 
 
 @pytest.mark.parametrize("one_step, pgd, overfit", [(0.3, 0.95, True), (0.6, 0.95, False), (0.3, 0.8, False)])
