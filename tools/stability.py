@@ -73,9 +73,9 @@ def verdicts(folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
 
 
 def judging_cells(layout: Layout) -> list[str]:
-    """The notebooks that judge committed cells, which no variant makes again."""
+    """The notebooks whose claims are of committed cells, which no variant makes again."""
     return [name for name in layout.names()
-            if "cells.read(" in (layout.notebooks / f"{name}.py").read_text(encoding="utf-8")]  # fmt: skip
+            if "cells.compare" in (layout.notebooks / f"{name}.py").read_text(encoding="utf-8")]  # fmt: skip
 
 
 def sections(page: Path) -> dict[str, str]:
