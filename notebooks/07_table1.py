@@ -321,26 +321,27 @@ differences = pd.DataFrame(
     for lr in sorted(of[row]["lr"].unique())
     for line in cells.differences(of[row], rules, dict.fromkeys(of[row]["arm"], lr))
 )
+usual_of = {names[row]: usual[name] for name, row in judged.items()}
+at_usual = differences[differences["lr"] == differences["row"].map(usual_of)]  # the recipe's rate of each row
 differences.round(4)
 
 # %%
 shown_sources = "; ".join(dict.fromkeys(of[row]["source"].iloc[0] for row in shown.values()))
 shown_count = extent(shown_table, "n")
-heights = differences.groupby("row", sort=False).size()
+heights = at_usual.groupby("row", sort=False).size()
 fig, axes = plt.subplots(len(heights), figsize=(7, 0.7 * len(heights) + 0.24 * heights.sum() + 0.3),
                          squeeze=False, height_ratios=heights + 0.6)  # fmt: skip
-for ax, (row, part) in zip(axes[:, 0], differences.groupby("row", sort=False)):
-    labels = [
-        f"{line.difference}, rate {line.lr:g}{'*' * bool(line.places)} (n = {line.seeds})" for line in part.itertuples()
-    ]
+for ax, (row, part) in zip(axes[:, 0], at_usual.groupby("row", sort=False)):
+    labels = [f"{line.difference}{'*' * bool(line.places)} (n = {line.seeds})" for line in part.itertuples()]
     ends = part["mean"].abs() + part["half"].astype(float).fillna(0)
     intervals(ax, part, labels, margin=margin, reach=min(100, 2 + 100 * ends.max()))  # a scale of its own
-    ax.set_title(row)
+    ax.set_title(f"{row}, learning rate {usual_of[row]:g}", loc="right")
 axes[-1, 0].set_xlabel("difference in robust error (PGD), percentage points", loc="right")
 book.save(
     fig, "07_differences", differences, source=shown_sources, seeds=sorted(shown_table["seed"].unique().tolist()),
-    caption="Differences in robust error under PGD, first minus second (negative: the first is better), at equal "
-    "learning rates (the numbers), with 99 % intervals over seeds and images. Filled: decided. Without a bar: fewer "
+    caption="Differences in robust error under PGD, first minus second (negative: the first is better), at the "
+    "recipe's learning rate (the numbers hold the other rates, too), with 99 % intervals over seeds and images. "
+    "Filled: decided. Without a bar: fewer "
     f"than {cells.FEWEST} seeds, or undecided and more than {100 * cells.WIDE:g} points to each side. Grey band: the "
     f"margin of {100 * margin:g} point. Star: for some seed the two were made on unlike machines or in unlike number "
     f"formats. {shown_count} (more, where the numbers say so).",
@@ -432,7 +433,7 @@ def said_of(line):
 
 
 for name, row in claimed.items():
-    here = differences[(differences["row"] == names[row]) & (differences["lr"] == usual[name])]
+    here = at_usual[at_usual["row"] == names[row]]
     asked = here[here["difference"].str.contains("checkpoints|best|its last|^periodic constant|^periodic linear")]
     if not asked["difference"].str.contains("periodic").any():
         continue
@@ -511,10 +512,8 @@ for name, arms in chosen.items():
 # run has seen (`more` in the parameters; notebook 6).
 
 # %%
-between = differences[differences["difference"].isin(["cosine - constant", "periodic ensemble - single run"])
-                      & differences["least"].notna()]  # fmt: skip
-between = between[[line.lr == usual[cells.title(of[row])] for line in between.itertuples()
-                   for row in of if names[row] == line.row]]  # fmt: skip
+between = at_usual[at_usual["difference"].isin(["cosine - constant", "periodic ensemble - single run"])
+                   & at_usual["least"].notna()]  # fmt: skip
 least = between["least"].clip(upper=1)  # no two shares differ by more
 seen = [f"{line.row}: {100 * size:.1f} points ({line.difference}) with {line.seeds} seeds and {line.images:,} images"
         for line, size in zip(between.itertuples(), least)]  # fmt: skip

@@ -234,9 +234,9 @@ for i, pair in zip(picked, axes.reshape(len(picked), 2, -1)):
 book.save(
     fig, "08_attacked_digits", pd.DataFrame(rows), source=digits.source, seeds=[first],
     caption=f"Two test digits, a {truth[picked[0]]} and a {truth[picked[-1]]}, attacked at eps {shown_eps:g} on the "
-    f"network {shown}; above each what it is called, and with which probability. Below, the perturbation: red +eps, "
-    "blue -eps. Square and SimBA stop as soon as the label changes; APGD and Square give the digit back, with an "
-    "empty panel below, where they fail.",
+    f"network {shown}; above each what it is called (orange: wrong), and with which probability. Below, the "
+    "perturbation: red +eps, blue -eps. Square and SimBA stop as soon as the label changes; APGD and Square give the "
+    "digit back, with an empty panel below, where they fail.",
 )  # fmt: skip
 
 # %% [markdown]
@@ -259,8 +259,8 @@ for mask, pair in zip((broken_on == len(after), some), np.split(axes, 2, axis=1)
 book.save(
     fig, "08_schedules", pd.DataFrame(rows).rename(columns={"attack": "network"}), source=digits.source, seeds=[first],
     caption=f"Two test digits, attacked on {', '.join(after)} by PGD-{reported['num_steps']} at eps {least:g}: the "
-    "first that it has broken on each, and on some; above each what the network calls it (the digit itself: "
-    f"{after[0]}), and with which probability. Below, the perturbation: red +eps, blue -eps.",
+    "first that it has broken on each, and on some; above each what the network calls it (orange: wrong; the digit "
+    f"itself: {after[0]}), and with which probability. Below, the perturbation: red +eps, blue -eps.",
 )  # fmt: skip
 
 # %% [markdown]
@@ -282,8 +282,8 @@ for (title, attacked), pair in zip(pairs.items(), axes.reshape(len(pairs), 2, -1
 book.save(
     fig, "08_step_by_step", pd.DataFrame(rows), source=digits.source, seeds=[first],
     caption=f"PGD at eps {shown_eps:g} from one random start in the ball, after so many steps, on two networks; "
-    "above each picture what the digit is called, and with which probability. Below, the perturbation: red +eps, blue "
-    "-eps.",
+    "above each picture what the digit is called (orange: wrong), and with which probability. Below, the perturbation: "
+    "red +eps, blue -eps.",
 )  # fmt: skip
 
 # %%
