@@ -85,6 +85,15 @@ def test_budgets_are_compared_on_common_seeds_and_images_and_in_the_worst_case()
         assert of["worst"].all() and of["PGD"].sum() == 2 and not of["Square"].any()  # Square's is the fifth image
 
 
+def test_cells_are_found_by_recipe_and_eps_and_else_it_says_what_there_is():
+    committed = pd.DataFrame([("a", 0.1 + 0.2, "x", 0), ("a", 0.3, "y", 0), ("a", 0.3, "y", 1), ("b", 3.0, "z", 0)],
+                             columns=["recipe", "eps", "row", "seed"])  # fmt: skip
+    row_of = function("08", "row_of", committed=committed, np=np)
+    assert set(row_of("a", 0.3)["row"]) == {"y"} and len(row_of("b", 3)) == 1  # the row with the most seeds
+    with pytest.raises(ValueError, match=r"no cells of b at eps 0.3: there are a at 0.3; .*b at 3"):
+        row_of("b", 0.3)
+
+
 @pytest.mark.parametrize("one_step, pgd, overfit", [(0.3, 0.95, True), (0.6, 0.95, False), (0.3, 0.8, False)])
 def test_overfitting_is_one_step_that_breaks_at_most_half_of_what_pgd_does(one_step, pgd, overfit):
     assert function("08", "overfits")(errors(one_step)[0], errors(pgd)[0]) is overfit
