@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from . import audit, cluster, compute, inference, recipes, runs, training
-from .attacks import autoattack, pgd
+from .attacks import autoattack, fgsm, pgd
 from .evaluation import wrong
 from .files import as_json, checksum, read_if_whole, read_json, write_json
 from .models import Ensemble
@@ -60,15 +60,16 @@ def configure(settings, arm, **changes):
     return recipes.configure(settings, schedule=schedule, restarts=settings["periods"] if again else (), **changes)
 
 
-def attacks(eps, seed, *, norm="linf", steps, step_fraction, strong_steps, queries):
-    """PGD from a point of the ball, and the stronger ones: {name: a function (model, x, y) -> x_adv}."""
+def attacks(eps, seed, *, norm="linf", steps, step_fraction, strong_steps, queries, one_step=False):
+    """PGD from a point of the ball, and the stronger ones, FGSM if asked: {name: a function (model, x, y) -> x_adv}."""
     ball, spent = {"eps": eps, "norm": norm}, {"num_steps": strong_steps, "num_restarts": 1, "num_queries": queries}
     first = partial(pgd, **ball, step_size=step_fraction * eps, num_steps=steps, random_start="ball",
                     stop_early=True, generator=torch.Generator(compute.device()).manual_seed(seed))  # fmt: skip
     apgd = f"APGD-{strong_steps}"
     names = {f"{apgd} CE": "apgd-ce", f"{apgd} DLR": "apgd-dlr", f"Square-{queries}": "square"}
     common = ball | spent | {"seed": seed}
-    return {f"PGD-{steps}": first} | {k: partial(autoattack, attacks=(v,), **common) for k, v in names.items()}
+    strong = {k: partial(autoattack, attacks=(v,), **common) for k, v in names.items()}
+    return {f"PGD-{steps}": first} | strong | ({"FGSM": partial(fgsm, **ball)} if one_step else {})
 
 
 def mistakes(model, x, y, attacks):

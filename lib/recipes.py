@@ -30,6 +30,11 @@ MNIST5K = dict(
 RECIPES = {
     "lenet on mnist5k": MNIST5K,
     "lenet on mnist5k in l2": MNIST5K | {"norm": "l2"},
+    # Madry et al. (2018), with fewer steps, and Wong et al. (2020):
+    "lenet by the challenge loop on mnist5k": MNIST5K | dict(start="ball", num_steps=5, step_fraction=0.25),
+    "lenet by fast training on mnist5k": MNIST5K | dict(
+        start="ball", num_steps=1, step_fraction=1.25, plan=MNIST5K["plan"] | {"one_step": True}
+    ),
     "lenet on few digits": dict(
         dataset="mnist5k", images=[None, None], set_aside=500, model="lenet", width=4, step_fraction=0.5, num_steps=3,
         stops={"linear": 2.0, "cosine": 1.5, "cosine_misread": 1.5}, epochs=4, batch_size=64, optimizer="adam", lr=1e-2,
