@@ -78,7 +78,10 @@ def test_budgets_are_compared_on_common_seeds_and_images_and_in_the_worst_case()
         for network in ("end", "ensemble") for i, kind in enumerate(kinds)
         if network == "end" or kind in ("clean", "PGD")
     ])  # fmt: skip
-    arms, seeds = function("08", "over_seeds", cells=cells, np=np)(row)
+    masks_of = function("08", "masks_of", cells=cells)
+    of = {arm: masks_of(row, arm) for arm in ("constant", "cosine")}
+    assert list(of["constant"]) == [0, 1, 2] and list(of["cosine"]) == [1, 2, 3]
+    arms, seeds = function("08", "over_seeds", np=np)(of)
     assert seeds == [1, 2] and list(arms) == ["constant", "cosine"]
     for of in arms.values():
         assert list(of) == [*kinds, "worst"] and all(masks.shape == (2, 4) for masks in of.values())
@@ -97,6 +100,13 @@ def test_cells_are_found_by_recipe_and_eps_and_else_it_says_what_there_is():
 @pytest.mark.parametrize("one_step, pgd, overfit", [(0.3, 0.95, True), (0.6, 0.95, False), (0.3, 0.8, False)])
 def test_overfitting_is_one_step_that_breaks_at_most_half_of_what_pgd_does(one_step, pgd, overfit):
     assert function("08", "overfits")(errors(one_step)[0], errors(pgd)[0]) is overfit
+
+
+@pytest.mark.parametrize("weak, why", [(0, ""), (1, ""), (2, "2 of 4 networks of it hardly classify"), (4, "4 of 4")])
+def test_a_recipe_of_which_more_than_a_quarter_hardly_classify_is_no_rival(weak, why):
+    no_rival = function("08", "no_rival", inference=inference, hardly=function("08", "hardly"))
+    said = no_rival("it", np.array([first(300 if i < weak else 20) for i in range(4)]))
+    assert said.startswith(why) and bool(said) == bool(why)
 
 
 def test_a_network_that_errs_on_more_than_half_hardly_classifies():
