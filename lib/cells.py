@@ -322,8 +322,10 @@ def masks(rows, arm, lr, network="end", part="test", kind="PGD"):
 def by_attack(cell, part="test", strong="strong"):
     """{attack: mask} of one network, on all images of it; and on those that all have seen, the worst case beside it.
 
-    cell: the lines of one network of a cell, or of its `part` and `strong`.
+    cell: the lines of one network of a cell, or of its `part` and `strong`. Raises ValueError for those of several.
     """
+    if cell[["part", "kind"]].duplicated().any():
+        raise ValueError("two masks of one attack: the lines are of more than one network")
     by = {kind: of_kind["wrong"].iloc[0] for kind, of_kind in cell[cell["part"] == part].groupby("kind")}
     others = cell[(cell["part"] == strong) & (cell["attack"] != "clean")]
     by |= dict(zip(others["kind"], others["wrong"], strict=True))

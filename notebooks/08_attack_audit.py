@@ -565,8 +565,10 @@ committed, _ = cells.read()
 
 
 def row_of(recipe, eps):
-    """The cells of a recipe at an eps; where several profiles have them, those with the most seeds."""
+    """The cells of a recipe at an eps and its own learning rate; where several profiles have them, those with the most
+    seeds."""
     of = committed[(committed["recipe"] == recipe) & np.isclose(committed["eps"], eps)]
+    of = of[of["lr"] == recipes.get(recipe)["lr"]]
     if of.empty:
         there = committed[["recipe", "eps"]].drop_duplicates().itertuples(index=False)
         raise ValueError(

@@ -88,6 +88,9 @@ def test_the_worst_case_is_over_all_attacks_on_the_images_that_all_have_seen(par
     assert np.flatnonzero(first["worst"]).tolist() == [0, 1, 2] and np.flatnonzero(first["PGD"]).tolist() == [0]
     _, first = cells.by_attack(cell({"clean": [0], "PGD": [0], "Square": [0]}, *part), *part)
     assert np.flatnonzero(first["worst"]).tolist() == [0]  # nothing beyond
+    two = pd.concat([cell({"PGD": [0]}, *part), cell({"PGD": [1]}, *part)])
+    with pytest.raises(ValueError, match="two masks of one attack: the lines are of more than one network"):
+        cells.by_attack(two, *part)
 
 
 def test_masks_of_more_images_are_taken_where_as_many_seeds_of_both_arms_have_them():

@@ -89,9 +89,12 @@ def test_budgets_are_compared_on_common_seeds_and_images_and_in_the_worst_case()
 
 
 def test_cells_are_found_by_recipe_and_eps_and_else_it_says_what_there_is():
-    committed = pd.DataFrame([("a", 0.1 + 0.2, "x", 0), ("a", 0.3, "y", 0), ("a", 0.3, "y", 1), ("b", 3.0, "z", 0)],
-                             columns=["recipe", "eps", "row", "seed"])  # fmt: skip
-    row_of = function("08", "row_of", committed=committed, np=np)
+    committed = pd.DataFrame([("a", 0.1 + 0.2, "x", 0, 0.1), ("a", 0.3, "y", 0, 0.1), ("a", 0.3, "y", 1, 0.1),
+                              ("a", 0.3, "y", 1, 0.5), ("b", 3.0, "z", 0, 0.1)],
+                             columns=["recipe", "eps", "row", "seed", "lr"])  # fmt: skip
+    asked = SimpleNamespace(get=lambda _recipe: {"lr": 0.1})
+    row_of = function("08", "row_of", committed=committed, np=np, recipes=asked)
+    assert set(row_of("a", 0.3)["lr"]) == {0.1}  # the recipe's own
     assert set(row_of("a", 0.3)["row"]) == {"y"} and len(row_of("b", 3)) == 1  # the row with the most seeds
     with pytest.raises(ValueError, match=r"no cells of b at eps 0.3: there are a at 0.3; .*b at 3"):
         row_of("b", 0.3)
