@@ -277,7 +277,8 @@ class TestDifference:
         assert difference("x", margin=1.0, expect="larger", over="seeds")(d, 0 * d).holds is False
         assert difference("x", margin=1.0, expect="no difference", over="seeds")(d, 0 * d).holds is True
         open_ = difference("x", margin=0.5, expect="no difference", over="seeds")(d, 0 * d)
-        assert (open_.outcome, open_.holds, open_.why) == ("smaller", None, "whether beyond 0.5 is open")
+        assert (open_.outcome, open_.holds) == ("smaller", None)
+        assert re.fullmatch(r"whether beyond 0.5 is open: half-width .* seeds; .* seeds would decide", open_.why)
         assert difference("x", margin=0.3, expect="no difference", over="seeds")(d, 0 * d).holds is False
 
     def test_no_image_that_differs_is_no_proof_of_equality_on_few(self):
@@ -403,8 +404,51 @@ PILOTS = {
     ),
     "seeds": (lambda d: difference("x", margin=0.01)(d, 0 * d), lambda rng: rng.normal(-0.5, 0.8, 8)),
     "margin": (lambda d: difference("x", margin=0.6)(d, 0 * d), lambda rng: rng.normal(0, 0.8, 8)),
+    "none": (
+        lambda d: difference("x", margin=0.5, expect="no difference")(d, 0 * d),
+        lambda rng: rng.normal(0.1, 0.6, 6),
+    ),
+    "none, beyond": (
+        lambda d: difference("x", margin=0.5, expect="no difference")(d, 0 * d),
+        lambda rng: rng.normal(-0.9, 0.9, 8),
+    ),
     "share": (lambda d: at_most("x", bound=0.2)(d.sum(), len(d)), lambda rng: np.arange(40) < 4 + rng.integers(3)),
 }
+
+
+@pytest.mark.parametrize(
+    "pair", [(0.3, 0.1 + 0.2), (np.mean([0.7] * 3), np.mean([0.7] * 6)), (1e-9 / 3, 1e-9 * (1 / 3))]
+)
+def test_what_is_equal_up_to_rounding_has_no_order(pair):
+    for values in ([pair] * 9, [[*pair, pair[0]]] * 9):
+        assert trend("x", expect="rises")(values).holds is None
+        assert trend("x", expect="falls")(values).holds is None
+
+
+@pytest.mark.parametrize("unit", [1e-13, 1e-6, 1.0, 1e9])
+def test_the_unit_changes_no_verdict(unit):
+    a = np.array([1, 1.1, 0.9, 1.05, 0.95] * 2) * unit
+    for expect in ("smaller", "larger", "no difference"):
+        for b in (a, 1.02 * a + 0.001 * unit * np.arange(10), 3 * a):
+            plain = difference("x", margin=0.1, expect=expect, over="seeds")(a / unit, b / unit)
+            found = difference("x", margin=0.1 * unit, expect=expect, over="seeds")(a, b)
+            words = [re.sub("[0-9.e+-]+$", "", f.outcome) for f in (found, plain)]
+            assert found.holds == plain.holds and words[0] == words[1]
+
+
+def test_only_shares_differ_by_one_at_most():
+    rng = np.random.default_rng(0)
+    losses = difference("loss", margin=0.1)(rng.normal(6, 1, (4, 50)), rng.normal(3, 1, (4, 50)))
+    low, high = map(float, re.search(r"\[(.*), (.*)\]", losses.measured).groups())
+    assert low < 3 < high
+    few = difference("error", margin=0.1)(rng.random((3, 12)) < 0.9, rng.random((3, 12)) < 0.1)
+    assert few.measured.split("[")[1].split("]")[0].endswith("+1")
+
+
+@pytest.mark.parametrize("margin", [-1, float("nan"), float("inf")])
+def test_a_margin_of_a_trend(margin):
+    with pytest.raises(ValueError, match="the margin must be finite and not negative"):
+        trend("x", expect="rises", margin=margin)
 
 
 @pytest.mark.parametrize("kind", PILOTS)
