@@ -56,7 +56,7 @@ def epochs(state, captured, turns=TURNS, deterministic=True):
     if not captured:
         state.captured = None
     seconds = []
-    with compute.exact_convolutions():
+    with compute.exact_products():
         torch.backends.cudnn.deterministic = deterministic  # the context puts it back
         state.train_epoch()
         for _ in range(turns):

@@ -29,7 +29,7 @@ from .checks import (
     check_labels,
     check_logits,
 )
-from .compute import exact_convolutions, fast_dtype
+from .compute import exact_products, fast_dtype
 from .differentiate import as_module, differentiating, gradient, own, unchanged
 from .fast import as_function
 from .models import any_layout
@@ -81,7 +81,9 @@ def pgd(
             among those the one of largest loss.
         random_start: True or "step" begins at a uniform point of the ball of radius min(step_size, eps) (the paper's
             start), "ball" at one of the whole ball, False at x itself.
-        loss: "ce" (cross entropy) or "margin" (largest other logit minus the true one).
+        loss: "ce" (cross entropy) or "margin" (largest other logit minus the true one). Where the label's probability
+            is near 1 the gradient of the cross entropy is lost to rounding; steps follow one of the same direction that
+            is not (`ASCENDED`).
         generator: torch.Generator on x's device for the starts; without one, the global generator.
         precision: "auto" runs this library's own layers in bfloat16 where this machine gains by it (perturbation and
             loss stay in x's type); "full" never does.
@@ -116,7 +118,7 @@ def pgd(
         def ascend(x_adv, y, limits):
             out, i = x_adv.clone(), torch.arange(len(y), device=y.device)  # i: the images that are being moved
             for _ in range(num_steps):
-                g, wrong = input_gradient(logits_of, x_adv, y, LOSSES[loss])
+                g, wrong = input_gradient(logits_of, x_adv, y, ASCENDED[loss])
                 if stop_early and wrong.any():
                     wrong[wrong.clone()] = judge(x_adv[wrong], y[wrong])[1]
                     out[i[wrong]] = x_adv[wrong]
@@ -217,7 +219,7 @@ def autoattack(
     unknown = [a for a in attacks if a not in LEAST_CLASSES]
     if unknown or not attacks:
         raise ValueError(f"unknown attack {unknown}: choose some of {', '.join(LEAST_CLASSES)}")
-    where, limits, x_adv = [x.device] if x.is_cuda else [], _limits(x, eps, norm), x.clone()
+    limits, x_adv, where = _limits(x, eps, norm), x.clone(), range(torch.cuda.device_count())  # all are seeded
     with (
         frozen(model, x, "full") as logits_of, torch.random.fork_rng(devices=where), torch.no_grad(),
         warnings.catch_warnings(action="ignore"), x.device, ExitStack() as afterwards,
@@ -335,7 +337,8 @@ def _into(x_adv, limits, eps, norm):
 
 def _unit(g):
     """g of length 1, image by image, or 0. Scaled by its largest entry first: squares of small gradients underflow."""
-    g = g / g.abs().amax(tuple(range(1, g.dim())), keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
+    largest = g.abs().amax(tuple(range(1, g.dim())), keepdim=True)
+    g = g / largest.where(largest > 0, 1)
     return g / _l2(g).clamp_min(1)
 
 
@@ -354,12 +357,27 @@ def _stronger(old, new):
     return tuple(torch.where(better.view(-1, *[1] * (n.dim() - 1)), n, o) for o, n in zip(old, new, strict=True))
 
 
+def _cross_entropy(logits, y):
+    return F.cross_entropy(logits, y, reduction="none")
+
+
 def _margin(logits, y):
-    true = logits.gather(1, y[:, None]).squeeze(1)
-    return logits.scatter(1, y[:, None], float("-inf")).amax(1) - true
+    return _others(logits, y).amax(1) - logits.gather(1, y[:, None]).squeeze(1)
 
 
-LOSSES = {"ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"), "margin": _margin}
+def _log_odds(logits, y):
+    """log((1 - p) / p) of the label's probability p, which grows with the cross entropy, log(1 + (1 - p) / p)."""
+    return _others(logits, y).logsumexp(1) - logits.gather(1, y[:, None]).squeeze(1)
+
+
+def _others(logits, y):
+    return logits.scatter(1, y[:, None], float("-inf"))
+
+
+LOSSES = {"ce": _cross_entropy, "margin": _margin}
+# What steps ascend: functions whose gradients have the direction of the loss's, in floating point, too. In float32 the
+# cross entropy loses the label's part, p - 1, from a margin of about 15 on, before the others', and from 100 on all.
+ASCENDED = {"ce": _log_odds, "margin": _margin}
 
 
 @contextmanager
@@ -398,7 +416,7 @@ def frozen(model, x, precision="auto"):
 
         def logits_of(inputs):
             try:
-                with exact_convolutions() if precision == "full" and inputs.is_cuda else nullcontext():
+                with exact_products() if precision == "full" else nullcontext():
                     # Some models write to what they get.
                     logits = fast(inputs) if ours else functional_call(model, tensors, inputs.clone())
             except RuntimeError as error:

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from . import runs
-from .attacks import LEAST_CLASSES, LOSSES, autoattack, fgsm, frozen, input_gradient, pgd, simba
+from .attacks import ASCENDED, LEAST_CLASSES, autoattack, fgsm, frozen, input_gradient, pgd, simba
 from .checks import check_choice, check_count
 from .differentiate import differentiating
-from .evaluation import attacked, in_batches, wrong
+from .evaluation import attacked, check_answers, in_batches, wrong
 
 
 def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
@@ -39,6 +39,7 @@ def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
     """
     num_restarts, batch_size = check_count(1, num_restarts=num_restarts, batch_size=batch_size)
     falls = torch.where(wrong(model, x, y, batch_size=batch_size), 0, num_restarts + 1)
+    check_answers(model, x)
     done = 0
     while done < num_restarts and len(left := (falls > done).nonzero().squeeze(1)):
         copies = min(max(1, batch_size // len(left)), num_restarts - done)
@@ -78,7 +79,10 @@ class Subject:
                 made, function = function, lambda _model, x, y: made(source.network, x, y)
             return first_falls(self.network, self.x, self.y, function, num_restarts=restarts)
 
-        return runs.remember("attacks", facts | {"source": source and source.facts}, compute)
+        found = runs.remember("attacks", facts | {"source": source and source.facts}, compute, version=2)
+        if len(found) != len(self.x):
+            raise ValueError(f"these facts name {len(found)} images, and here are {len(self.x)}: {self.facts}")
+        return found
 
     def mask(self, attack, **settings):
         """The mask of an attack, arguments as for `falls`: an array of N booleans."""
@@ -98,18 +102,18 @@ def attack_by_name(name, *, seed=0, device="cpu", **settings):
     if name == "fgsm":
         return partial(fgsm, **settings)
     if name == "noise":
-        settings |= {"step_size": settings["eps"], "num_steps": 0, "random_start": "ball"}
+        settings |= {"step_size": 0.0, "num_steps": 0, "random_start": "ball"}
     generator = torch.Generator(device).manual_seed(seed)
     return partial(simba if name == "simba" else pgd, **settings, generator=generator)
 
 
 @differentiating()
 def flat(model, x, y, *, batch_size=500):
-    """The mask of images whose loss has a gradient of exactly zero, so that no attack can follow it."""
+    """The mask of images at which what `pgd` ascends has a gradient of exactly zero, so that it cannot be followed."""
     mask = []
     for a, b in in_batches(x, y, batch_size):
         with frozen(model, a, "full") as logits_of:
-            g, _ = input_gradient(logits_of, a, b, LOSSES["ce"])
+            g, _ = input_gradient(logits_of, a, b, ASCENDED["ce"])
         mask += (g.flatten(1) == 0).all(1).tolist()
     return mask
 
@@ -119,6 +123,8 @@ def worst_case(masks):
 
     Raises ValueError for no masks at all, or masks of unequal length.
     """
+    if not hasattr(masks, "keys"):
+        raise ValueError(f"masks must have names, as in {{attack: mask}}, got {type(masks).__name__}")
     if not len(masks):
         raise ValueError("no attacks: a worst case needs at least one mask")
     return np.logical_or.reduce(_masks(masks[name] for name in masks))
@@ -170,15 +176,16 @@ class Masked(nn.Module):
     Args:
         model: an nn.Module (B, C, H, W) -> logits.
         levels: the pixels are rounded to so many levels, a step function of slope zero; None leaves them.
-        scale: the logits are multiplied by it; a large one saturates the softmax, whose gradient then is zero in
-            floating point.
+        scale: the logits are multiplied by it, and what comes out are probabilities, as of a network that ends in a
+            softmax; a large one saturates it, and its gradient then is zero in floating point. None leaves the logits.
     """
 
-    def __init__(self, model, *, levels=None, scale=1.0):
+    def __init__(self, model, *, levels=None, scale=None):
         super().__init__()
         self.model, self.levels, self.scale = model, levels, scale
 
     def forward(self, x):
         if self.levels is not None:
             x = (x * (self.levels - 1)).round() / (self.levels - 1)
-        return self.scale * self.model(x)
+        logits = self.model(x)
+        return logits if self.scale is None else (self.scale * logits).softmax(1)

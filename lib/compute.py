@@ -64,16 +64,22 @@ def fix_threads():
 
 
 @contextmanager
-def exact_convolutions():
-    """A context, or a decorator, in which a GPU's float32 convolutions are float32 (PyTorch would take 10 bits of the
-    23) and cuDNN keeps to algorithms that give the same bits twice. The caller's settings are put back."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision
+def exact_products():
+    """A context, or a decorator, in which float32 convolutions and products of matrices are float32, whatever
+    `torch.set_float32_matmul_precision` was told (and PyTorch by itself takes 10 of the 23 bits for a GPU's
+    convolutions), and cuDNN keeps to algorithms that give the same bits twice. The caller's settings are put back."""
+    cudnn, cuda, cpu = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
+    kinds = cudnn.conv, cuda.matmul, cpu.conv, cpu.matmul
+    before, formats = (cudnn.deterministic, cudnn.benchmark), [kind.fp32_precision for kind in kinds]
     try:
-        cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = True, False, "ieee"
+        cudnn.deterministic, cudnn.benchmark = True, False
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
         yield
     finally:
-        cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = before
+        cudnn.deterministic, cudnn.benchmark = before
+        for kind, was in zip(kinds, formats, strict=True):
+            kind.fp32_precision = was
 
 
 def versions():

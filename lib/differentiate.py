@@ -91,9 +91,11 @@ def as_module(model):
 
 @contextmanager
 def unchanged(model):
-    """Afterwards modes and flags of the model are as before, whatever was done inside. Modes are put back by the
-    modules' own `train`, which may do more than set a flag (layers of low rank merge their weights)."""
+    """Afterwards modes, flags and tensors that are plain attributes (a pruned weight) of the model are as before,
+    whatever was done inside. Modes are put back by the modules' own `train`, which may do more than set a flag (layers
+    of low rank merge their weights)."""
     modes = [(m, m.training) for m in model.modules()]
+    plain = [(vars(m), {k: t for k, t in vars(m).items() if isinstance(t, torch.Tensor)}) for m in model.modules()]
     flags = [(p, p.requires_grad) for _, p in model.named_parameters()]
     try:
         yield
@@ -106,3 +108,5 @@ def unchanged(model):
         for p, flag in flags:
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
+        for attributes, before in plain:
+            attributes.update(before)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .attacks import frozen, pgd
 from .checks import check_count, check_data, check_inputs, check_labels, check_targets
 from .differentiate import as_module, differentiating, own, unchanged
-from .models import ACTIVATIONS
+from .models import ACTIVATIONS, any_layout
 
 
 @differentiating()
@@ -37,9 +37,12 @@ def wrong(model, x, y, attack=None, *, batch_size=500):
         attack: None, or a function (model, x, y) -> x_adv, such as `functools.partial(pgd, eps=..., stop_early=True)`.
             It is shown only the images that are classified rightly.
     Raises:
-        ValueError: labels that do not match, logits that are not finite, and what the attack raises.
+        ValueError: labels that do not match, logits that are not finite, an attack that leaves [0, 1] and what it
+            raises, or a model to attack that answers the same images differently each time.
     """
     masks = []
+    if attack is not None:
+        check_answers(model, x)
     for a, b in in_batches(x, y, batch_size):
         mask = _wrong(predict(model, a), b)
         i = (~mask).nonzero().squeeze(1)
@@ -54,10 +57,23 @@ def _wrong(logits, y):
     return logits.argmax(1) != y
 
 
+def check_answers(model, x, count=50):
+    """Raise ValueError if the model answers the first images differently when it is asked again, by more than rounding:
+    of one that tosses a coin, or keeps a state, an attack finds the worst of its answers, at the same image."""
+    if not any_layout(as_module(model)):
+        first, second = (predict(model, x[: min(count, len(x))]).double() for _ in range(2))
+        if (first - second).abs().max() > 1e-3 * first.abs().max():
+            raise ValueError("the model answers the same images differently when it is asked again: fix what it draws")
+
+
 def in_batches(x, y, batch_size):
-    """Batches (a, b) of images and labels, checked; x may be `data.Images`. Raises ValueError as `wrong`."""
+    """Batches (a, b) of images and labels, all checked before the first; but `data.Images` only when their turn comes.
+
+    Raises ValueError as `wrong`."""
     batch_size = check_count(1, batch_size=batch_size)
     check_targets(x, y)
+    if isinstance(x, torch.Tensor):
+        check_inputs(x, y)
     return (check_inputs(a, b)[:2] for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True))
 
 
@@ -68,6 +84,8 @@ def error(model, x, y, *, batch_size=500):
 
 def robust_error(model, x, y, attack, *, batch_size=500):
     """Share of the inputs that are not given their label, as they are or by an attack (as for `wrong`)."""
+    if not callable(attack):
+        raise ValueError(f"attack must be a function (model, x, y) -> x_adv, got {attack!r}; `error` is without one")
     return share(wrong(model, x, y, attack, batch_size=batch_size))
 
 
@@ -101,6 +119,9 @@ def _made(attack, model, x, y):
     if not isinstance(made, torch.Tensor) or made.shape != x.shape:
         got = tuple(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
         raise ValueError(f"an attack must return images {tuple(x.shape)}, got {got}")
+    low, high = made.detach().aminmax()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"an attack must stay in [0, 1], got values from {low:.9g} to {high:.9g}")
     return made
 
 

@@ -47,7 +47,7 @@ def _sequential(layers, low):
     steps, before, rest = [], None, list(layers)
     while rest:
         layer = rest.pop(0)
-        if type(layer) is nn.Conv2d and rest and type(rest[0]) is nn.BatchNorm2d and rest[0].running_mean is not None:
+        if type(layer) is nn.Conv2d and rest and type(rest[0]) is nn.BatchNorm2d and _fits(layer, rest[0]):
             step = _convolution(layer, low, rest.pop(0))
         elif type(layer) is nn.ReLU and before in FRESH:
             step = torch.relu_
@@ -55,6 +55,10 @@ def _sequential(layers, low):
             step = as_function(layer, low if rest else None)
         steps, before = [*steps, step], type(layer)
     return lambda h: reduce(lambda h, step: step(h), steps, h)
+
+
+def _fits(convolution, norm):
+    return norm.running_mean is not None and len(norm.running_mean) == convolution.out_channels
 
 
 def _block(block, low):

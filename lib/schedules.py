@@ -7,7 +7,9 @@ as good as any other: nothing is guessed from the size of a number.
 
 import math
 from bisect import bisect_right
+from collections.abc import Iterable
 from itertools import pairwise
+from numbers import Real
 
 from .checks import check_choice, check_eps
 
@@ -59,7 +61,7 @@ def _rise(start, stop, epochs, clip, norm, shape):
     start, stop, clip = (check_eps(value, name=name, norm=norm) for name, value in limits.items())
     if stop < start:
         raise ValueError(f"the schedule runs backwards: it starts at {start} and stops at {stop}")
-    if not 0 < epochs < math.inf:
+    if not isinstance(epochs, Real) or not 0 < epochs < math.inf:
         raise ValueError(f"the schedule runs backwards: epochs must be positive and finite, got {epochs}")
 
     def eps(epoch):
@@ -95,9 +97,9 @@ def periodic(schedule, restarts):
 
 def check_restarts(restarts):
     """The epochs at which periods begin, 0 included. Raises ValueError for restarts out of order."""
-    begins = [0, *restarts]
-    if any(not a < b for a, b in pairwise(begins)):
-        raise ValueError(f"restarts must be positive epochs in increasing order, got {list(restarts)}")
+    begins = [0, *restarts] if isinstance(restarts, Iterable) else []
+    if not begins or any(not a < b for a, b in pairwise(begins)):
+        raise ValueError(f"restarts must be positive epochs in increasing order, got {restarts}")
     return begins
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from . import models, schedules
 from .attacks import begin, pgd
 from .captured import Captured, loss_at, measured
 from .certify import worst_margins
-from .checks import NORMS, STARTS, check_choice, check_count, check_eps, check_inputs
-from .compute import clock, device, exact_convolutions, made
+from .checks import NORMS, STARTS, check_choice, check_count, check_eps, check_inputs, check_targets
+from .compute import clock, device, exact_products, made
 from .differentiate import differentiating
 from .evaluation import evaluate, predict
 from .fast import channels_last
@@ -209,7 +209,7 @@ class Run:
 
 
 @differentiating()
-@exact_convolutions()
+@exact_products()
 def train(config, data, *, folder, quiet=False):
     """Train by the config, or go on with a run that was cut off, or read a finished one.
 
@@ -246,8 +246,8 @@ def train(config, data, *, folder, quiet=False):
         start = clock()
         state.save(folder / "checkpoint.safetensors")
     write_json(folder / "made.json", made(state.seconds))
-    write_json(folder / "run.json", {"config": asdict(config), "data": data.source, "pixels": data.fingerprint,
-                                     "history": state.history, "steps": state.steps})  # fmt: skip
+    asked = {"config": asdict(config), "version": VERSION, "data": data.source, "pixels": data.fingerprint}
+    write_json(folder / "run.json", asked | {"history": state.history, "steps": state.steps})
     (folder / "checkpoint.safetensors").unlink()
     return read(folder, config, data)
 
@@ -261,9 +261,13 @@ def read(folder, config, data=None):
 
 
 def _check_same(folder, record, config, data):
-    """Raise ValueError unless a record is of this config and these pixels (of which older ones say nothing)."""
-    if record["config"] != as_json(asdict(config)):
+    """Raise ValueError unless a record is of this config, meaning and pixels. An older one says nothing of a setting
+    that came later, which then had its default, of its version (1) or of its pixels."""
+    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    if as_json(defaults | record["config"]) != as_json(asdict(config)):
         raise ValueError(f"{folder} holds a run of another config: choose another folder")
+    if record.get("version", 1) != VERSION:
+        raise ValueError(f"{folder} holds a run of version {record['version']}, not {VERSION}: choose another folder")
     if data is not None and record.get("pixels", data.fingerprint) != data.fingerprint:
         raise ValueError(f"{folder} holds a run on other data: choose another folder")
 
@@ -289,7 +293,15 @@ class _State:
 
     def __init__(self, config, data):
         self.config, self.data, self.device = config, data, device()
-        shape = data.x_train.shape
+        for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+            check_targets(x, y)
+            if isinstance(x, torch.Tensor):  # else `pgd` asks, batch by batch
+                check_inputs(x, y)
+            if y.min() < 0:
+                raise ValueError(f"labels run from {y.min()}, below 0")
+        shape, shown = data.x_train.shape, data.x_test.shape
+        if shape[1:] != shown[1:]:
+            raise ValueError(f"training images are {tuple(shape[1:])}, test images {tuple(shown[1:])} ({data.source})")
         self.model_settings = config.model_settings(in_channels=shape[1], num_classes=data.num_classes)
         if config.model == "lenet":
             self.model_settings["image_size"] = shape[2]
@@ -301,10 +313,6 @@ class _State:
         self.epoch, self.history, self.steps, self.seconds = 0, [], [], 0.0
         self.optimizer = OPTIMIZERS[config.optimizer](self.model.parameters(), config)
         self.captured = Captured(self.model, config.num_steps) if capturable(config, self.device) else None
-        if isinstance(self.x, torch.Tensor):  # else `pgd` asks, batch by batch
-            check_inputs(self.x, self.y)
-            if self.y.min() < 0:
-                raise ValueError(f"labels run from {self.y.min()}, below 0")
         try:
             predict(self.model, self.test[0][:1])
         except (ValueError, RuntimeError) as error:
@@ -384,7 +392,7 @@ class _State:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         for i, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items() if v is not None}
-        about = {"config": asdict(self.config), "pixels": self.data.fingerprint}
+        about = {"config": asdict(self.config), "version": VERSION, "pixels": self.data.fingerprint}
         _save(path, tensors, about | {name: getattr(self, name) for name in self.KEPT})
 
     def restore(self, path):

@@ -83,8 +83,9 @@ x, y = (part[:test_images].to(device()) for part in (digits.x_test, digits.y_tes
 #
 # Beside them: a network trained without any attack; networks of another seed, from which examples are carried over;
 # and two that are **masked on purpose**. These answer as the undefended network does, but their gradients are useless:
-# one rounds the pixels to 256 levels (a step function has slope zero), the other multiplies its logits by 100,000 (the
-# softmax saturates, and its gradient is zero in floating point). An audit that does not flag them is worth nothing.
+# one rounds the pixels to 256 levels (a step function has slope zero), the other answers in probabilities, of its logits
+# times 100,000 (the softmax saturates, and its gradient is zero in floating point). An audit that does not flag them is
+# worth nothing.
 
 
 # %%
@@ -638,7 +639,7 @@ weak = ("Square", "SimBA", "transfer", "FGSM", "noise")
 rows = []
 for name, subject in everyone.items():
     flat = np.array(runs.remember("attacks", subject.facts | {"attack": "flat"},
-                                  lambda s=subject: audit.flat(s.network, s.x, s.y)))  # fmt: skip
+                                  lambda s=subject: audit.flat(s.network, s.x, s.y), version=2))  # fmt: skip
     where, falls = queried[name]
     shows = audit.signs(tried[name]["PGD"], {k: (tried[name] | {"SimBA": falls <= 1})[k] for k in weak}, curves[name],
                         flat, {"SimBA": where})  # fmt: skip

@@ -113,6 +113,35 @@ class TestClosedForm:
         logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, -1.0]])
         assert attacks.LOSSES["margin"](logits, torch.tensor([0, 2])).tolist() == [-1.0, 6.0]
 
+    @pytest.mark.parametrize("gap", [1, 15, 30, 60, 300])
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_sure_networks_are_attacked_as_in_twice_the_digits(self, norm, gap):
+        """Of logits this far apart a cross entropy in floating point has a gradient of other signs, or none at all."""
+        g = generator(1)
+        layer = nn.Linear(50, 7)
+        layer.weight.data = torch.randn(7, 50, generator=g) * gap / 30
+        layer.bias.data = torch.zeros(7).index_fill(0, torch.tensor(2), float(gap))
+        model, x = nn.Sequential(nn.Flatten(), layer), torch.full((1, 1, 5, 10), 0.5)
+        y, step = torch.tensor([2]), {"eps": 0.01, "norm": norm}
+        logits = copy.deepcopy(model).double()(x.double())[0]  # its gradient is (p_j), minus their sum for the label
+        others = torch.tensor([0, 1, 3, 4, 5, 6])
+        slope = logits[others].softmax(0) @ layer.weight[others].double() - layer.weight[2].double()
+        direction = (slope.sign() if norm == "linf" else slope / slope.norm()).view_as(x)
+        torch.testing.assert_close(fgsm(model, x, y, **step), (x + 0.01 * direction).float(), **CLOSE)
+
+    def test_steps_ascend_the_loss_that_is_reported(self):
+        logits = torch.randn(40, 5, generator=generator(), dtype=torch.double).requires_grad_()
+        y = torch.arange(40) % 5
+        for loss, ascended in attacks.ASCENDED.items():
+            (of_loss,) = torch.autograd.grad(attacks.LOSSES[loss](logits, y).sum(), logits)
+            (ours,) = torch.autograd.grad(ascended(logits, y).sum(), logits)
+            assert torch.allclose(F.normalize(of_loss), F.normalize(ours), rtol=1e-9)
+
+    @pytest.mark.parametrize("size", [1e-44, 1e-40, 1e-20, 1.0, 1e30])
+    def test_a_step_is_whole_whatever_the_gradients_size(self, size):
+        unit = attacks._unit(torch.tensor([3.0, 4.0]).mul(size).view(1, 1, 1, 2))
+        assert torch.allclose(unit.flatten(), torch.tensor([0.6, 0.8]), atol=0.05 if size < 1e-41 else 1e-5)
+
     def test_tiny_l2_gradients_still_give_a_whole_step(self):
         # The probability of the wrong class is about exp(-60), and the square of such a gradient underflows.
         model = linear_model(torch.tensor([3.0, 4.0]), b=-60.0)

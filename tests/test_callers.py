@@ -17,6 +17,7 @@ from kinds import check_rounding
 from pyautoattack import AutoAttack
 from pyautoattack.autopgd_base import APGDAttack
 from torch import nn
+from torch.nn.utils import prune
 
 from lib import attacks, audit, curvature, landscape, models
 from lib.attacks import autoattack, fgsm, pgd, simba
@@ -1001,6 +1002,55 @@ def test_networks_are_float32_whatever_the_default(dtype):
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(model[0].weight, models.build("lenet", seed=0, width=1)[0].weight)
+
+
+def test_full_precision_is_full_whatever_was_chosen_for_products():
+    backends = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul, torch.backends.mkldnn.conv
+    seen, before = [], torch.get_float32_matmul_precision()
+
+    class Looks(Views):
+        def forward(self, x):
+            seen.append([kind.fp32_precision for kind in backends])
+            return super().forward(x)
+
+    try:
+        torch.set_float32_matmul_precision("medium")
+        chosen = [kind.fp32_precision for kind in backends]
+        predict(Looks(), X)
+        assert seen == [["ieee"] * 3] and [kind.fp32_precision for kind in backends] == chosen != seen[0]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_seed_for_all_devices_is_taken_back_on_all(monkeypatch):
+    forked, fork = [], torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: forked.append(list(devices)) or fork(devices=[]))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    autoattack(network(), X, Y, eps=0.1, attacks="apgd-ce", num_steps=1)  # pyautoattack seeds them all
+    assert [0, 1, 2] in forked
+
+
+def test_a_pruned_weight_is_the_models_own_after_an_attack():
+    pruned = prune.random_unstructured(Views().f, "weight", 0.5)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Flatten(), pruned)
+    model(X)
+    PGD(model, X, Y)
+    pruned.weight.square().sum().backward()
+    assert pruned.weight_orig.grad is not None
+
+
+def test_a_normalisation_of_another_width_is_an_error_in_evaluation_too():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(144, 3)).eval()
+    for function in (model, partial(predict, model)):
+        with pytest.raises(RuntimeError, match="should contain 4 elements not 1"):
+            function(X)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16])
+def test_widths_of_small_integers(kind):
+    ours, plain = (models.build("lenet", seed=0, width=w, num_classes=n) for w, n in ((kind(16), kind(10)), (16, 10)))
+    assert [p.shape for p in ours.parameters()] == [p.shape for p in plain.parameters()]
+    assert next(models.vgg16(kind(8)).parameters()).shape[0] == 32
 
 
 def test_long_perturbations_are_shortened():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from kinds import check_rounding
 from torch import nn
 
+from lib import audit
 from lib.attacks import pgd
 from lib.evaluation import attacked, error, evaluate, predict, robust_error, unit_activity, wrong
 
@@ -51,6 +52,52 @@ def test_evaluate_agrees_with_its_parts(trained, digits):
     }
     assert evaluate(trained, x, y, eps=0.1, step_size=0.03, num_steps=4, seed=5, batch_size=40) == found
     assert found["robust_error"] > found["clean_error"]
+
+
+def test_no_attack_is_no_robust_error(one_pixel):
+    with pytest.raises(ValueError, match=r"attack must be a function .* got None; `error` is without one"):
+        robust_error(*one_pixel, None)
+
+
+@pytest.mark.parametrize("value", [1.01, -1e-3, float("nan"), float("inf")])
+def test_an_attack_that_leaves_the_box_breaks_nothing(one_pixel, value):
+    with pytest.raises(ValueError, match=r"an attack must stay in \[0, 1\], got values from"):
+        robust_error(*one_pixel, lambda m, x, y: torch.full_like(x, value))
+
+
+class Tosses(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x.flatten(1)[:, :4].repeat(1, 3), 0.5)  # also in evaluation mode
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before = [0]
+
+    def forward(self, x):
+        self.before.append(0.5 * self.before[-1] + x.mean())
+        return x.flatten(1)[:, :4] + self.before[-1]
+
+
+@pytest.mark.parametrize("kind", [Tosses, Remembers])
+def test_models_that_change_their_answers_are_refused(kind, digits):
+    x, y = digits.x_test[:20].clamp_min(0.3), torch.zeros(20, dtype=torch.int64)
+    attack = partial(pgd, eps=1e-6, step_size=1e-6, num_steps=1)
+    for function in (robust_error, wrong, audit.first_falls):
+        with pytest.raises(ValueError, match="answers the same images differently when it is asked again"):
+            function(kind(), x, y, attack)
+
+
+def test_all_images_are_looked_at_before_the_first_is_attacked(trained, digits):
+    seen = []
+    for bad in (1.5, float("nan")):
+        x = digits.x_test[:60].clone()
+        x[59, 0, 3, 3] = bad
+        for function in (robust_error, attacked, audit.first_falls):
+            with pytest.raises(ValueError, match=r"x must lie in \[0, 1\]"):
+                function(trained, x, digits.y_test[:60], lambda m, a, b: seen.append(a) or a, batch_size=20)
+    assert not seen
 
 
 def test_predict_is_the_model_in_evaluation_mode_in_batches():

@@ -109,8 +109,8 @@ def test_the_callers_settings_of_convolutions_are_put_back(mine, convolutions):
     seen = []
     # By the new names, which PyTorch's own context refuses to read together with the old ones.
     convolutions.benchmark, convolutions.conv.fp32_precision = True, mine
-    with pytest.raises(KeyboardInterrupt), compute.exact_convolutions():
-        compute.exact_convolutions()(lambda: seen.append(settings()))()
+    with pytest.raises(KeyboardInterrupt), compute.exact_products():
+        compute.exact_products()(lambda: seen.append(settings()))()
         seen.append(settings())
         raise KeyboardInterrupt
     assert seen == [(True, False, "ieee")] * 2 and settings() == (False, True, mine)
@@ -151,7 +151,7 @@ class TestOnAGpu:
         config, images = KINDS[name]
         states = [training._State(config, images()) for _ in range(2)]
         states[1].captured = None
-        with compute.exact_convolutions():
+        with compute.exact_products():
             for state in states:
                 state.train_epoch()
         assert len(states[0].captured.graphs) == 2  # one for the last mini-batch, which is smaller

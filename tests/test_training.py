@@ -360,6 +360,37 @@ def test_images_that_the_network_cannot_take_are_named_before_anything_runs(tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("change, message", [
+    (lambda d: {"x_test": d.x_test * 255}, r"x must lie in \[0, 1\], got values from"),
+    (lambda d: {"y_test": d.y_test.int()}, "y must be int64 labels"),
+    (lambda d: {"y_test": d.y_test[:9]}, r"y must be int64 labels of shape \(40,\)"),
+    (lambda d: {"y_test": d.y_test - 1}, "labels run from -1, below 0"),
+    (lambda d: {"y_train": d.y_train - 1}, "labels run from -1, below 0"),
+    (lambda d: {"x_test": d.x_test[:0], "y_test": d.y_test[:0]}, "no data: there is not a single input"),
+    (lambda d: {"x_test": F.pad(d.x_test, [2] * 4)}, r"training images are \(1, 28, 28\), test images \(1, 32, 32\)"),
+])  # fmt: skip
+def test_both_parts_are_looked_at_before_anything_runs(tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(training._State, "step", lambda *_: pytest.fail("a step was made"))
+    data = stripes()
+    with pytest.raises(ValueError, match=message):
+        train(BASE, replace(data, **change(data)), folder=tmp_path / "run")
+
+
+def test_runs_made_before_a_setting_was_there_are_found_again(tmp_path, monkeypatch):
+    config, data = replace(BASE, epochs=1), stripes()
+    train(config, data, folder=tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    record = files.read_json(path)
+    del record["config"]["objective"], record["version"]
+    files.write_json(path, record)
+    assert train(config, data, folder=tmp_path / "run").config == config
+    with pytest.raises(ValueError, match="holds a run of another config"):
+        train(replace(config, objective="interval"), data, folder=tmp_path / "run")
+    files.write_json(path, record | {"version": 7})
+    with pytest.raises(ValueError, match="holds a run of version 7, not 1: choose another folder"):
+        train(config, data, folder=tmp_path / "run")
+
+
 def test_models_are_kept_as_asked(tmp_path):
     run = train(replace(BASE, keep_every=2), stripes(50), folder=tmp_path)
     assert sorted(p.name for p in tmp_path.glob("model-*")) == [f"model-{i}.safetensors" for i in (0, 2, 4)]
