@@ -9,12 +9,15 @@ else they stay on disk (`Images`) and every batch is decoded when it is asked fo
 torchvision is imported where it is used: it takes seconds, and the offline sets do without it.
 """
 
+import gzip
 import hashlib
 import os
 import re
 import socket
 import stat
 import warnings
+import zlib
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -24,7 +27,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from .files import folder_from_environment
+from .files import folder_from_environment, locked
 
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_SHA256 = {  # of the unpacked files
@@ -38,6 +41,8 @@ HELD_BYTES = 2 * 2**30  # a folder whose images are larger than this, as float32
 TURN = Image.Transpose
 TURNS = {1: None, 2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
          6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by the orientation of EXIF  # fmt: skip
+SCALES = {"L;2": 85, "L;4": 17, "I;16B": 1, "RGB;16B": 1}  # what makes Pillow's numbers of a PNG's, by its layout
+HIDDEN = (".", "@eaDir", "__MACOSX")  # what names begin with that file managers, notebooks, disks and archives leave
 KINDS = {".png": "lossless copies", ".jpg": "JPEG copies", ".jpeg": "JPEG copies"}
 
 
@@ -86,9 +91,16 @@ class Images:
         """Batch after batch, decoded when its turn comes."""
         return (self[torch.arange(i, min(i + batch_size, len(self)))] for i in range(0, len(self), batch_size))
 
+    def contents(self):
+        """A hash of what each file holds, one after the other; files are read again when one has changed."""
+        now = [(found.st_size, found.st_mtime_ns) for found in map(os.stat, self.files)]
+        if vars(self).get("_seen", (None,))[0] != now:
+            vars(self)["_seen"] = now, b"".join(hashlib.sha256(Path(f).read_bytes()).digest() for f in self.files)
+        return vars(self)["_seen"][1]
+
     def to(self, device):
         """The same images, to be decoded onto this device."""
-        return replace(self, device=torch.device(device))
+        return replace(self, device=torch.empty(0, device=device).device)  # with its number, as tensors have it
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,21 +127,13 @@ class Data:
     @property
     def fingerprint(self):
         """Hash of pixels and labels, for `Images` of their files: two data sets with the same one are the same."""
-        parts = self.x_train, self.y_train, self.x_test, self.y_test
-        # PyTorch counts what is done to a tensor in place, but not for those of inference mode: they are always new.
-        now = [0 if isinstance(t, Images) else object() if t.is_inference() else t._version for t in parts]
-        kept, found = vars(self).get("_kept", (None, None))
-        if kept == now:
-            return found
         h = hashlib.sha256()
-        for t in parts:
+        for t in (self.x_train, self.y_train, self.x_test, self.y_test):
             h.update(str(tuple(t.shape)).encode())
             if isinstance(t, Images):
-                files = b"".join(hashlib.sha256(Path(file).read_bytes()).digest() for file in t.files)
-                h.update(f"files as shown, size {t.size}".encode() + files)
-            else:
-                h.update(t.contiguous().numpy().tobytes())
-        vars(self)["_kept"] = now, h.hexdigest()[:16]
+                h.update(f"files as shown, size {t.size}".encode() + t.contents())
+            else:  # anew at each call, because PyTorch does not count what is changed by NumPy or as `.data`
+                h.update(t.detach().cpu().contiguous().numpy())
         return h.hexdigest()[:16]
 
     def first(self, n_train=None, n_test=None):
@@ -250,8 +254,10 @@ def fashionmnist():
 
 
 def _grey(kind, title, digests):
+    from torchvision import datasets
+
     parts = []
-    for part in _official(kind, f"{kind}/raw", digests):
+    for part in _official(getattr(datasets, kind), f"{kind}/raw", digests):
         n, m = len(part.data), len(part.targets)
         if not 0 < n == m or part.data.shape[1:] != (28, 28) or part.targets.max() > 9:
             what = f"{n} images and {m} labels, not as many of 28 x 28 and of 0 to 9"
@@ -262,7 +268,11 @@ def _grey(kind, title, digests):
 
 def cifar10():
     """CIFAR-10, 50,000 + 10,000 photographs (Krizhevsky 2009), or what part of it the data folder holds as images."""
-    from torchvision.datasets import CIFAR10
+    from torchvision import datasets
+
+    class CIFAR10(datasets.CIFAR10):
+        def _load_meta(self):
+            """The names of the classes, which have a file of their own, are not needed."""
 
     root = data_dir()
     places = (root / name for name in ("cifar10", "cifar10-jpeg", "cifar10-6k"))  # the whole of it before a part
@@ -270,32 +280,50 @@ def cifar10():
     if copies and not (root / CIFAR10.base_folder).exists():
         return image_folder(copies[0], title="CIFAR-10")
     digests, parts = dict([*CIFAR10.train_list, *CIFAR10.test_list]), []
-    for part in _official("CIFAR10", CIFAR10.base_folder, digests, also=" (or images: cifar10/{train,test}/<class>/*)"):
+    for part in _official(CIFAR10, CIFAR10.base_folder, digests, also=" (or images: cifar10/{train,test}/<class>/*)"):
         pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).float() / 255
         parts += [pixels.contiguous(), torch.tensor(part.targets)]
     return Data(*parts, "CIFAR-10 (50,000 + 10,000)")
 
 
 def _official(kind, place, digests, also=""):
-    """Both parts by torchvision: from the data folder, else downloaded (checksums are torchvision's).
+    """Both parts by a class of torchvision: from the data folder, else downloaded (checksums are torchvision's).
 
     digests: of the files in the folder `place`, sha256 or md5, None where all that is known is that it is not MNIST's.
-    They are checked before torchvision looks: it takes an altered file for a missing one, and downloads.
     """
-    from torchvision import datasets
+    root = data_dir()
+    with suppress(DataNotFound, DataCorrupted):  # what is whole needs neither a lock nor the right to write
+        return _laid(kind, root, place, digests)
+    with ExitStack() as lock:
+        with suppress(OSError):  # without one, where there can be none
+            lock.enter_context(locked(root / f".{kind.__name__}.lock", "DATA_DIR"))
+        with suppress(DataNotFound):  # again: another process may have been writing it
+            return _laid(kind, root, place, digests)
+        return _downloaded(kind, root, place, digests, also)
 
-    root, title, kind = data_dir(), kind, getattr(datasets, kind)
-    for path, digest in ((root / place / name, digest) for name, digest in digests.items()):
-        if path.exists():
-            found = hashlib.new("md5" if digest and len(digest) == 32 else "sha256", path.read_bytes()).hexdigest()
-            if found != digest if digest else found in MNIST_SHA256.values():
-                what = "truncated or altered" if digest else "MNIST's"
-                raise DataCorrupted(f"{path} is {what}: delete it and run again")
+
+def _laid(kind, root, place, digests):
+    """Both parts from the data folder. Its files are compared before torchvision looks, which downloads altered ones.
+
+    Raises DataNotFound where a file is missing, DataCorrupted where one cannot be read or is altered.
+    """
     try:
+        for path, digest in ((root / place / name, digest) for name, digest in digests.items()):
+            if path.exists():
+                found = hashlib.new("md5" if digest and len(digest) == 32 else "sha256", path.read_bytes()).hexdigest()
+                if found != digest if digest else found in MNIST_SHA256.values():
+                    what = "truncated or altered" if digest else "MNIST's"
+                    raise DataCorrupted(f"{path} is {what}: delete it and run again")
         return kind(root, train=True), kind(root, train=False)
+    except DataCorrupted:
+        raise
     except Exception as error:
-        if "Dataset not found" not in str(error):  # torchvision's words
-            raise DataCorrupted(f"a file of {title} in {root} cannot be read: delete it ({error})") from error
+        if "Dataset not found" in str(error):  # torchvision's words
+            raise DataNotFound(f"{kind.__name__} is not in {root}") from error
+        raise DataCorrupted(f"a file of {kind.__name__} in {root} cannot be read: delete it ({error})") from error
+
+
+def _downloaded(kind, root, place, digests, also):
     before = socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(20)
@@ -303,18 +331,31 @@ def _official(kind, place, digests, also=""):
     except Exception as error:  # whatever a connection that breaks off, or a web page in place of a file, brings about
         why = "what came is a web page or a part of the file" if "corrupted" in str(error) else _line(error)
         what = f"Put {', '.join(digests)} into {root / place}{also}, or set DATA_DIR to the folder that has {place}"
-        raise DataNotFound(
-            f"{title} is not in {root} and cannot be downloaded: {why}. {what}{_elsewhere(root, place, digests)}"
-        ) from error
+        what += _elsewhere(root, {name: path for name in digests if not (path := root / place / name).exists()})
+        what += _elsewhere(root, {kind.filename: root}) if hasattr(kind, "filename") else ""
+        raise DataNotFound(f"{kind.__name__} is not in {root} and cannot be downloaded: {why}. {what}") from error
     finally:
         socket.setdefaulttimeout(before)
 
 
-def _elsewhere(root, place, names):
-    """What is in the data folder under other names or in other places, and where it should be."""
+def _elsewhere(root, places):
+    """What is in the data folder under other names, in other places or packed, and where it should be (by its name)."""
     found = {_letters(path): path for path in root.rglob("*") if path.is_file()}
-    missing = [path for path in (root / place / name for name in names) if not path.exists()]
-    return "".join(f"; {found[_letters(path)]} should be {path}" for path in missing if _letters(path) in found)
+    there = [(found[_letters(Path(name))], place) for name, place in places.items() if _letters(Path(name)) in found]
+    return "".join(f"; {path} {_to_do(path)} {place}" for path, place in there)
+
+
+def _to_do(path):
+    """What is to be done with a file, packed or not, that is not where it should be: words before that place."""
+    if path.suffix != ".gz":
+        return "should be"
+    try:
+        with gzip.open(path) as file:
+            while file.read(2**24):
+                pass
+        return "should be unpacked to"
+    except (OSError, EOFError, zlib.error):
+        return "is damaged: delete it, and unpack a whole one to"
 
 
 def _letters(path):
@@ -328,9 +369,9 @@ def _line(error):
 def image_folder(path, *, title=None, size=None, held_bytes=HELD_BYTES):
     """A folder {train,test}/<class>/*.png|jpg, in the order of the files' numbers if they have any.
 
-    Images are taken as a viewer shows them: upright (EXIF), in 8-bit RGB, transparent places on white. Whatever the
-    name of which begins with a dot is passed over, as the notes of file managers and notebooks are; so are images of
-    other kinds, with a warning (counted, the first one named).
+    Images are taken as a viewer shows them: upright (EXIF), in 8-bit RGB, transparent places on white; but colour
+    profiles are not applied. What file managers and notebooks leave (HIDDEN) is passed over; so are images of other
+    kinds, with a warning (counted, the first one named).
 
     Args:
         path: the folder.
@@ -340,9 +381,10 @@ def image_folder(path, *, title=None, size=None, held_bytes=HELD_BYTES):
         held_bytes: images that take more than this as float32 stay on disk, as `Images`.
     Raises:
         DataNotFound: there is no such folder.
-        DataCorrupted: train/ or test/ is missing or holds no images; images that cannot be read, or whose numbers have
-            no agreed white (counted, the first one named), or that differ in size. Of images that stay on disk only
-            the headers are read here; damage further on comes up when it is decoded.
+        DataCorrupted: train/ or test/ is missing or holds no images; a folder that cannot be read, or a link to
+            nowhere; images that cannot be read, or whose numbers have no agreed white (counted, the first one named),
+            or that differ in size. Of images that stay on disk only the headers are read here; damage further on comes
+            up when it is decoded.
         ValueError: fewer than two classes, or classes that differ between train and test; a size below 1.
     """
     path = Path(path)
@@ -372,32 +414,51 @@ def _part(folder, size):
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     try:
-        classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+        classes = sorted(
+            name for name in os.listdir(folder) if not name.startswith(HIDDEN) and _is_folder(folder / name)
+        )
         every = [(file, k) for k, name in enumerate(classes) for file in _walk(folder / name)]
         samples = _once([(file, k) for file, k in every if file.lower().endswith(IMG_EXTENSIONS)])
+        rest = [file for file, _ in every if not file.lower().endswith(IMG_EXTENSIONS)]
+        for file in rest:
+            _is_folder(file)
         empty = set(classes) - {classes[k] for k in {k for _, k in samples}}
         if empty or not classes:
             raise FileNotFoundError(f"there is none in {', '.join(sorted(empty)) or 'it'}")
     except (OSError, ValueError) as error:
         what = DataCorrupted if folder.parent.is_dir() else DataNotFound
         raise what(f"{folder} should hold <class>/*.png or *.jpg: {_line(error)}") from error
-    kinds = Image.registered_extensions().keys() - IMG_EXTENSIONS
-    if others := [file for file, _ in every if Path(file).suffix.lower() in kinds]:
+    if others := [file for file in rest if Path(file).suffix.lower() in Image.registered_extensions()]:
         what = f"{len(others)} files in {folder} are of kinds that are not read here, the first is {others[0]}"
         warnings.warn(what, stacklevel=4)
     files, labels = zip(*(samples[i] for i in _order(samples)), strict=True)
     return Images(files, size), torch.tensor(labels), classes
 
 
+def _is_folder(path):
+    """Raises OSError where that cannot be told: what a link should lead to may be a folder of images."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError as error:
+        raise OSError(f"{path} is a link to nowhere: mend or delete it") from error
+
+
+def _refuse(error):
+    raise error
+
+
 def _walk(folder):
-    """The files below, without hidden ones. Links are followed, but into no folder twice: circles of them never end."""
+    """The files below, without hidden ones. Links are followed, but into no folder twice: circles of them never end.
+
+    Raises OSError where a folder cannot be read.
+    """
     seen, found = set(), []
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         if (real := os.path.realpath(root)) in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders[:], names = (sorted(name for name in part if name[0] != ".") for part in (folders, names))
+        folders[:], names = (sorted(name for name in part if not name.startswith(HIDDEN)) for part in (folders, names))
         found.append((root, names))
     return [os.path.join(root, name) for root, names in sorted(found) for name in names]
 
@@ -466,20 +527,41 @@ def _orientation(image):
     viewers take no notice."""
     try:
         found = 1 if image.format == "TIFF" else Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except SyntaxError:
+        return found if found in TURNS else 1
+    except Exception:  # Pillow's differ by the damage
         return 1
-    return found if found in TURNS else 1
+
+
+def _alpha(file, image):
+    """The opacity of a PNG of which one colour is transparent, where that has not 8 bits: Pillow compares other numbers
+    with it. None for all other images."""
+    layout = image.tile[0].args if image.format == "PNG" and image.tile else None
+    colour = image.info.get("transparency") if layout in SCALES else None
+    if colour is None:
+        return None
+    del image.info["transparency"]
+    values = np.asarray(image)
+    if layout == "RGB;16B":  # of which Pillow takes the high bytes; and the low ones, if told that those come last
+        with _open(file) as low:
+            low.tile = [low.tile[0]._replace(args="RGB;16L")]
+            values = values.astype(int) * 256 + np.asarray(low)
+    clear = (np.atleast_3d(values) == np.multiply(colour, SCALES[layout])).all(-1)
+    return Image.fromarray(np.where(clear, 0, 255).astype(np.uint8))
 
 
 def _shown(file):
     """The picture as a viewer shows it: see `image_folder`."""
     with _open(file) as image:
         turn = TURNS[_orientation(image)]
+        alpha = _alpha(file, image)
         image.load()
-        if image.mode.startswith("I"):  # 16 bits
-            values = np.asarray(image) / 257
-            white_is_0 = image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
+        if image.mode.startswith("I"):  # 16 bits, or as many as a TIFF says
+            tags = image.tag_v2 if image.format == "TIFF" else {}
+            values = np.asarray(image) / ((2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1) / 255)
+            white_is_0 = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
             image = Image.fromarray((255 - values if white_is_0 else values).round().astype(np.uint8))
+        if alpha:
+            image.putalpha(alpha)
         image = image if turn is None else image.transpose(turn)
         if image.has_transparency_data:
             image = image.convert("RGBA")

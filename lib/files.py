@@ -3,14 +3,15 @@
 import hashlib
 import json
 import os
+import secrets
 import subprocess
-import tempfile
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from .settings import SettingError
+from filelock import FileLock, Timeout
 
-UMASK = os.umask(0o022)  # what the reader's files are not to allow; it can only be read by setting it
-os.umask(UMASK)
+from .settings import SettingError
 
 
 def folder_from_environment(name, default):
@@ -41,21 +42,38 @@ def write_bytes(path, content):
     Raises OSError naming the path (a full disk, say); what stood there before is then untouched.
     """
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
+        with open(temporary, "xb", opener=partial(os.open, mode=0o644)) as file:  # some disks refuse to change a mode
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644 & ~UMASK)
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"{path} was not written ({error.strerror}); the old file stands, if any") from error
     finally:
-        if temporary and os.path.exists(temporary):
+        if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+@contextmanager
+def locked(path, variable, wait=True):
+    """Hold the lock of this name, in a folder that the environment's `variable` gives; it is made.
+
+    Raises filelock.Timeout where another process holds it and not `wait`, OSError naming folder and variable where
+    there can be none: no right to write, or a disk that refuses locks.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path).acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise
+    except OSError as error:
+        why = f"{Path(path).parent} takes no files or no locks ({error.strerror})"
+        raise OSError(error.errno, f"{why}: set {variable} to a folder on another disk, or make it writable") from error
+    with lock:
+        yield
 
 
 def as_json(value):

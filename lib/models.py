@@ -10,6 +10,7 @@ non-decreasing activation, and this one applies the activation to a quarter of t
 
 import math
 import pickle
+import zipfile
 
 import torch
 from torch import nn
@@ -25,8 +26,7 @@ def _activation(name):
 
 
 def _channels(width, factor):
-    check_count(1, width=width)
-    return factor * width
+    return factor * check_count(1, width=width)
 
 
 def _normed(c_in, c_out, size=3, stride=1, bias=False):
@@ -41,6 +41,7 @@ def lenet(width=16, *, activation="relu", in_channels=1, image_size=28, num_clas
     Raises ValueError for an unknown activation or a width below 1.
     """
     c = _channels(width, 2)
+    num_classes, image_size = check_count(1, num_classes=num_classes, image_size=image_size)
     return nn.Sequential(
         nn.Conv2d(in_channels, c, 5, padding=2),
         nn.MaxPool2d(2),
@@ -182,11 +183,14 @@ RELEASED = {"lenet": 16, "vgg16": 8, "resnet18": 8}  # width factors of the pape
 
 
 def released(path, model, *, width=None):
-    """A network of the paper's released code, from its file: a plain `state_dict` as `torch.save` writes it; from
-    several files, as of the periods of a run, their `Ensemble`.
+    """A network of the paper's released code, from its file: a plain `state_dict` as `torch.save` writes it, or a dict
+    with one; from several files, as of the periods of a run, their `Ensemble`.
 
     The architectures hold the same tensors, in the same order and shapes, under other names; so they are copied in
     order. The logits are then those of the released code.
+
+    A damaged file is refused by the checksums in it. Files that PyTorch wrote before 1.6 have none: what is altered in
+    their numbers goes unseen.
 
     Args:
         path: of a .ckpt file, or a list of such paths.
@@ -195,25 +199,12 @@ def released(path, model, *, width=None):
     Returns:
         The model, in evaluation mode.
     Raises:
-        ValueError: no file, or one that Git LFS has not fetched, that holds no tensors, or tensors of another width or
-            network; it names the file.
+        ValueError: no file, or one that Git LFS has not fetched, that is damaged, that holds no tensors, or tensors of
+            another width or network or not of finite numbers; it names the file.
     """
     if isinstance(path, list | tuple):
         return Ensemble([released(one, model, width=width) for one in path])
-    try:
-        with open(path, "rb") as file:
-            if file.read(60).startswith(b"version https://git-lfs"):
-                raise ValueError(f"{path} is a pointer of Git LFS, not the network: `git lfs pull` fetches it")
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except pickle.UnpicklingError as error:
-        what = "it is cut, or holds objects beside tensors, which can run code when they are read: save a state_dict"
-        raise ValueError(f"{path} is no file of tensors: {what}") from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no file of tensors: {error!s:.100}") from error
-    tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
-    tensors = {k.removeprefix("module."): t for k, t in tensors.items() if isinstance(t, torch.Tensor)}
+    tensors = _tensors(path)
     width = width or RELEASED.get(model)
     network = build(model, seed=0, width=width)
     states = tensors, network.state_dict()
@@ -222,5 +213,39 @@ def released(path, model, *, width=None):
         i = next(i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b)
         what = f"its tensor {i + 1} of {len(tensors)} is {got[i]}, not {want[i]}"
         raise ValueError(f"{path} is no {model} of width {width}: {what}")
+    for (name, t), own in zip(tensors.items(), states[1].values(), strict=True):
+        there = t.layout == torch.strided and not t.is_meta and t.is_floating_point() >= own.is_floating_point()
+        if not there or not t.to(own.dtype).isfinite().all():
+            what = f"{name} ({t.dtype}, {t.layout}) is not of floating-point numbers, all of them there and finite"
+            raise ValueError(f"{path} is no {model} to be used: {what}")
     network.load_state_dict(dict(zip(states[1], tensors.values(), strict=True)))
     return network.eval()
+
+
+def _tensors(path):
+    """The tensors in a file of `torch.save`, by their names, whichever of the usual dicts holds them."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(60)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a pointer of Git LFS, not the network: `git lfs pull` fetches it")
+    try:
+        if start.startswith(b"PK"):  # PyTorch compares no checksums
+            with zipfile.ZipFile(path) as file:
+                for entry in file.infolist():
+                    if entry.CRC:  # 0 where it was to write none
+                        file.read(entry)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        what = "it is cut, or holds objects beside tensors, which can run code when they are read: save a state_dict"
+        raise ValueError(f"{path} is no file of tensors: {what}") from error
+    except Exception as error:  # whatever the bytes mean to the reader of pickles
+        what = f"{type(error).__name__} {error!s:.100}: fetch it again"
+        raise ValueError(f"{path} is no file of tensors, or damaged: {what}") from error
+    for name in ("model", "net", "model_state_dict", "state_dict"):
+        if isinstance(found, dict) and isinstance(found.get(name), dict):
+            found = found[name]
+    pairs = found.items() if isinstance(found, dict) else ()
+    return {str(name).removeprefix("module."): t for name, t in pairs if isinstance(t, torch.Tensor)}

@@ -10,11 +10,11 @@ from dataclasses import fields
 from itertools import count
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm import tqdm
 
 from . import cluster, compute
-from .files import checksum, folder_from_environment, read_json, write_json
+from .files import checksum, folder_from_environment, locked, read_json, write_json
 from .training import VERSION, damage, train
 
 # Dicts: run (its name), what, state ("found", "trained", "remembered", "measured"; of a cell "committed"), made.
@@ -61,7 +61,7 @@ def _put_aside(folder, wait):
     models, run.json last.
     """
     try:
-        with FileLock(folder / ".lock", timeout=-1 if wait else 0):
+        with locked(folder / ".lock", "RUNS_DIR", wait):
             if why := damage(folder):
                 names = (f"{folder.name}.damaged{f'-{i}' if i > 1 else ''}" for i in count(1))
                 aside = next(path for path in map(folder.with_name, names) if not path.exists())
@@ -156,8 +156,7 @@ def _once(path, lock, wait=True):
     if path.exists():
         yield True
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock, timeout=-1 if wait else 0):
+    with locked(lock, "RUNS_DIR", wait):
         yield path.exists()
 
 

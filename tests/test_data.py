@@ -1,25 +1,35 @@
 """Data sets: what is in them, where they are looked for, and what is said when they are damaged or missing."""
 
+import contextlib
+import errno
 import gc
+import gzip
 import hashlib
 import http.server
+import io
 import itertools
 import os
 import pickle
+import shutil
 import socket
 import struct
+import tarfile
 import threading
+import time
 import urllib.request
 import weakref
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from filelock import FileLock
+from PIL import Image, PngImagePlugin
 from torchvision import datasets
 
-from lib import data, evaluation
+from lib import data, evaluation, files
 from lib.attacks import fgsm
 from lib.data import DataCorrupted, DataNotFound, image_folder, load
 from lib.training import TrainConfig, train
@@ -146,8 +156,15 @@ def test_what_is_changed_in_place_is_another_data_set(digits, inference):
         few = data.Data(*(t.clone() for t in (digits.x_train[:9], digits.y_train[:9], digits.x_test[:5])),
                         torch.arange(5), "few")  # fmt: skip
         found = [few.fingerprint]
-        for t, value in ((few.x_train, 0.5), (few.y_train, 3), (few.x_test[1], 0), (few.y_test, 11)):
-            t[:] = value
+        ways = (
+            lambda t: t,
+            lambda t: t.numpy(),
+            lambda t: t.data,
+            lambda t: t.numpy(),
+        )  # PyTorch counts the first only
+        changes = ((few.x_train, 0.5), (few.y_train, 3), (few.x_test[1], 0), (few.y_test, 11))
+        for way, (t, value) in zip(ways, changes, strict=True):
+            way(t)[:] = value
             found += [few.fingerprint]
             assert few.fingerprint == data.Data(few.x_train, few.y_train, few.x_test, few.y_test, "again").fingerprint
     assert len(set(found)) == 5 and few.num_classes == 12
@@ -266,6 +283,13 @@ class TestCifar10:
         with pytest.raises(DataCorrupted, match=f"{name} is truncated or altered: delete it and run again"):
             load("cifar10")
 
+    @pytest.mark.parametrize("content", [None, b"", b"altered"])
+    def test_the_names_of_its_classes_are_not_needed(self, folder, monkeypatch, content):
+        meta = make_cifar10(folder, monkeypatch) / "batches.meta"
+        whole = load("cifar10")
+        meta.unlink() if content is None else meta.write_bytes(content)
+        assert load("cifar10").fingerprint == whole.fingerprint
+
     def test_a_missing_batch(self, folder, monkeypatch):
         (make_cifar10(folder, monkeypatch) / "data_batch_2").unlink()
         with pytest.raises(DataNotFound, match=r"Put data_batch_1, .* \(or images: cifar10/"):
@@ -297,7 +321,6 @@ class TestNothingFound:
     @pytest.mark.parametrize("name, place, laid", [
         ("mnist", "MNIST/raw/train-images-idx3-ubyte", "MNIST/raw/train-images.idx3-ubyte"),
         ("mnist", "MNIST/raw/t10k-labels-idx1-ubyte", "MNIST/t10k-labels-idx1-ubyte"),
-        ("mnist", "MNIST/raw/t10k-labels-idx1-ubyte", "mnist digits/T10K-labels.idx1-ubyte.gz"),
         ("fashionmnist", "FashionMNIST/raw/train-labels-idx1-ubyte", "train-labels-idx1-ubyte"),
         ("cifar10", "cifar-10-batches-py/data_batch_2", "CIFAR/data_batch_2"),
         ("cifar10", "cifar-10-batches-py/test_batch", "test_batch"),
@@ -306,6 +329,23 @@ class TestNothingFound:
         (folder / laid).parent.mkdir(parents=True)
         (folder / laid).write_bytes(b"x")
         with pytest.raises(DataNotFound, match=f"; {folder}/{laid} should be {folder}/{place}$"):
+            load(name)
+
+    @pytest.mark.parametrize(
+        "whole, words", [(True, "should be"), (False, "is damaged: delete it, and unpack a whole")]
+    )
+    @pytest.mark.parametrize("name, place, laid", [
+        ("mnist", "MNIST/raw/t10k-labels-idx1-ubyte", "mnist digits/T10K-labels.idx1-ubyte.gz"),
+        ("mnist", "MNIST/raw/train-images-idx3-ubyte", "MNIST/raw/train-images-idx3-ubyte.gz"),
+        ("fashionmnist", "FashionMNIST/raw/t10k-labels-idx1-ubyte", "t10k-labels-idx1-ubyte.gz"),
+        ("cifar10", "", "cifar-10-python.tar.gz"),
+        ("cifar10", "", "cifar-10-batches-py/cifar-10-python.tar.gz"),
+    ])  # fmt: skip
+    def test_packed_files_are_to_be_unpacked_or_damaged(self, folder, name, place, laid, whole, words):
+        (folder / laid).parent.mkdir(parents=True)
+        packed = gzip.compress(os.urandom(999))
+        (folder / laid).write_bytes(packed if whole else packed[:-99])
+        with pytest.raises(DataNotFound, match=f"; {folder / laid} {words}.* {folder / place}$"):
             load(name)
 
     @pytest.mark.parametrize("answer, words", [
@@ -372,6 +412,100 @@ class TestNothingFound:
             path.rename(folder / f"gone {path.name}")
         with pytest.raises(DataCorrupted, match=r"cifar10/(train|test) should hold"):
             load("cifar10", fallback="mnistm")
+
+
+MAKE = {"mnist": make_mnist, "cifar10": make_cifar10, "fashionmnist": make_mnist}
+
+
+@pytest.mark.parametrize("name", MAKE)
+class TestTogether:
+    """Two processes that want one set from nothing: here as threads, which wait for a lock of files as processes do."""
+
+    @pytest.fixture
+    def base(self, folder, name, monkeypatch):
+        """The official layout of each set; of clothes the digests are not known."""
+        base = MAKE[name](folder, monkeypatch)
+        if name == "fashionmnist":
+            monkeypatch.setattr(data, "MNIST_SHA256", dict.fromkeys(data.MNIST_SHA256, "of others"))
+            base = base.parent.rename(folder / "FashionMNIST") / "raw"
+        return base
+
+    def serve(self, base, monkeypatch, asked, halfway):
+        """What is laid out, packed, by a slow server, which notes what it is asked for and that it is halfway."""
+        packed = {f"{path.name}.gz": gzip.compress(path.read_bytes()) for path in base.iterdir()}
+        with io.BytesIO() as archive:
+            with tarfile.open(fileobj=archive, mode="w:gz") as file:
+                file.add(base, base.name)
+            packed[datasets.CIFAR10.filename] = archive.getvalue()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                content = packed[self.path[1:]]
+                asked.append(self.path)
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                with contextlib.suppress(OSError):  # some who ask want no answer
+                    self.wfile.write(content[:-20])
+                    halfway.set()
+                    time.sleep(0.1)
+                    self.wfile.write(content[-20:])
+
+            def log_message(self, *_args):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        url, digests = f"http://127.0.0.1:{server.server_port}/", {n: hashlib.md5(c) for n, c in packed.items()}
+        for kind in (datasets.MNIST, datasets.FashionMNIST):
+            monkeypatch.setattr(kind, "mirrors", [url])
+            resources = [(name, digests[name].hexdigest()) for name, _ in kind.resources if name in digests]
+            monkeypatch.setattr(kind, "resources", resources)
+        monkeypatch.setattr(urllib.request, "urlopen", URLOPEN)
+        monkeypatch.setattr(datasets.CIFAR10, "url", url + datasets.CIFAR10.filename)
+        monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", digests[datasets.CIFAR10.filename].hexdigest())
+        return server
+
+    def test_one_downloads_and_the_other_waits(self, folder, base, name, monkeypatch):
+        whole, asked, halfway = load(name).fingerprint, [], threading.Event()
+        with self.serve(base, monkeypatch, asked, halfway) as server, ThreadPoolExecutor(3) as pool:
+            pool.submit(server.serve_forever, 0.01)
+            try:
+                shutil.rmtree(folder)
+                assert load(name).fingerprint == whole
+                alone = sorted(asked)
+                asked.clear(), halfway.clear(), shutil.rmtree(folder)
+                first = pool.submit(load, name)
+                assert halfway.wait(60)
+                assert [pool.submit(load, name).result().fingerprint, first.result().fingerprint] == [whole, whole]
+                assert sorted(asked) == alone
+            finally:
+                server.shutdown()
+
+    @pytest.mark.parametrize("missing", [False, True])
+    def test_what_another_is_extracting_is_waited_for(self, folder, base, name, missing):
+        whole, path = load(name).fingerprint, sorted(base.iterdir())[1]
+        content = path.read_bytes()
+        with ThreadPoolExecutor(1) as pool:
+            with FileLock(folder / f".{base.parent.name if 'mnist' in name else 'CIFAR10'}.lock"):
+                path.unlink() if missing else path.write_bytes(content[:-9])
+                late = pool.submit(load, name)
+                time.sleep(0.3)
+                path.write_bytes(content)
+            assert late.result().fingerprint == whole
+
+    def test_no_lock_is_needed_for_what_is_there(self, base, name, monkeypatch):
+        def refuse(*_args, **_kwargs):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        whole, path = load(name).fingerprint, sorted(base.iterdir())[1]
+        monkeypatch.setattr(files, "FileLock", refuse)
+        assert load(name).fingerprint == whole
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(DataCorrupted, match="delete it"):
+            load(name)
+        path.unlink()
+        with pytest.raises(DataNotFound, match="cannot be downloaded"):
+            load(name)
 
 
 class TestImageFolder:
@@ -482,6 +616,34 @@ class TestImageFolder:
         with pytest.raises(DataCorrupted, match=rf"photos/{missing} should hold <class>/\*\.png or \*\.jpg"):
             load(path)
 
+    @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+    @pytest.mark.parametrize("place", ["test", "train/cat", "train/dog/2019", "train/dog/2019/a b"])
+    def test_a_folder_that_cannot_be_read_is_named(self, tmp_path, monkeypatch, place, number):
+        path = make_images(tmp_path / "photos")
+        make_images(path / "train" / "dog" / "2019" / "a b")
+        found = {name: getattr(os, name) for name in ("scandir", "listdir")}
+
+        def look(name, folder="."):
+            if os.fspath(folder) == str(path / place):
+                raise OSError(number, os.strerror(number), str(folder))
+            return found[name](folder)
+
+        for name in found:
+            monkeypatch.setattr(os, name, partial(look, name))
+        with pytest.raises(DataCorrupted, match=f"{os.strerror(number)}: '{path / place}'"):
+            load(path)
+
+    @pytest.mark.parametrize("to, words", [("/nowhere/frogs", "is a link to nowhere"), ("v1.0", "symbolic links")])
+    @pytest.mark.parametrize("places", [("train", "test"), ("test",), ("train/dog",), ("train/cat/2019",)])
+    def test_a_link_that_leads_to_no_folder_is_named(self, tmp_path, places, to, words):
+        path = make_images(tmp_path / "photos")
+        for place in places:
+            (path / place).mkdir(exist_ok=True)
+            (path / place / "v1.0").symlink_to(to)
+            (path / place / ".hidden").symlink_to(to)
+        with pytest.raises(DataCorrupted, match=f"{words}.*{places[0]}/v1.0|{places[0]}/v1.0.*{words}"):
+            load(path)
+
     def test_a_class_without_images(self, tmp_path):
         path = make_images(tmp_path / "photos")
         (path / "train" / "wolf").mkdir()
@@ -518,12 +680,69 @@ def turned(orientation):
     return np.ascontiguousarray(STORED[orientation](upright())), exif
 
 
-def deep_png(path):
-    """48-bit RGB, which Pillow cannot write: the high bytes are the picture."""
-    rows = b"".join(b"\0" + np.dstack([row, 255 - row]).tobytes() for row in upright())
-    chunks = {b"IHDR": struct.pack(">IIBBBBB", 16, 24, 16, 2, 0, 0, 0), b"IDAT": zlib.compress(rows), b"IEND": b""}
-    parts = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks.items()]
+def packed(values, bits):
+    """Rows of whole numbers of so many bits as bytes, without gaps, the highest bit first."""
+    return np.packbits((values[..., None] >> np.arange(bits)[::-1] & 1).reshape(len(values), -1), axis=1)
+
+
+def png(path, values, bits, *clear):
+    """Grey or RGB of so many bits, most of which Pillow cannot write; with one transparent colour."""
+    rows = b"".join(b"\0" + row.tobytes() for row in packed(values, bits))
+    header = struct.pack(">IIBBBBB", 16, 24, bits, 2 if values.ndim == 3 else 0, 0, 0, 0)
+    chunks = {
+        b"IHDR": header,
+        b"tRNS": struct.pack(f">{len(clear)}H", *clear),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    parts = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks.items()
+             if c or k != b"tRNS"]  # fmt: skip
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+# The high bytes are the picture, the low ones its columns.
+DEEP = upright().astype(np.uint16) * 256 + np.arange(16, dtype=np.uint16)[:, None]
+ONE_CLEAR = np.where((DEEP[0, 3] == DEEP).all(2, keepdims=True), 255, upright())
+
+
+def levels(bits):
+    """Grey values of so many bits, (24, 16), and what is shown of them."""
+    values = GREY16 >> (16 - bits)
+    return values, (values * (255 / (2**bits - 1))).round()[:, :, None].repeat(3, 2)
+
+
+def clear_grey(bits):
+    """A grey value that is transparent: how it is written, and what is shown."""
+    values, shown = levels(bits)
+    clear = values[0, 0]
+    return (lambda path: png(path, values, bits, clear)), np.where(values[:, :, None] == clear, 255, shown), 0
+
+
+def tif(path, bits):
+    """Grey of so many bits, which Pillow reads and cannot write."""
+    pixels = packed(levels(bits)[0], bits).tobytes()
+    tags = {256: 16, 257: 24, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 24, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<I", 8 + len(pixels))
+    path.write_bytes(head + pixels + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+def pgm(path, bits):
+    values = levels(bits)[0].astype(">u2")
+    path.write_bytes(b"P5 16 24 %d\n" % (2**bits - 1) + values.tobytes())
+
+
+ODD_EXIF = {name: b"Exif\0\0" + block for name, block in {
+    "empty": b"", "short": b"II", "no place": b"II*\0", "cut": b"II*\0\xff", "no TIFF": b"odd text",
+    "beyond": b"MM\0*\0\0\xff\xff", "no entries": b"II*\0\x08\0\0\0\x05\0",
+}.items()}  # fmt: skip
+
+
+def odd_text(path, text):
+    """A PNG that holds EXIF as ImageMagick writes it, in hexadecimal text."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", text, zip=True)
+    save(upright(), path, pnginfo=info)
 
 
 def late_exif(path, orientation):
@@ -558,7 +777,15 @@ SHOWN = {  # name of the file: how it is written, what is shown, by how much it 
                               upright(), 4) for k in STORED for kind, how in EXACT.items()},
     **{f"late {k}.png": (lambda path, k=k: late_exif(path, k), upright(), 0) for k in (3, 6)},
     "16.png": (grey16("png"), GREY8, 0), "16.tif": (grey16("tif"), GREY8, 0), "16 big.tif": (grey16("big"), GREY8, 0),
-    "16.pgm": (grey16("pgm"), GREY8, 0), "48.png": (deep_png, upright(), 0),
+    "16.pgm": (grey16("pgm"), GREY8, 0), "48.png": (lambda path: png(path, DEEP, 16), upright(), 0),
+    "48 clear.png": (lambda path: png(path, DEEP, 16, *DEEP[0, 3]), ONE_CLEAR, 0),
+    **{f"{bits} clear.png": clear_grey(bits) for bits in (1, 2, 4, 8, 16)},
+    **{f"{bits}.tif": (lambda path, bits=bits: tif(path, bits), levels(bits)[1], 0) for bits in (4, 8, 12)},
+    **{f"{bits}.pgm": (lambda path, bits=bits: pgm(path, bits), levels(bits)[1], 1) for bits in (10, 12)},
+    **{f"{name} exif.{kind}": (lambda path, exif=exif, how=EXACT[kind]: save(upright(), path, exif=exif, **how),
+                               upright(), 4) for name, exif in ODD_EXIF.items() for kind in ("png", "jpg", "webp")},
+    **{f"text {i}.png": (lambda path, text=text: odd_text(path, text), upright(), 0)
+       for i, text in enumerate(("nonsense", "\nexif\n 4\nzz\n", "\nexif\n 2\n4949\n"))},
     "white is 0.tif": (lambda path: save(Image.fromarray(65535 - GREY16), path, tiffinfo={262: 0}), GREY8, 0),
     "damaged exif.jpg": (damaged_exif, upright(), 4),
     "bits.png": (lambda path: save(Image.fromarray(GREY16 > 9999), path), 255.0 * (GREY8 > 9999 / 257), 0),
@@ -661,7 +888,8 @@ class TestAsShown:
         plain = image_folder(path)
         for part in ("train", "test"):
             make_images(path / part / ".ipynb_checkpoints")
-            make_images(path / part / "cat" / ".ipynb_checkpoints")
+            for name in ("cat/.ipynb_checkpoints", "cat/@eaDir", "dog/@eaDir/0.png", "@eaDir", "__MACOSX"):
+                make_images(path / part / name)
             for name in ("._0.png", ".DS_Store", "dog/._0.png", "dog/.DS_Store", "dog/.hidden.jpg"):
                 (path / part / name).write_bytes(b"\0\5\x16\7")
         found = image_folder(path)
@@ -765,11 +993,17 @@ class TestStreamed:
         assert first.fingerprint == again.fingerprint != first.first(35).fingerprint
         cut = {image_folder(path, held_bytes=0, size=size).fingerprint for size in (None, 32, 16)}
         assert len(cut) == 3
-        image = next((path / "test" / "dog").iterdir())
+        before, image = first.fingerprint, next((path / "test" / "dog").iterdir())
         pixels = np.array(Image.open(image))
         pixels[3, 4, 0] ^= 1
         Image.fromarray(pixels).save(image)
-        assert image_folder(path, held_bytes=0).fingerprint != first.fingerprint
+        assert image_folder(path, held_bytes=0).fingerprint == first.fingerprint != before
+
+    def test_moved_images_are_where_their_pixels_are(self, path):
+        """A device has a number in tensors, "cuda:0", and need not have one in its name."""
+        streamed = image_folder(path, held_bytes=0).x_train
+        for name in ("cpu", "meta:0"):
+            assert streamed.to(name).device == torch.empty(1, device=name).device
 
     def test_unreadable_headers_are_counted_and_named_at_once(self, path):
         for name in ("cat/1.png", "frog/3.png"):

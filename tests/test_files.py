@@ -38,7 +38,7 @@ def test_the_tilde_is_the_home_folder_for_each(monkeypatch, tmp_path, name, fold
     assert folder() == tmp_path / "mine"
 
 
-@pytest.mark.parametrize("function", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("function", ["open", "fsync", "replace"])
 @pytest.mark.parametrize("old", [None, b"old"])
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, function, old):
     path = tmp_path / "a.json"
@@ -59,17 +59,17 @@ def test_a_disk_that_fills_while_writing(tmp_path, monkeypatch):
     """/dev/full refuses every byte, as a full disk does."""
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
-    plain = files.tempfile.NamedTemporaryFile
+    plain = open
 
-    def on_a_full_disk(**settings):
-        file = plain(**settings)
+    def on_a_full_disk(*args, **settings):
+        file = plain(*args, **settings)
         device = os.open("/dev/full", os.O_WRONLY)
         os.dup2(device, file.fileno())
         os.close(device)
         return file
 
     write_json(tmp_path / "a.json", 1)
-    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", on_a_full_disk)
+    monkeypatch.setattr(files, "open", on_a_full_disk, raising=False)
     with pytest.raises(OSError, match=r"a\.json was not written \(No space left on device\)"):
         write_bytes(tmp_path / "a.json", b"x" * 100_000)
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and read_json(tmp_path / "a.json") == 1
@@ -136,6 +136,19 @@ def test_files_allow_no_more_than_the_readers_umask(tmp_path):
     for mask, mode in ((0o077, 0o600), (0o002, 0o644)):
         subprocess.run([sys.executable, "-c", code, tmp_path / "a"], cwd=ROOT, umask=mask, check=True)
         assert (tmp_path / "a").stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_a_disk_that_keeps_no_modes_is_written_to(tmp_path, monkeypatch, number):
+    """As vfat and CIFS answer: a good file is no failure."""
+
+    def refuse(*_args, **_kwargs):
+        raise OSError(number, os.strerror(number))
+
+    for name in ("chmod", "fchmod"):
+        monkeypatch.setattr(os, name, refuse)
+    write_json(tmp_path / "a.json", [1])
+    assert read_json(tmp_path / "a.json") == [1] and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [float("nan")]}])

@@ -217,14 +217,18 @@ class TestEnsemble:
             models.Ensemble([self.members[0], other])(self.x)
 
 
-@pytest.mark.parametrize("prefix, wrapped", [("", False), ("module.", False), ("", True)])
+@pytest.mark.parametrize("prefix, wrapped", [
+    ("", None), ("module.", None), (None, None),
+    ("", "state_dict"), ("", "model_state_dict"), ("", "model"), ("", "net"),
+])  # fmt: skip
 @pytest.mark.parametrize("name, shape", [("lenet", (1, 28, 28)), ("vgg16", (3, 32, 32)), ("resnet18", (3, 32, 32))])
 def test_released_layout_round_trip(tmp_path, name, shape, prefix, wrapped):
     """Under other names, in order: what is saved comes back bit by bit, running averages of batches too."""
     network = build(name, seed=3, width=1)
     network(torch.rand(4, *shape))  # moves the running averages
-    tensors = {f"{prefix}other.{i}": t for i, t in enumerate(network.state_dict().values())}
-    torch.save({"state_dict": tensors, "epoch": 3} if wrapped else tensors, tmp_path / "x_100.ckpt")
+    names = (i if prefix is None else f"{prefix}other.{i}" for i in range(999))
+    tensors = dict(zip(names, network.state_dict().values(), strict=False))
+    torch.save({wrapped: tensors, "epoch": 3} if wrapped else tensors, tmp_path / "x_100.ckpt")
     back = models.released(tmp_path / "x_100.ckpt", name, width=1)
     x = torch.rand(2, *shape)
     assert not back.training and torch.equal(back(x), network.eval()(x))
@@ -239,6 +243,7 @@ def test_released_layout_round_trip(tmp_path, name, shape, prefix, wrapped):
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "a pointer of Git LFS.*git lfs pull"),
     (b"", "x.ckpt is no file of tensors"),
     (b"PK\x03\x04 torn", "x.ckpt is no file of tensors"),
+    *((text, "x.ckpt is no file of tensors") for text in (b"hello world", b"a", b"Git", b"404: Not Found", b"<html>")),
     (lambda: build("lenet", seed=0, width=2), r"of width 1: its tensor 1 of 8 is \(4, 1, 5, 5\), not \(2, 1, 5, 5\)"),
     (lambda: nn.Sequential(*list(build("lenet", seed=0, width=1))[:-1]), "its tensor 7 of 6 is nothing more"),
     (lambda: [1, 2], "its tensor 1 of 0 is nothing more"),
@@ -255,3 +260,47 @@ def test_what_is_no_released_network(tmp_path, content, message):
         models.released(path, "lenet", width=1)
     with pytest.raises(ValueError, match=r"unknown model 'alexnet'|x\.ckpt"):
         models.released(path, "alexnet")
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_damaged_released_network_is_refused(tmp_path, checked):
+    """A bit altered anywhere: refused by the file's own checksums, or the network is the same."""
+    network, path = build("lenet", seed=0, width=1), tmp_path / "x.ckpt"
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(checked)
+    torch.save(network.state_dict(), path)
+    torch.serialization.set_crc32_options(before)
+    whole, x, refused = path.read_bytes(), torch.rand(2, 1, 28, 28), 0
+    assert torch.equal(models.released(path, "lenet", width=1)(x), network(x))
+    if not checked:  # a file without them is taken as it is
+        return
+    for at in range(0, len(whole), len(whole) // 60):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
+        try:
+            assert torch.equal(models.released(path, "lenet", width=1)(x), network(x))
+        except ValueError as error:
+            assert "x.ckpt is no file of tensors" in str(error)
+            refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: t * float("nan"), lambda t: t / 0, lambda t: t.double() + 1e300, lambda t: t.int(), lambda t: t > 0,
+    lambda t: t.to(torch.complex64), lambda t: t.to_sparse(), lambda t: t.to("meta"),
+    lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["0.weight", "9.bias"])
+def test_numbers_of_another_kind_are_refused(tmp_path, change, name):
+    tensors = build("lenet", seed=0, width=1).state_dict()
+    torch.save(tensors | {name: change(tensors[name])}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=rf"x\.ckpt is no (lenet to be used: {name} \(torch|file of tensors)"):
+        models.released(tmp_path / "x.ckpt", "lenet", width=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floating_point_numbers_of_other_lengths_are_taken(tmp_path, dtype):
+    network = build("resnet18", seed=0, width=1).to(dtype)
+    torch.save(network.state_dict(), tmp_path / "x.ckpt")
+    found = models.released(tmp_path / "x.ckpt", "resnet18", width=1)
+    both = zip(found.state_dict().values(), network.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in both)

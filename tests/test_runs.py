@@ -1,9 +1,12 @@
 """The cache: what names a run, and that nothing is trained twice."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import math
 import multiprocessing
+import os
 import subprocess
 import threading
 import time
@@ -201,6 +204,34 @@ def test_a_damaged_run_that_cannot_be_moved_is_named(folder, trained):
     with pytest.raises(ValueError, match=r"is damaged and cannot be moved \(.*\): rename it, and run again"):
         runs.run(CONFIG, noise())
     assert len(trained) == 2 and [path.name for path in folder.iterdir()] == [place.name]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])
+def test_a_disk_that_refuses_locks_is_named(folder, trained, monkeypatch, number):
+    def refuse(*_args):
+        raise OSError(number, os.strerror(number))
+
+    place = runs.run(CONFIG, noise()).folder
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert runs.run(CONFIG, noise()).folder == place  # what is there needs none
+    words = rf"takes no files or no locks \({os.strerror(number)}\): set RUNS_DIR to a folder on another disk"
+    with pytest.raises(OSError, match=f"{folder}/lenet-.* {words}") as caught:
+        runs.run(replace(CONFIG, seed=1), noise())
+    with pytest.raises(OSError, match=f"{folder}/looks {words}"):
+        runs.remember("looks", {"a": 1}, lambda: 1)
+    assert caught.value.errno == number
+    cut(place / "run.json")
+    with pytest.raises(ValueError, match=f"is damaged and cannot be moved .*{words}"):
+        runs.run(CONFIG, noise())
+    assert len(trained) == 2
+
+
+@pytest.mark.parametrize("where", ["", "looks"])
+def test_a_file_in_the_place_of_a_folder_is_named(folder, where):
+    (folder / where).parent.mkdir(exist_ok=True)
+    (folder / where).write_text("a file")
+    with pytest.raises(OSError, match=f"{folder}/looks takes no files .*: set RUNS_DIR"):
+        runs.remember("looks", {"a": 1}, lambda: 1)
 
 
 def test_remember(folder):
