@@ -19,7 +19,8 @@ Usage: ./run_all.sh [NOTEBOOK ...] [--profile NAME] [-j N] [--timeout S] [--list
               only build/tiny/); or a file of your own, my.yaml, which writes only build/my/
   -j N        notebooks side by side (default: 2)
   --workers N networks are trained by N processes of their own (dask), with a GPU each where there are GPUs (with
-              --per-gpu K, K of them share one); with --slurm "partition=short,gres=gpu:1" they are Slurm's jobs
+              --per-gpu K, K of them share one); with --slurm "partition=short,gres=gpu:1,--exclusive" they are
+              Slurm's jobs
   --scheduler ADDRESS  ... by the workers of this dask scheduler, tcp://host:8786
   --timeout S seconds that a cell may take
   --dry-run   say what would be trained and what would be found, and run nothing
@@ -43,9 +44,11 @@ step() {
 
 find_python() {
   local candidate
-  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3 python; do
+  if [ -n "${PYTHON-}" ]; then set -- "$PYTHON"; else set -- python3.11 python3.12 python3.13 python3 python; fi
+  for candidate; do
     if "$candidate" tools/checkenv.py --python-only >/dev/null 2>&1; then python=$candidate; return; fi
   done
+  [ -z "${PYTHON-}" ] || die "PYTHON=$PYTHON starts no Python $range: correct it or unset it"
   die "needs Python $range: set PYTHON=/path/to/python3.x, or install uv"
 }
 
@@ -141,6 +144,7 @@ here=$PWD
 for name in FIGURES_DIR RUNS_DIR DATA_DIR; do # from here, wherever notebooks and tests stand
   case ${!name-} in '' | /* | '~'*) ;; *) export "$name=$here/${!name}" ;; esac
 done
+case ${PYTHON-} in /* | '~'*) ;; */*) export PYTHON="$here/$PYTHON" ;; esac # but a name without / is looked up
 cd "$root"
 choose_python $dev
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONHASHSEED=0 PYTHONPATH=$root

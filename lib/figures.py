@@ -278,11 +278,11 @@ def _cells(name):
                 for cell in json.loads(text)["cells"]]  # fmt: skip
     # Not by jupytext, the import of which takes a third of a kernel's start: the format is no more than this, and
     # tools/check_pairs.py, which has it, holds all sources to it.
-    parts = re.split(r"^# %%(.*)\n", text, flags=re.M)[1:]
+    parts = re.split(r"^[ \t]*#[ \t]*%%(?:%*[ \t](.*))?\n", text, flags=re.M)[1:]
     return [
         ("markdown", [], re.sub(r"^# ?", "", body, flags=re.M)) if "[markdown]" in head
         else ("code", re.findall(r'"(\w+)"', head), body)
-        for head, body in zip(parts[::2], parts[1::2], strict=True)
+        for head, body in zip((head or "" for head in parts[::2]), parts[1::2], strict=True)
     ]  # fmt: skip
 
 

@@ -8,10 +8,12 @@ for a table (what `cells.attacks` takes, and how many test images PGD and the ot
 by its parameter `changes`, a profile by its section `recipes`.
 """
 
+import math
+import os
 from dataclasses import fields, replace
 
 from . import data
-from .settings import SettingError, exactly
+from .settings import OWN, SettingError, exactly
 from .training import TrainConfig
 
 PAPER_STOPS = {"linear": 2.0, "cosine": 2.0, "cosine_misread": 2.0}
@@ -57,6 +59,21 @@ PER_RUN = {"eps": "is the notebook's", "seed": "is the notebook's", "schedule": 
 KNOWN = BESIDE | {field.name for field in fields(TrainConfig)}
 
 
+def _count(value, least=1):
+    return type(value) is int and value >= least
+
+
+# What those have to be that no TrainConfig looks at:
+FITTING = {
+    "dataset": (lambda name: name in data.LOADERS or os.sep in name or os.path.isdir(os.path.expanduser(name)),
+                f"one of {', '.join(data.LOADERS)}, or the path of a folder, such as ./photographs"),
+    "images": (lambda pair: len(pair) == 2 and all(n is None or _count(n) for n in pair),
+               "two whole numbers of at least 1, or null for all"),
+    "set_aside": (lambda n: _count(n, 0), "a whole number of at least 0"),
+    "periods": (lambda epochs: all(map(_count, epochs)), "whole numbers of at least 1"),
+}  # fmt: skip
+
+
 def get(name, changes=None):
     """The settings of a recipe, with changes.
 
@@ -66,8 +83,10 @@ def get(name, changes=None):
     Returns:
         A dict of settings, new each time.
     Raises:
-        SettingError: a recipe or setting that does not exist, here or in changes, or another type of value.
+        SettingError: a recipe or setting that does not exist, here or in changes, another type of value, or one that
+            nothing can be made of.
     """
+    new = {}
     for recipe, settings in {name: {}, **(changes or {})}.items():
         if recipe not in RECIPES:
             raise SettingError(f"no recipe {recipe!r}: there are {', '.join(RECIPES)}")
@@ -77,11 +96,23 @@ def get(name, changes=None):
                 raise SettingError(f"{recipe!r} has no setting {setting!r}: there are {there}")
             if setting in PER_RUN:
                 raise SettingError(f"{setting} of {recipe!r} {PER_RUN[setting]}: no recipe sets it")
-            exactly(f"{setting} of {recipe!r}", value, RECIPES[recipe].get(setting), setting)
-        if any(type(n) is not int for n in settings.get("images", []) if n is not None):
-            raise SettingError(f"images of {recipe!r} are {settings['images']}: two whole numbers, or null for all")
-    old, new = RECIPES[name], (changes or {}).get(name, {})  # what a change of a dict does not name stays
+            value = _fitting(f"{setting} of {recipe!r}", value, RECIPES[recipe].get(setting), setting)
+            if recipe == name:
+                new[setting] = value
+    old = RECIPES[name]  # what a change of a dict does not name stays
     return old | {key: old[key] | value if isinstance(old.get(key), dict) else value for key, value in new.items()}
+
+
+def _fitting(where, value, like, setting):
+    """What `exactly` gives. Raises SettingError also for what TrainConfig would not see, as no field of it."""
+    value = exactly(where, value, like, setting)
+    fits, wanted = FITTING.get(setting, (lambda _: True, ""))
+    if not fits(value):
+        raise SettingError(f"{where} is {value!r}, but should be {wanted}")
+    for key, one in value.items() if setting in OWN else ():
+        if one is not False and not 0 < one < math.inf:
+            raise SettingError(f"{where}: {key} is {one}, but should be above 0")
+    return value
 
 
 def load(settings):

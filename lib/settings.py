@@ -20,6 +20,7 @@ def kind(value):
     return {str: "text", tuple: "list"}.get(type(value), "number")
 
 
+OWN = {"plan", "stops"}  # settings of a recipe that hold names of their own
 FREE = {"images", "lr_drops"}  # lists in which a number may stand twice; of images null is all, at any place
 
 
@@ -43,7 +44,7 @@ def fit(where, value, like, name=""):
     if isinstance(value, dict):
         from .recipes import KNOWN  # takes seconds: only where it is needed
 
-        if unknown := [key for key in value if key not in like and key not in KNOWN]:
+        if unknown := [key for key in value if key not in like and (name in OWN or key not in KNOWN)]:
             raise SettingError(f"{where}: no name {unknown[0]!r}: there are {', '.join(map(str, like))}")
         return {key: fit(f"{where}: {key}", one, like.get(key), key) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -64,9 +65,11 @@ def fit(where, value, like, name=""):
 
 
 def exactly(where, value, like, name=""):
-    """Raise SettingError, as `fit`, also for what only a profile may write: numbers as text."""
-    if _plain(fit(where, value, like, name)) != _plain(value):
+    """What `fit` gives. Raises SettingError, as it does, also for what only a profile may write: numbers as text."""
+    found = fit(where, value, like, name)
+    if _plain(found) != _plain(value):
         raise SettingError(f"{where} is {value!r}: write numbers without quotes")
+    return found
 
 
 def differing(where, values, known):

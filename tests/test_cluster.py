@@ -376,6 +376,10 @@ def test_an_address_nobody_answers_is_said_within_ten_seconds(address, capsys):
         (dict(slurm="partition=short"), "--slurm SETTINGS --workers N"),
         (dict(slurm="short", workers=2), "list of name=value"),
         (dict(slurm="partition=", workers=2), "list of name=value"),
+        (dict(slurm="exclusive,partition=short", workers=2), "and of flags, such as --exclusive"),
+        (dict(slurm="p=short", workers=2), "write the name of p=short in full, as partition is for p"),
+        (dict(slurm="mem=16GB,mem-per-cpu=4G", workers=2), "more than one of mem, mem-per-cpu, mem-per-gpu"),
+        (dict(slurm="time=1,partition=a, time = 2", workers=2), "time stands twice"),
         (dict(workers=2), "there are 1 GPUs here, for 1 workers each; --per-gpu 2 lets"),
         (dict(slurm="partition=short", workers=2, per_gpu=2), "--per-gpu is for --workers of this machine"),
         (dict(workers=5, per_gpu=3), "there are 1 GPUs here, for 3 workers each; --per-gpu 5 lets"),
@@ -450,8 +454,12 @@ def test_a_run_on_slurm_is_interrupted_as_any_other():
 def test_without_dask(monkeypatch, digits):
     monkeypatch.setitem(sys.modules, "distributed", None)
     missing = re.escape("pip install -e '.[cluster]'")
-    with pytest.raises(clusters.ClusterError, match=missing), clusters.started(asked(workers=2)):
-        pass
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    for options in (dict(workers=2), dict(workers=2, slurm="partition=short")):
+        with pytest.raises(clusters.ClusterError, match=missing), clusters.started(asked(**options)):
+            pass
+    with pytest.raises(clusters.ClusterError, match=missing):  # as for --dry-run
+        clusters.slurm("partition=short", 0)
     monkeypatch.setenv(clusters.VARIABLE, "tcp://127.0.0.1:1")
     with pytest.raises(cluster.ClusterError, match=missing):
         runs.grid([CONFIG], digits)
@@ -489,6 +497,42 @@ def test_slurm_gets_memory_as_it_takes_it_and_folders_as_they_are_called(monkeyp
     (export,) = (line for line in lines("partition=short") if line.startswith("export DATA_DIR="))
     said = subprocess.check_output(["bash", "-c", f'{export}\nprintf %s "$DATA_DIR"'], text=True)
     assert said == folder
+
+
+@pytest.mark.parametrize(("settings", "lines"), [
+    ("partition = short", ["-p short"]), ("partition=short,long", ["-p short,long"]),
+    ("mail-type=BEGIN, END, exclude=n1,n2", ["--mail-type=BEGIN,END", "--exclude=n1,n2"]),
+    ("nodelist=n[1-3,5],time=90", ["--nodelist=n[1-3,5]", "-t 90"]),
+    ("--exclusive, partition=short,--requeue", ["--exclusive", "-p short", "--requeue"]),
+    ("--gres=gpu:1,mem-per-gpu=4G", ["--gres=gpu:1", "--mem-per-gpu=4G"]),
+])  # fmt: skip
+def test_slurm_gets_what_is_meant(settings, lines):
+    with clusters.slurm(settings, 0) as made:
+        assert set(lines) <= {line.removeprefix("#SBATCH ") for line in made.job_script().splitlines()}
+
+
+WORDS = "sbatch: error: invalid partition specified: short"
+
+
+@pytest.mark.parametrize(("command", "said"), [
+    (None, "there is no sbatch here: start it on a machine that hands jobs to Slurm"),
+    (f"echo '{WORDS}' >&2; echo 'sbatch: error: failed' >&2; exit 1", f"no workers: {WORDS}; sbatch: error: failed$"),
+    (f"mkdir first 2>&- && echo Submitted batch job 7 || {{ echo '{WORDS}' >&2; exit 1; }}", f"no workers: {WORDS}$"),
+    ("echo nothing", "no workers: Could not parse job id"),
+])  # fmt: skip
+def test_what_slurm_refuses_is_said_and_nothing_is_left_in_its_queue(tmp_path, monkeypatch, caplog, command, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin" if command else str(tmp_path))
+    for name, does in (("sbatch", command), ("scancel", "echo $* >>cancelled")):
+        if does:
+            (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+            (tmp_path / name).chmod(0o755)
+    begun = time.monotonic()
+    with pytest.raises(clusters.ClusterError, match=said), clusters.started(asked(workers=3, slurm="partition=short")):
+        pass
+    assert time.monotonic() - begun < 20 and "never retrieved" not in caplog.text
+    cancelled = tmp_path / "cancelled"
+    assert (cancelled.read_text() == "7\n") if (tmp_path / "first").exists() else not cancelled.exists()
 
 
 def test_every_recipe_comes_back_by_name():

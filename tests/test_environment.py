@@ -357,3 +357,32 @@ def test_without_a_python_that_fits_the_message_says_what_to_do(checkout):
     (checkout.folder.parent / "bin" / "uv").write_text("#!/bin/sh\nexit 1\n")
     done = start(checkout.folder / "run_all.sh", "--setup", env=checkout.env)
     assert done.returncode == 1 and "needs Python >=3.99: set PYTHON=/path/to/python3.x, or install uv" in done.stderr
+
+
+@pytest.fixture
+def without_uv(checkout):
+    """Where uv makes no environment, and the Python of this one leaves a mark in the caller's folder."""
+    uv = checkout.folder.parent / "bin" / "uv"
+    uv.write_text(uv.read_text().replace("exec ", "exit 1; "))
+    (here := checkout.folder.parent / "some where" / "the caller's").mkdir(parents=True)
+    own = here / "own-python"
+    own.write_text(f"#!/bin/sh\ntouch '{checkout.folder}/used'\nexec {sys.executable} \"$@\"\n")
+    own.chmod(0o755)
+    return checkout, here
+
+
+@pytest.mark.parametrize("python", ["./own-python", "../the caller's/own-python", "own-python", "{here}/own-python"])
+def test_python_is_taken_from_where_the_caller_is(without_uv, python):
+    checkout, here = without_uv
+    more = {"PYTHON": python.format(here=here), "PATH": f"{checkout.env['PATH']}:{here}"}
+    done = start(checkout.folder / "run_all.sh", "--setup", env=checkout.env | more, cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert (checkout.folder / "used").exists()
+
+
+@pytest.mark.parametrize("python", ["/no/such/python3.12", "./no-such", "no-such-python", "/bin/true/x", "~/python"])
+def test_a_python_that_cannot_be_used_is_not_passed_over(without_uv, python):
+    checkout, here = without_uv
+    done = start(checkout.folder / "run_all.sh", "--setup", env=checkout.env | {"PYTHON": python}, cwd=here)
+    said = f"PYTHON={python.replace('./', f'{here}/./')} starts no Python >=3.11: correct it or unset it"
+    assert done.returncode == 1 and said in done.stderr

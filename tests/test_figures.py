@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 
 import jupytext
 import matplotlib.pyplot as plt
@@ -330,6 +331,16 @@ def test_cells_are_those_that_jupytext_reads(path):
     read = jupytext.read(path, fmt={"extension": ".py", "comment_magics": False}).cells
     wanted = [(cell.cell_type, cell.metadata.get("tags", []), cell.source.strip()) for cell in read]
     assert [(kind, tags, source.strip()) for kind, tags, source in figures._cells(path.stem)] == wanted
+
+
+@pytest.mark.parametrize("mark", ["# %%", "#%%", "#  %%", "  #%%", "#\t%%"])
+def test_a_cell_begins_as_jupytext_takes_it(mark):
+    end = f"trained = 1\n#%%x is none\n#%%%%\n{mark}\n{mark} end\nx"
+    Path("03_toy.py").write_text(text := SOURCE.replace("# %%", mark).replace("trained = 1", end))
+    form = {"extension": ".py", "format_name": "percent", "comment_magics": False}
+    wanted = [(cell.cell_type, cell.source.strip()) for cell in jupytext.reads(text, form).cells]
+    assert [(kind, source.strip()) for kind, _, source in figures._cells("03_toy")] == wanted and len(wanted) == 6
+    assert figures._parameter_names("03_toy") == ["profile", "seeds", "eps", "restarts", "settings"]
 
 
 def test_a_check_takes_numpys_truth_and_nothing_else():

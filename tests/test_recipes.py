@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lib import data, recipes
+from lib.settings import SettingError
 from lib.training import TrainConfig
 
 
@@ -53,8 +54,8 @@ def test_computed_and_written_numbers_name_one_run():
     ("lenet on mnist5k", {"lenet on mnist5k": {"epoch": 3}}, "has no setting 'epoch': there are"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"lr": "1e-4"}}, "lr of 'lenet on mnist5k' is '1e-4': write numbers"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"images": 100}}, "images of 'lenet on mnist5k' is 100"),
-    ("lenet on mnist5k", {"lenet on mnist5k": {"images": ["1e3", 500]}}, "two whole numbers, or null for all"),
-    ("lenet on mnist5k", {"lenet on mnist5k": {"images": [1e3, 500]}}, "two whole numbers, or null for all"),
+    ("lenet on mnist5k", {"lenet on mnist5k": {"images": ["1e3", 500]}}, "two whole numbers of at least 1, or"),
+    ("lenet on mnist5k", {"lenet on mnist5k": {"images": [1e3, 500]}}, "two whole numbers of at least 1, or"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"eps": 0.1}}, "eps of 'lenet on mnist5k' is the notebook's"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"seed": 1}}, "seed of 'lenet on mnist5k' is the notebook's"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"schedule": "linear"}}, "schedule of .* is the arm's: no recipe"),
@@ -64,6 +65,43 @@ def test_computed_and_written_numbers_name_one_run():
 def test_refused(name, changes, message):
     with pytest.raises(ValueError, match=message):
         recipes.get(name, changes)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"plan": {"strong_images": -1}}, "plan of .*: strong_images is -1, but should be above 0"),
+    ({"plan": {"queries": 0}}, "queries is 0, but should be above 0"),
+    ({"plan": {"step_fraction": float("inf")}}, "step_fraction is inf, but should be above 0"),
+    ({"plan": {"pgd_images": 8.5}}, "pgd_images is 8.5, but should be a whole number"),
+    ({"plan": {"width": 3}}, "plan of .*: no name 'width': there are steps"),
+    ({"stops": {"cosine": 0}}, "stops of .*: cosine is 0, but should be above 0"),
+    ({"stops": {"epochs": 3}}, "stops of .*: no name 'epochs': there are linear, cosine"),
+    ({"set_aside": -1}, "set_aside of .* is -1, but should be a whole number of at least 0"),
+    ({"set_aside": 0.5}, "set_aside of .* is 0.5, but should be a whole number"),
+    ({"periods": [0, 2]}, r"periods of .* is \[0, 2\], but should be whole numbers of at least 1"),
+    ({"images": [5]}, r"images of .* is \[5\], but should be two whole numbers of at least 1, or null"),
+    ({"images": [5, 6, 7]}, "but should be two whole numbers"),
+    ({"images": [0, None]}, "but should be two whole numbers"),
+    ({"dataset": "nowhere"}, "dataset of .* is 'nowhere', but should be one of mnist5k, .*, or the path of a folder"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["lenet on mnist5k", "lenet on few digits"])
+def test_what_nothing_can_be_made_of_is_refused(name, change, message):
+    for asked in (name, "vgg16 on cifar10"):
+        with pytest.raises(SettingError, match=message):
+            recipes.get(asked, {name: change})
+
+
+def test_whole_fractions_are_whole_numbers_or_refused(tmp_path, monkeypatch):
+    name = "lenet on few digits"
+    change = {"plan": {"pgd_images": 8.0}, "set_aside": 10.0, "periods": (1.0, 2), "epochs": 5.0}
+    settings = recipes.get(name, {name: change})
+    found = settings["plan"]["pgd_images"], settings["set_aside"], *settings["periods"], settings["epochs"]
+    assert found == (8, 10, 1, 2, 5) and {type(value) for value in found} == {int}
+    with pytest.raises(SettingError, match=r"is \[1.0\], but should be whole numbers"):  # it has none to go by
+        recipes.get("lenet on mnist5k", {"lenet on mnist5k": {"periods": [1.0]}})
+    (tmp_path / "photographs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photographs", "./photographs", "/of/another/machine"):
+        assert recipes.get(name, {name: {"dataset": folder}})["dataset"] == folder
 
 
 def test_configure_refuses_names_it_does_not_know():
@@ -97,4 +135,4 @@ def test_what_stands_beside_a_config_is_no_field_of_it():
 
 
 def test_a_tuple_is_a_list():
-    assert recipes.get("vgg16 on cifar10", {"vgg16 on cifar10": {"periods": (8, 16)}})["periods"] == (8, 16)
+    assert recipes.get("vgg16 on cifar10", {"vgg16 on cifar10": {"periods": (8, 16)}})["periods"] == [8, 16]

@@ -354,6 +354,12 @@ BAD_PROFILES = {
     "01_a: {steps: '10,000'}": "01_a: steps is '10,000', but should be a number; write numbers plainly, such as 10000",
     "01_a: {steps: 010}": "010 is no plain number",
     "01_a: {steps: 1:30}": "1:30 is no plain number",
+    "01_a: {rate: 1.0e+400}": "1.0e+400 is no plain number",
+    f"01_a: {{rate: 1{'0' * 400}}}": "00 is no plain number",
+    "01_a: {augment: !!bool '3'}": "big.yaml: '3' is no bool",
+    "01_a: {steps: 2020-02-31}": "big.yaml: '2020-02-31' is no timestamp",
+    "01_a: {arms: [{1: x}]}": "big.yaml: the key 1 is no text: quote it",
+    "01_a: {off: x}": "the key False is no text: quote it",
     "01_a: {rate: 1/0}": "rate is '1/0', but should be a number",
     "01_a: {rate: 1/2/3}": "rate is '1/2/3', but should be a number",
     "01_a: {steps: true}": "steps is True, but should be a number",
@@ -367,9 +373,12 @@ BAD_PROFILES = {
     "01_a: {steps: 5/2}": "steps is 2.5, but should be a whole number",
     "01_a: {arms: [{lr: null}]}": "arms, item 1: lr is None, but should be a number",
     "recipes: {lenet on mnist: {plan: {steps: 2.5}}}": "plan: steps is 2.5, but should be a whole number",
-    "recipes: {lenet on mnist: {plan: {pgd_images: 0}}}": "plan: pgd_images is 0, but should be at least 1",
-    "recipes: {lenet on mnist5k: {plan: {queries: -1}}}": "plan: queries is -1, but should be at least 1",
-    "01_a: {changes: {lenet on mnist: {plan: {queries: 0}}}}": "plan: queries is 0, but should be at least 1",
+    "recipes: {lenet on mnist: {plan: {pgd_images: 0}}}": "mnist': pgd_images is 0, but should be above 0",
+    "recipes: {lenet on mnist5k: {plan: {queries: -1}}}": "queries is -1, but should be above 0",
+    "01_a: {changes: {lenet on mnist: {plan: {queries: 0}}}}": "queries is 0, but should be above 0",
+    "recipes: {lenet on mnist5k: {set_aside: -1}}": "set_aside of 'lenet on mnist5k' is -1, but should",
+    "recipes: {lenet on mnist5k: {dataset: nowhere}}": "is 'nowhere', but should be one of mnist5k, mnist",
+    "01_a: {changes: {lenet on mnist5k: {images: [5]}}}": "is [5], but should be two whole numbers",
     "01_a: {seeds: [0, one]}": "seeds, item 2 is 'one', but should be a number",
     "01_a: {arms: [{lrr: 1}]}": "arms, item 1: no name 'lrr': there are eps, lr",
     "01_a: {arms: [{lr: [1]}]}": "arms, item 1: lr is [1], but should be a number",
@@ -465,6 +474,25 @@ def test_an_unknown_profile_is_refused(toy):
         own.touch()
         with pytest.raises(profiles.ProfileError, match=f"the name {name} is taken: rename the file"):
             profiles.read_profile(toy, str(own))
+
+
+def test_a_profile_is_one_whatever_it_is_called_by(toy, tmp_path, monkeypatch):
+    add(toy, "01_a")
+    link, timeouts = tmp_path / "a link.yaml", []
+    monkeypatch.setattr(runner, "make_jobs", lambda layout, sections, timeout, scratch: timeouts.append(timeout))
+    monkeypatch.setattr(runner.dry_run, "table", lambda jobs: "")
+    for name in ("gpu", "tiny"):
+        own = toy.profiles / f"{name}.yaml"
+        own.write_text("01_a: {steps: 4}")
+        link.unlink(missing_ok=True)
+        link.symlink_to(own)
+        for folder, asked in ((toy.root, f"notebooks/profiles/{name}.yaml"), (toy.profiles, f"./{name}.yaml"),
+                              (tmp_path, "a link.yaml"), (tmp_path, str(own)), (tmp_path, name)):  # fmt: skip
+            monkeypatch.chdir(folder)
+            assert profiles.find(toy, asked) == (name, own)
+            assert runner.selected(toy, asked, []) == {"01_a": (name, name == "tiny", {"steps": 4})}
+            assert runner.main(["--root", str(toy.root), "--dry-run", "--profile", asked]) == 0
+    assert timeouts == [runner.LONG_TIMEOUT] * 5 + [runner.TIMEOUTS["tiny"]] * 5
 
 
 BAD_CELLS = {
@@ -648,6 +676,32 @@ def test_a_failing_notebook_does_not_stop_the_others(toy):
     assert {"01_bad.failed.ipynb", "01_bad.log", "times.json"} <= built
     assert not any("part" in name for name in built)
     assert check_pairs.pair_problems(toy.notebooks / "02_good.py", toy.notebooks / "02_good.ipynb") == []
+
+
+@pytest.mark.parametrize("line", [
+    "Executing Cell ", "Executing Cell two", "Executing Cell 2", "Executing Cell 2---", f"Executing Cell {'2²':-<40}",
+    f"Executing Cell {2:-<40} and more", f"Executing Cell {'9' * 5000}", f"Executing Cell {'':-<40}",
+])  # fmt: skip
+def test_whatever_a_notebook_prints_is_no_word_of_papermills(toy, tmp_path, line):
+    add(toy, "01_a")
+    (job,) = jobs.make_jobs(toy, {"01_a": ("quick", False, {})}, 60, tmp_path)
+    job.log = tmp_path / "log"
+    job.log.write_bytes(f"Executing Cell {12:-<40}\n{line}\n".encode())
+    with job.log.open(encoding="utf-8", errors="replace", newline="") as job.reader:
+        job.follow()
+    assert (job.cell, job.said) == (12, line.strip())
+
+
+@pytest.mark.parametrize("options", [(), ("--workers", "1")])
+def test_a_folder_for_temporary_files_may_be_far_down(toy, tmp_path, options):
+    """The name of a socket there would be too long."""
+    if options:
+        pytest.importorskip("distributed")
+    (far := tmp_path / ("x" * 90)).mkdir()
+    add(toy, "01_a", "import tempfile\nprint(tempfile.gettempdir())")
+    done = run(toy, *options, env=os.environ | {"TMPDIR": str(far)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert far.name in (toy.notebooks / "01_a.ipynb").read_text()
 
 
 def test_a_profile_goes_to_its_own_folders_with_stdin_closed(toy):
@@ -863,7 +917,8 @@ def long_run(toy):
     old = b"as it was"
     (toy.notebooks / "01_a.ipynb").write_bytes(old)
     command = [sys.executable, str(TOOLS / "run.py"), "--root", str(toy.root)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+    with (toy.root / "errors").open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True)
     marks = [toy.notebooks / f"{name}.pid" for name in ("01_a", "02_b")]
     deadline = time.monotonic() + 60
     family = []
@@ -893,6 +948,28 @@ def test_an_interrupt_leaves_no_kernel_and_no_half_file(long_run, number):
     assert not list(layout.build.rglob("*.ipynb"))
     assert (layout.notebooks / "01_a.ipynb").read_bytes() == b"as it was"
     assert not (layout.notebooks / "02_b.ipynb").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_when_nobody_reads_any_more(long_run, number):
+    """As of `| tee`, which Ctrl-C ends, too."""
+    layout, process, family = long_run
+    process.stdout.close()
+    process.stdout = None
+    process.send_signal(number)
+    assert process.wait(20) == 130
+    assert not psutil.wait_procs(family, timeout=5)[1] and (layout.root / "errors").read_text() == ""
+
+
+@pytest.mark.parametrize("options", [(), ("--list",), ("--dry-run",)])
+def test_a_reader_that_has_enough_ends_the_run(toy, options):
+    add(toy, "01_a", "import pathlib, time\ntime.sleep(20)\npathlib.Path('done').touch()")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(TOOLS / "run.py"), "--root", str(toy.root), *options]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "") and not (toy.notebooks / "done").exists()
 
 
 def test_two_runners_of_one_notebook_at_once_both_end_well(toy):

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import re
 import shlex
+import shutil
 import signal
 import sys
 from contextlib import ExitStack, contextmanager
@@ -20,12 +22,27 @@ STEADY = {"distributed.deploy.lost-worker-timeout": "8760h"}
 # Where notebooks are forks of one process that has imported what they need, workers are, too: see execute.py.
 START = "distributed.worker.multiprocessing-method"
 SETTINGS = {"partition": "queue", "account": "account", "time": "walltime", "mem": "memory", "cpus-per-task": "job_cpu"}
+MEMORY_OF = {"mem", "mem-per-cpu", "mem-per-gpu"}  # sbatch takes one of the three
+NAMED = re.compile(r"(--)?([a-z][\w-]+)(?:\s*=\s*(\S.*))?")
 
 
 def environment() -> dict:
     """What a worker is told, wherever it runs: the number of threads is part of what makes a run repeatable."""
     names = ("OMP_NUM_THREADS", "PYTHONPATH", "DATA_DIR", "PRECISION")
     return {name: os.environ[name] for name in names if os.environ.get(name)} | MEMORY | {"PYTHONNOUSERSITE": "1"}
+
+
+@contextmanager
+def in_a_sentence():
+    """What keeps workers from being started, as a ClusterError."""
+    try:
+        yield
+    except ClusterError:
+        raise
+    except ImportError as error:
+        raise ClusterError(MISSING) from error
+    except (RuntimeError, OSError) as error:
+        raise ClusterError(f"no workers: {error.__cause__ or error}") from error
 
 
 def local(workers: int, per_gpu: int):
@@ -43,12 +60,33 @@ def local(workers: int, per_gpu: int):
     own = [environment() | ({"CUDA_VISIBLE_DEVICES": cards[i % gpus]} if gpus else {}) for i in range(workers)]
     spec = {i: {"cls": Nanny, "options": common | {"env": env}} for i, env in enumerate(own)}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
-    try:
-        return SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.CRITICAL)
-    except (RuntimeError, OSError) as error:
-        raise ClusterError(f"no workers: {error.__cause__ or error}") from error
+    return SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.CRITICAL)
 
 
+def sbatch(settings: str) -> dict:
+    """sbatch's settings by name. What has no name goes on with the value before it (partition=short,long); a flag, the
+    value of which is empty, has dashes (--exclusive)."""
+    given, last = {}, ""
+
+    def refuse(said):
+        form = "it is a list of name=value, such as partition=short,gres=gpu:1, and of flags, such as --exclusive"
+        raise ClusterError(f"--slurm {settings!r}: {said or form}")
+
+    for part in filter(None, map(str.strip, settings.split(","))):
+        if given.get(last) and not part.startswith("-") and "=" not in part:
+            given[last] += f",{part}"
+        elif not (found := NAMED.fullmatch(part)) or not (found[1] or found[3]):
+            refuse(re.match("-?[A-Za-z] *(=|$)", part) and f"write the name of {part} in full, as partition is for p")
+        elif found[2] in given:
+            refuse(f"{found[2]} stands twice")
+        else:
+            given[last := found[2]] = found[3] or ""
+    if len(MEMORY_OF & set(given)) > 1:
+        refuse(f"it has more than one of {', '.join(sorted(MEMORY_OF))}")
+    return given or refuse("")
+
+
+@in_a_sentence()
 def slurm(settings: str, workers: int):
     """Workers that Slurm starts, one thread and one job each: settings are sbatch's, "partition=short,gres=gpu:1"."""
     handler = signal.getsignal(signal.SIGINT)
@@ -56,9 +94,9 @@ def slurm(settings: str, workers: int):
     from dask_jobqueue import SLURMCluster
 
     signal.signal(signal.SIGINT, handler)  # it has set one that ends in silence
-    given = dict(part.strip().partition("=")[::2] for part in settings.split(",") if part.strip())
-    if not given or not all(key and value for key, value in given.items()):
-        raise ClusterError(f"--slurm {settings!r}: it is a list of name=value, such as partition=short,gres=gpu:1")
+    given = sbatch(settings)
+    if workers and not shutil.which("sbatch"):
+        raise ClusterError("--slurm: there is no sbatch here: start it on a machine that hands jobs to Slurm")
     known = {SETTINGS[key]: value for key, value in given.items() if key in SETTINGS}
     memory, cpus = known.get("memory", "8GB"), known.get("job_cpu", "1")
     memory += "MiB" * memory.isdecimal()  # to Slurm they are megabytes, to dask bytes
@@ -69,14 +107,40 @@ def slurm(settings: str, workers: int):
         said = "cpus-per-task is a number of at least 1, mem a size such as 8000 (MB) or 16GB"
         raise ClusterError(f"--slurm {settings!r}: {said}") from None
     known |= {"job_cpu": int(cpus), "memory": memory, "walltime": known.get("walltime", "24:00:00")}
-    other = not {"mem-per-cpu", "mem-per-gpu"}.isdisjoint(given)  # sbatch takes one of the three
-    return SLURMCluster(
-        cores=1, processes=1, n_workers=workers, python=sys.executable, **known,
-        job_extra_directives=[f"--{key}={value}" for key, value in given.items() if key not in SETTINGS],
-        job_directives_skip=["--mem="] if other else None,
+    return _submitted(
+        SLURMCluster, cores=1, processes=1, n_workers=workers, python=sys.executable, **known,
+        job_extra_directives=[f"--{key}{value and '='}{value}" for key, value in given.items() if key not in SETTINGS],
+        job_directives_skip=["--mem="] if MEMORY_OF & set(given) - {"mem"} else None,
         job_script_prologue=[f"export {name}={shlex.quote(value)}" for name, value in environment().items()],
         worker_extra_args=["--no-dashboard"], scheduler_options={"dashboard_address": ":0"},
     )  # fmt: skip
+
+
+def _submitted(cluster, **options):
+    """A cluster of jobs, all of them submitted. Raises ClusterError with the words of a refusal, which would stay in a
+    task of dask's that nobody waits for."""
+    from distributed.deploy.spec import ProcessInterface
+
+    refused = []
+
+    class Job(cluster.job_cls):
+        async def start(self):
+            try:
+                await super().start()
+            except (OSError, RuntimeError, ValueError) as error:
+                said = f"{error}".partition("stderr:\n")[2] or f"{error}"  # of dask's words those of the command
+                refused.append("; ".join(said.split("\n")).strip("; "))
+                await ProcessInterface.start(self)  # started or not: no more than that
+
+    async def all_of_them():
+        await made
+
+    made = type(cluster.__name__, (cluster,), {"job_cls": Job})(**options)
+    made.sync(all_of_them)
+    if refused:
+        made.close()
+        raise ClusterError(f"no workers: {refused[0]}")
+    return made
 
 
 @contextmanager
@@ -107,7 +171,7 @@ def started(args):
             yield
         return
     with ExitStack() as stack:
-        try:
+        with in_a_sentence():
             if FORKS and not args.slurm:  # first of all: that process imports them beside this one
                 CONTEXT.set_forkserver_preload([*PRELOAD, "distributed"])
                 forkserver.ensure_running()
@@ -119,8 +183,6 @@ def started(args):
             made = stack.enter_context(
                 slurm(args.slurm, args.workers) if args.slurm else local(args.workers, args.per_gpu or 1)
             )
-        except ImportError as error:
-            raise ClusterError(MISSING) from error
         stack.enter_context(_named(made.scheduler_address))
         print(f"workers: {args.workers}, at {made.scheduler_address}; their page: {made.dashboard_link}", flush=True)
         yield

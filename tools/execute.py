@@ -10,10 +10,12 @@ import contextlib
 import json
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +32,16 @@ PRELOAD = ["tools.execute", "papermill", "jupytext", "ipykernel.kernelapp", "tor
 
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 FORKED = "forked"  # the name of our kernel provisioner
+AT_CELL = re.compile(r"Executing Cell (?=.{40}$)([0-9]{1,9})-+$")  # a line of papermill's, in its own form
 STOPPED = "Stopped: "  # a line of the log that says all there is to say
+
+
+def short_sockets() -> None:
+    """Have multiprocessing put its sockets into /tmp: where TMPDIR is far down, their names, of which about 100
+    characters may be, are too long."""
+    before, tempfile.tempdir = tempfile.tempdir, "/tmp"
+    multiprocessing.util.get_temp_dir()  # which it makes once, for all processes that descend from this one
+    tempfile.tempdir = before
 
 
 def kill_tree(pid: int, *, itself: bool = True) -> None:

@@ -76,8 +76,8 @@ class Job:
             return
         self.seconds = time.monotonic() - self.started
         for line in execute.ANSI.sub("", self.reader.read()).replace("\r", "\n").split("\n"):
-            if line.startswith("Executing Cell "):
-                self.cell, self.said = int(line.removeprefix("Executing Cell ").rstrip("-")), ""
+            if at := execute.AT_CELL.match(line):
+                self.cell, self.said = int(at[1]), ""
             elif line.strip() and not line.startswith("Ending Cell "):
                 self.said = line.strip()
 

@@ -12,6 +12,7 @@ profile, so that no result carries the name of a size it did not have; an empty 
 
 import ast
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -32,20 +33,33 @@ TAKEN = (MINE, "site", "doctrees", "stability")  # folders in build/ that are no
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML where the same key twice is an error (the plain loader keeps the last one), and so is 010 (it reads 8)."""
+    """YAML where the same key twice is an error (the plain loader keeps the last one), and so are 010 (it reads 8) and
+    keys that are no text (a notebook would be given texts)."""
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, KeyError, ValueError) as error:  # what !!bool and !!timestamp raise
+            if isinstance(error, ProfileError):
+                raise
+            raise ProfileError(f"{node.value!r} is no {node.tag.rpartition(':')[2]}") from None
 
     def construct_mapping(self, node, deep=False):
         own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # `<<: *a`, which they may change
         keys = [self.construct_object(key, deep=True) for key in own]
         for key in keys:
+            if not isinstance(key, str):
+                raise ProfileError(f"the key {key!r} is no text: quote it")
             if keys.count(key) > 1:
                 raise ProfileError(f"the key {key!r} stands twice in one section")
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node):
         try:
-            return ast.literal_eval(node.value)
-        except (SyntaxError, ValueError):
+            if math.isfinite(number := ast.literal_eval(node.value)):
+                return number
+            raise ValueError
+        except (OverflowError, SyntaxError, TypeError, ValueError):
             raise ProfileError(f"{node.value} is no plain number: {PLAIN}") from None
 
 
@@ -165,11 +179,15 @@ def find(layout: Layout, asked: str) -> tuple[str, Path]:
         ProfileError: neither, or a file with the name of another profile.
     """
     names, path = profile_names(layout), Path(os.path.expanduser(asked))
+    ours = {name: layout.profiles / f"{name}.yaml" for name in names}
     if asked in names:
-        return asked, layout.profiles / f"{asked}.yaml"
+        return asked, ours[asked]
     if path.suffix != ".yaml" or not path.is_file():
         raise ProfileError(f"no profile {asked!r}: choose one of {', '.join(names)}, or a file NAME.yaml of your own")
-    if path.stem in (*names, *TAKEN) and path.resolve().parent != layout.profiles.resolve():
+    for name, one in ours.items():
+        if one.exists() and path.samefile(one):  # whatever it is called by
+            return name, one
+    if path.stem in (*names, *TAKEN):
         raise ProfileError(f"{asked}: the name {path.stem} is taken: rename the file")
     return path.stem, path
 
@@ -234,15 +252,11 @@ def _recipes(where: str, changes: dict) -> dict:
 
         try:
             known = recipes.get(name)
-            known.setdefault("plan", recipes.RECIPES["lenet on mnist"]["plan"])  # a plan is checked where none is
         except ProfileError as error:
             raise ProfileError(f"{where}: {error}") from None
         found[name] = fit(f"{where}: {name}", settings, known)
         try:
             recipes.configure(recipes.get(name, {name: found[name]}), eps=0.1)
-            for key, value in found[name].get("plan", {}).items():
-                if type(value) is int and key != "step_fraction" and value < 1:
-                    raise ProfileError(f"plan: {key} is {value}, but should be at least 1")
         except ValueError as error:
             raise ProfileError(f"{where}: {name}: {error}") from None
     return found

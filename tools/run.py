@@ -22,7 +22,7 @@ import dry_run
 import gallery
 import profiles
 from check_pairs import edited
-from execute import ANSI, CONTEXT, PRELOAD, STOPPED
+from execute import ANSI, CONTEXT, PRELOAD, STOPPED, short_sockets
 from jobs import TINY, Job, clean_environment, duration, make_jobs, read_times
 from layout import Layout
 
@@ -156,7 +156,7 @@ def selected(layout: Layout, asked: str, notebooks: list[str]) -> dict[str, tupl
     """
     names = profiles.choose(notebooks, layout.names()) if notebooks else None
     sections = profiles.read_profile(layout, asked, names)
-    profile, path = profiles.find(layout, asked)
+    profile, _ = profiles.find(layout, asked)
     names = list(sections) if names is None else names
     missing = [name for name in names if name not in sections]
     if missing:
@@ -170,7 +170,7 @@ def selected(layout: Layout, asked: str, notebooks: list[str]) -> dict[str, tupl
     played = profiles.played(layout, names) if profile == profiles.QUICK else {}
     for name, changes in played.items():
         print(f"{name} differs from the quick profile ({changes}): all of it goes to build/{profiles.MINE}/")
-    private = profile == TINY or path.parent != layout.profiles
+    private = profile == TINY or profile not in profiles.profile_names(layout)
     return {name: (profiles.MINE, True, {}) if name in played else (profile, private, sections[name]) for name in names}
 
 
@@ -185,9 +185,9 @@ def main(argv: list[str] | None = None) -> int:
     except profiles.ProfileError as error:
         print(f"run_all.sh: {error}", file=sys.stderr)
         return 2
-    timeout = args.timeout or TIMEOUTS.get(args.profile, LONG_TIMEOUT)
-    # In /tmp, for a short path: a socket's name may have about 100 characters.
-    with tempfile.TemporaryDirectory(prefix="nb", dir="/tmp") as scratch:
+    timeout = args.timeout or TIMEOUTS.get(profiles.find(layout, args.profile)[0], LONG_TIMEOUT)
+    short_sockets()
+    with tempfile.TemporaryDirectory(prefix="nb", dir="/tmp") as scratch:  # for a short path, as there
         try:
             if args.dry_run:
                 print(dry_run.table(make_jobs(layout, sections, timeout, Path(scratch))))
@@ -220,6 +220,26 @@ def _interrupt(*_):
     raise KeyboardInterrupt
 
 
+def status() -> int:
+    """That of `main`; or 130 where it was interrupted, and 141, as of any program, where its words went to a pipe that
+    nobody reads any more: `| head` has enough, or Ctrl-C has ended `| tee` first."""
+    code = 0
+    try:
+        try:
+            code = main()
+        except KeyboardInterrupt:  # before the first notebook, or after the last
+            code = 130
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else what is left would be tried again at the end
+            return 130 if isinstance(error.__context__, KeyboardInterrupt) else code or 141
+        raise  # that was another pipe
+    return code
+
+
 if __name__ == "__main__":
     # Begin again in the notebooks' environment: processes for them inherit it, and this one's flags (PYTHONOPTIMIZE).
     if not os.environ.pop("RUN_ALL_CLEAN", ""):
@@ -233,7 +253,4 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup stays nohup
             signal.signal(number, _interrupt)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:  # before the first notebook, or after the last
-        sys.exit(130)
+    sys.exit(status())
