@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, vjp
 
-from .checks import check_eps, check_inputs, check_labels, check_logits
+from .checks import check_count, check_data, check_eps, check_inputs, check_labels, check_logits
 from .curvature import copied
 from .models import ACTIVATIONS, BasicBlock
 
@@ -32,11 +32,15 @@ def bounds(model, x, *, eps, batch_size=500):
     Returns:
         (lower, upper), each (N, classes), float64.
     Raises:
-        ValueError: a layer without a rule (named); eps negative, NaN or above 1; x outside [0, 1].
+        ValueError: a layer without a rule (named); eps negative, NaN or above 1; x outside [0, 1]; logits that are NaN.
     """
-    x, _, eps = check_inputs(x, torch.zeros(len(x), dtype=torch.int64), eps)
+    check_data(x)
+    x, _, eps = check_inputs(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), eps)
+    batch_size = check_count(1, batch_size=batch_size)
     with torch.inference_mode(False), torch.no_grad():
         exact = _exact(model)
+        if exact(x[:1].double()).isnan().any():
+            raise ValueError("the model returned NaN logits: check its parameters")
         parts = [_carry(exact, *_box(part.double(), eps))[:2] for part in x.split(batch_size)]
         low, high = (torch.cat(ends) for ends in zip(*parts, strict=True))
         check_logits(low, len(x))
@@ -154,6 +158,7 @@ def _moving(layer, low, high, radius, squares):
 
 def worst_margins(model, x, y, *, eps):
     """As `margin_bounds`, in the model's own type and mode, at once, differentiable in the parameters: for training."""
+    check_inputs(x, y, eps)
     check_layers(model)
     body, last = _split(model)
     low, high, _ = _carry(body, *_box(x, eps))
@@ -171,7 +176,7 @@ def _gradient_norms(model, x, y, *, eps):
 
 
 def _in_batches(bound, model, x, y, eps, batch_size):
-    x, y, eps = check_inputs(x, y, eps)
+    (x, y, eps), batch_size = check_inputs(x, y, eps), check_count(1, batch_size=batch_size)
     with torch.inference_mode(False), torch.no_grad():
         exact = _exact(model)
         logits = exact(x[:1].double())

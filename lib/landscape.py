@@ -11,7 +11,8 @@ are measured again (Garipov et al. 2018), at the ends too, so that all points ar
 """
 
 import math
-from itertools import chain
+from contextlib import contextmanager
+from itertools import chain, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from scipy.special import comb
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .checks import check_choice, check_count, check_labels
-from .curvature import check, copied, loss_gradient, top_eigenpairs
+from .checks import check_choice, check_count, check_data, check_labels
+from .curvature import check, copied, differ, loss_gradient, seeded, top_eigenpairs
 from .differentiate import as_module, differentiating, own
 from .evaluation import attacked, predict, share
 
@@ -38,7 +40,7 @@ def random_directions(model, num, *, seed=0):
     Returns:
         (num, P). Step 1 along it changes each filter by its own length.
     """
-    generator = torch.Generator().manual_seed(seed)
+    num, generator = check_count(1, num=num), seeded(seed)
     return torch.stack([_filter_normalised(model, generator) for _ in range(num)])
 
 
@@ -71,7 +73,7 @@ def descent_direction(model, x, y, *, batch_size=500):
     Raises ValueError as `surface`, and where the gradient is zero or not finite.
     """
     x, y = check(model, x, y)
-    gradient = _gradient(copied(model, x), x, y, batch_size)
+    gradient = _gradient(copied(model, x, order=1), x, y, check_count(1, batch_size=batch_size))
     if not 0 < gradient.norm() < math.inf:
         raise ValueError(f"the gradient has length {gradient.norm().item()}: no direction is steepest")
     return (-gradient / gradient.norm() * _length(model))[None]
@@ -114,10 +116,13 @@ def surface(model, directions, steps, x, y, *, attack=None, adversary="none", ba
     check_choice("adversary", adversary, ADVERSARIES)
     if (attack is None) != (adversary == "none"):
         raise ValueError(f"adversary {adversary!r} {'needs an' if attack is None else 'takes no'} attack")
-    theta = flat(model)
+    theta, directions = flat(model), torch.as_tensor(directions)
     if directions.dim() != 2 or len(directions) not in (1, 2) or directions.shape[1] != len(theta):
         raise ValueError(f"directions must be (1 or 2, {len(theta)}), got {tuple(directions.shape)}")
+    steps = list(steps) if np.iterable(steps) else []
     steps = steps if len(steps) and np.ndim(steps[0]) else [steps] * len(directions)
+    if any(np.ndim(s) != 1 or not len(s) for s in steps):
+        raise ValueError("steps must be a list of numbers, at least one, or such a list for each direction")
     if len(steps) != len(directions):
         raise ValueError(f"steps must be one list, or one for each direction, got {len(steps)} for {len(directions)}")
     grid = torch.meshgrid([torch.as_tensor(s, dtype=theta.dtype, device="cpu") for s in steps], indexing="ij")
@@ -182,10 +187,12 @@ def scatter(model, direction, distances, x, y, attack, *, symmetric=False, batch
         ValueError: as for `surface`; a direction of length 0.
     """
     x, y = check(model, x, y)
-    theta, moved, rows = flat(model), copied(model, x), []
+    theta, moved, rows = flat(model), copied(model, x, order=1), []
+    direction = torch.as_tensor(direction, device=theta.device)
+    direction = direction if direction.is_floating_point() else direction.to(theta)
     if not 0 < direction.norm() < math.inf or direction.numel() != len(theta):
         raise ValueError(f"direction must be ({len(theta)},) of positive, finite length, got {tuple(direction.shape)}")
-    check_count(1, distances=len(distances))
+    batch_size, _ = check_count(1, batch_size=batch_size, distances=len(distances))
     v = direction.reshape(-1) / direction.norm()
 
     def look(a):
@@ -227,24 +234,40 @@ class Curve:
 
     def __init__(self, start, end, bends=(), kind="bezier"):
         check_choice("kind", kind, KINDS)
-        shapes = [[(k, v.shape) for k, v in m.state_dict().items()] for m in (start, end)]
-        if shapes[0] != shapes[1]:
-            raise ValueError("start and end must be of one architecture: names or shapes of their tensors differ")
-        for (name, a), (_, b) in zip(*(as_module(m).named_modules() for m in (start, end)), strict=False):
-            if not [*a.children()] and (type(a) is not type(b) or a.extra_repr() != b.extra_repr()):
-                raise ValueError(f"start and end must be of one architecture: module {name!r} is {a} and {b}")
+        _check_alike(as_module(start), as_module(end))
         self.given, self.ends, self.kind = (start, end), (copied(start).eval(), copied(end).eval()), kind
         for (name, a), (_, b) in zip(*(model.named_buffers() for model in self.ends), strict=True):
             owner = self.ends[0].get_submodule(name.rpartition(".")[0])
             if not isinstance(owner, BatchNorm) and not torch.equal(a, b):
                 raise ValueError(f"start and end differ in the buffer {name!r}: no curve leads from one to the other")
-        self.points = torch.stack([flat(start), *bends, flat(end)])
+        first, bends = flat(start), [torch.as_tensor(b) for b in bends]
+        if any(b.shape != first.shape for b in bends):
+            raise ValueError(f"bends must be (m, {len(first)}), got {[tuple(b.shape) for b in bends]}")
+        self.points = torch.stack([first, *(b.to(first) for b in bends), flat(end)])
 
     def weights(self, t):
         """The weights (m + 2,) with theta(t) = weights @ points: exactly 0 and 1 at the ends."""
         if not 0 <= t <= 1:
             raise ValueError(f"t must lie in [0, 1], got {t}")
-        return self.points.new_tensor(KINDS[self.kind](t, len(self.points) - 1))
+        return self.points.new_tensor(KINDS[self.kind](float(t), len(self.points) - 1))
+
+    @differentiating()
+    def check(self, x):
+        """Raise ValueError, naming a setting that differs, unless the start with the numbers of the end is the end."""
+        (a, b), (start, end) = self.ends, (copied(m) for m in self.ends)
+        _check_alike(a, b, leaves=False)  # only now, so that what cannot be copied is refused as that
+        move(start, flat(end))
+        for one, other in zip(start.buffers(), end.buffers(), strict=True):
+            one.data.copy_(other)
+        given, again, moved = (predict(m, x[:20]) for m in (end, end, start))
+        if differ(given, moved, again):
+            pairs = zip(a.named_modules(), b.modules(), strict=True)
+            found = [f": {type(m).__name__} {name!r} has {k} = {v!r} and {vars(n).get(k)!r}" for (name, m), n in pairs
+                     for k, v in vars(m).items() if isinstance(v, PLAIN) and v != vars(n).get(k)]  # fmt: skip
+            raise ValueError(
+                "start and end must be of one architecture, but compute differently with the same parameters"
+                + "".join(found[:1])
+            )
 
     @differentiating()
     def model(self, t, x_statistics=None):
@@ -263,11 +286,50 @@ class Curve:
         return moved
 
 
+PLAIN = (bool, int, float, str, tuple)
+
+
+def _check_alike(start, end, *, leaves=True):
+    """Raise ValueError, naming the module, unless modules are the same, and names and shapes of the tensors.
+
+    leaves: of modules that have parts, only these are compared."""
+    for (name, a), (other, b) in zip_longest(start.named_modules(), end.named_modules(), fillvalue=("(none)", None)):
+        if name != other or _kind(a, leaves) != _kind(b, leaves):
+            one, two = (str(m).splitlines()[0].removesuffix("(") for m in (a, b))
+            raise ValueError(f"start and end must be of one architecture: module {name!r} is {one}, and in the other "
+                             f"{other!r} is {two}")  # fmt: skip
+    first, second = ([(k, t.shape) for k, t in chain(m.named_parameters(), m.named_buffers())] for m in (start, end))
+    if first != second:
+        raise ValueError("start and end must be of one architecture: names or shapes of their tensors differ")
+
+
+def _kind(module, leaves):
+    if module is None or (leaves and any(True for _ in module.children())):
+        return None
+    return type_before_parametrizations(module), module.extra_repr()
+
+
+@contextmanager
+def _at_least_two():
+    """Say of one image that it is one, where the statistics of batch normalisation are taken over a batch."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "batch normalisation has no variance over a single image: two at least in x_statistics, or in a mini-batch"
+        ) from error
+
+
+@_at_least_two()
 def _measure(model, x):
     """Give batch normalisation the mean and variance over x, each image counted once, all else in evaluation mode.
 
     In parts, whose variances are averaged: so they are drawn at random, lest the order of the images count.
     """
+    check_data(x)
+    predict(model, x[:2])  # for its refusal of inputs of another type
     norms = [m.train() for m in model.modules() if isinstance(m, BatchNorm)]
     for m in norms:
         m.reset_running_stats()
@@ -300,6 +362,7 @@ KINDS = {"bezier": _bezier, "polygon": _polygon}
 
 
 @differentiating()
+@_at_least_two()
 def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs=10, lr=1e-3, batch_size=128, seed=0):
     """Train the bends of a curve between two models so that the expected loss along it is small.
 
@@ -317,12 +380,14 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
     """
     check(start, x, y)
     x, y = check(end, x, y)
-    check_count(1, num_bends=num_bends, epochs=epochs, batch_size=batch_size)
+    num_bends, epochs, batch_size = check_count(1, num_bends=num_bends, epochs=epochs, batch_size=batch_size)
+    seed = check_count(-(2**63), seed=seed)
     a, b = flat(start), flat(end)
     curve = Curve(start, end, [a + i / (num_bends + 1) * (b - a) for i in range(1, num_bends + 1)], kind)
     bends = torch.nn.Parameter(curve.points[1:-1].clone())
     optimizer = torch.optim.Adam([bends], lr)
-    moved, generator = copied(start, x).train(), torch.Generator().manual_seed(seed)
+    moved, generator = copied(start, x, order=1).train(), seeded(seed)
+    curve.check(x)
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(seed)  # of Dropout
         orders = (torch.randperm(len(x), generator=generator, device="cpu") for _ in range(epochs))
@@ -349,6 +414,7 @@ def along(curve, steps, x, y, *, attack=None, x_statistics=None, batch_size=500)
     check_count(1, steps=len(steps))
     for model in curve.given:
         copied(model, x)  # for its errors
+    curve.check(x)
     points = [_loss_and_error(curve.model(t, x_statistics), x, y, attack, batch_size) for t in steps]
     return Surface(*np.array(points).T)
 
@@ -361,6 +427,8 @@ def barrier(steps, values):
     steps, values = np.asarray(steps, float), np.asarray(values, float)
     if len(steps) < 2 or steps[0] != 0 or steps[-1] != 1:
         raise ValueError(f"steps must run from 0 to 1, ends included, got {steps[:1]} to {steps[-1:]}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"values must be finite, got {values}")
     if steps.shape != values.shape or (np.diff(steps) <= 0).any():
         raise ValueError(f"steps must increase, with a value for each, got {steps} and {values}")
     return float((values - (1 - steps) * values[0] - steps * values[-1]).max())

@@ -57,7 +57,8 @@ def slope(W, x, y, *, eps, norm):
     """
     W, x, y, _ = _classifier(W, x, y, eps, norm, None)
     pi, means = _moments(x, y, W.shape[-2])
-    a = W - W.mean(-2, keepdims=True)
+    equal = (W[..., :1, :] == W).all(-2, keepdims=True)  # a mean of equal numbers is rounded
+    a = np.where(equal, 0, W - W.mean(-2, keepdims=True))
     sizes = np.linalg.norm(a, ord=DUAL[norm], axis=-1)
     return (pi * (eps * sizes - (a * means).sum(-1))).sum(-1)
 
@@ -112,15 +113,52 @@ def eps_sep(x, y, *, norm, bias=False):
     """The largest budget against which some classifier of two classes is right at every point: the largest margin.
 
     Below it the robust loss has infimum 0 and no minimiser. A float in the units of x, 0 if no classifier separates
-    the points. Arguments and errors as for `eps_bar`; also ValueError for more than two classes.
+    the points. Arguments and errors as for `eps_bar`; also ValueError for more than two classes, and for points of such
+    unequal sizes that the margin found and the dual's bound of it are apart.
     """
     x, y, K = _data(x, y, norm)
     if K != 2:
         raise ValueError(f"eps_sep is for two classes, got {K}")
-    w, b, t = cp.Variable(x.shape[1]), cp.Variable() if bias else 0.0, cp.Variable()
+    x, _ = _centred(x, bias)
     scale = np.abs(x).max() or 1.0
-    _solve(cp.Problem(cp.Maximize(t), [cp.multiply(2 * y - 1, x / scale @ w + b) >= t, cp.norm(w, DUAL[norm]) <= 1]))
-    return max(0.0, scale * float(t.value))
+    # The solver's tolerances are absolute: first at the scale of the largest point, then of each point's own.
+    own = np.linalg.norm(x, axis=1)
+    own = np.maximum(own, np.median(own))
+    best, spread = 0.0, np.median(np.abs(x - np.median(x, axis=0)).max(1)) or np.median(own)
+    for size in (np.full(len(y), scale), np.where(own > 0, own, scale)):
+        t, low, high = _margin(x, y, norm, bias, size)
+        best = max(best, low)
+        if high - best <= max(1e-5 * high, 1e-6 * spread):
+            return max(0.0, t) if size[0] == scale else best
+    raise ValueError(
+        f"the largest margin lies between {best:.3g} and {high:.3g}, and float64 does not tell where: shift and scale "
+        "the points so that they are of one size"
+    )
+
+
+def _margin(x, y, norm, bias, size):
+    """The largest margin as the solver has it, and bounds of it, where the rows of its program are divided by size.
+
+    The lower bound is the margin of the solver's w; the upper one, the distance that its multipliers make of the dual.
+    """
+    sign, unit = 2.0 * y - 1, np.median(size)
+    w, b, t = cp.Variable(x.shape[1]), cp.Variable() if bias else 0.0, cp.Variable()
+    ratio = unit / size
+    rows = cp.multiply(sign, (x / size[:, None]) @ w + cp.multiply(ratio, b)) >= cp.multiply(ratio, t)
+    _solve(cp.Problem(cp.Maximize(t), [rows, cp.norm(w, DUAL[norm]) <= 1]))
+    scores = sign * (x @ w.value)
+    least = (scores[y == 0].min() + scores[y == 1].min()) / 2 if bias else scores.min()
+    weights = np.maximum(rows.dual_value, 0) * ratio
+    weights /= np.array([weights[y == k].sum() * 2 for k in (0, 1)])[y] if bias else weights.sum()
+    high = np.linalg.norm((weights * sign) @ x, ord={"linf": np.inf, "l2": 2}[norm])
+    return unit * float(t.value), least / max(np.linalg.norm(w.value, DUAL[norm]), 1.0), high
+
+
+def _centred(x, bias):
+    """x less a centre, and that: the median if there is a bias and it is far away, lest differences lose digits."""
+    centre = np.median(x, axis=0)
+    far = bias and np.abs(centre).max() > 1e3 * np.median(np.abs(x - centre).max(1))
+    return (x - centre, centre) if far else (x, np.zeros(x.shape[1]))
 
 
 def worst_case(W, x, y, *, eps, norm, b=None):
@@ -232,6 +270,7 @@ def minimize(x, y, *, eps, norm, bias=False, max_gap=1e-8):
             separated by more than eps). Otherwise as for `eps_bar`.
     """
     x, y, K = _data(x, y, norm, eps)
+    x, centre = _centred(x, bias)
     if _falls_for_ever(x, y, K, eps, norm, bias):
         raise ValueError(
             f"at eps={eps} some weights keep every point right with room to spare, so the robust loss falls along "
@@ -250,7 +289,7 @@ def minimize(x, y, *, eps, norm, bias=False, max_gap=1e-8):
         x_adv, upper = _worst(W, x, y, eps, norm, b)
         losses = _loss(W, x_adv, y, b)
         if losses.mean() < best.loss:
-            best = Minimum(W / scale, b, float(losses.mean()), np.inf)
+            best = Minimum(W / scale, b - W @ centre / scale, float(losses.mean()), np.inf)
             ceiling = max(best.loss, float(upper.mean()))
         floor = max(floor, _floor(X, y[owner], owner, W, b, weights))
         new = losses > values + max_gap / 10
@@ -270,7 +309,11 @@ def _falls_for_ever(x, y, K, eps, norm, bias):
     ])  # fmt: skip
     problem = cp.Problem(cp.Maximize(cp.sum(gaps)), [gaps >= 0, cp.abs(W) <= 1])
     _solve(problem)  # bounded, since gaps >= 0 bounds the differences of b
-    return problem.value > 1e-6
+    if problem.value > 1e-6:
+        return True
+    # The solver's own error is hardly less; but margins that are all positive, in float64, are proof enough.
+    W, b = W.value, b.value * scale if bias else None
+    return margins(W, x, y, eps=eps, norm=norm, b=b).min() > 1e-14 * scale * np.abs(W).max()
 
 
 def _solve_cuts(X, y, owner, K, bias):

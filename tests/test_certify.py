@@ -503,6 +503,33 @@ class TestBadInput:
             with pytest.raises(ValueError, match=rf"layer {type(layer).__name__}.* \(1\): .*{reason}"):
                 certify.worst_margins(model.train(), x, y, eps=0.1)
 
+    @pytest.mark.parametrize("eps", [-0.1, float("nan"), 1.5])
+    def test_margins_for_training_are_of_a_ball_of_pixels(self, eps):
+        model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(6, 2)), torch.rand(2, 1, 2, 3), torch.tensor([0, 1])
+        with pytest.raises(ValueError, match="eps "):
+            certify.worst_margins(model, x, y, eps=eps)
+        for wrong in (x - 1, 255 * x, x * float("nan")):
+            with pytest.raises(ValueError, match=r"x must lie in \[0, 1\]"):
+                certify.worst_margins(model, wrong, y, eps=0.1)
+
+    def test_weights_that_are_nan(self):
+        model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(6, 2)), torch.rand(2, 1, 2, 3), torch.tensor([0, 1])
+        model[1].weight.data[0, 0] = float("nan")
+        for call in (lambda: certify.bounds(model, x, eps=0.1), lambda: certify.certified_error(model, x, y, eps=0.1)):
+            with pytest.raises(ValueError, match="the model returned NaN"):
+                call()
+
+    @pytest.mark.parametrize("batch_size", [0, 2.5, -1])
+    def test_batches_are_counted(self, batch_size):
+        model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(6, 2)), torch.rand(2, 1, 2, 3), torch.tensor([0, 1])
+        for call in (
+            lambda: certify.bounds(model, x, eps=0.1, batch_size=batch_size),
+            lambda: certify.margin_bounds(model, x, y, eps=0.1, batch_size=batch_size),
+            lambda: certify.local_lipschitz(model, x, y, eps=0.1, batch_size=batch_size),
+        ):
+            with pytest.raises(ValueError, match="batch_size must be an integer >= 1"):
+                call()
+
     def test_a_subclass_may_compute_something_else(self):
         with pytest.raises(ValueError, match="no interval bounds for layer Twice"):
             certify.bounds(nn.Sequential(nn.Flatten(), Twice(6, 2)), torch.rand(1, 1, 2, 3), eps=0.1)

@@ -211,8 +211,8 @@ def test_scatter_with_attacks_that_do_not_move_is_the_hessian_term():
     model, x, y = network()
     v = random_directions(model, 1)[0]
     distances = np.array([1e-4, 1e-3])
-    result = scatter(model, v, distances, x, y, lambda model, x, y: x + 0.1, batch_size=7)
-    curvature = (Hessian(model, x + 0.1, y, dtype=torch.float64)(v).norm() / v.norm()).item()
+    result = scatter(model, v, distances, x, y, lambda model, x, y: 0.9 * x + 0.1, batch_size=7)
+    curvature = (Hessian(model, 0.9 * x + 0.1, y, dtype=torch.float64)(v).norm() / v.norm()).item()
     assert np.allclose(result.gradient, distances * curvature, rtol=1e-2)
     assert np.array_equal(result.gradient, result.fixed)
     assert not result.scattering.any()
@@ -513,4 +513,126 @@ def test_counts_and_lengths_are_asked_for_before_anything_is_computed():
         (lambda: barrier([0, 0.7, 0.5, 1], [1, 2, 3, 4]), "steps must increase"),
     ):
         with pytest.raises(ValueError, match=name):
+            call()
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale=1.0, residual=False):
+        super().__init__()
+        self.hidden, self.last, self.scale, self.residual = nn.Linear(16, 16), nn.Linear(16, 3), scale, residual
+
+    def forward(self, x):
+        h = self.hidden(x.flatten(1))
+        return self.last(torch.relu(h) + (x.flatten(1) if self.residual else 0)) / self.scale
+
+    def get_extra_state(self):
+        return {"seen": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+class Other(Scaled):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+@pytest.mark.parametrize("measure", ["along", "connect"])
+def test_ends_that_are_two_architectures_are_refused(measure):
+    (x, y), flat_layers = data(), [nn.Flatten(), nn.Linear(16, 3)]
+    cases = (
+        (nn.Sequential(*flat_layers), nn.Sequential(*flat_layers, nn.Softmax(1)), r"'2' is Softmax\(dim=1\)"),
+        (nn.Sequential(*flat_layers, nn.Softmax(1)), nn.Sequential(*flat_layers), r"'\(none\)' is nothing|'2' is Soft"),
+        (Scaled(), Other(), "module '' is Scaled, and in the other '' is Other"),
+        (Scaled(), Scaled(0.05), "Scaled '' has scale = 1.0 and 0.05"),
+        (Scaled(), Scaled(residual=True), "Scaled '' has residual = False and True"),
+    )
+    for *ends, message in cases:
+        a, b = (m.double().eval() for m in ends)
+        with pytest.raises(ValueError, match=f"of one architecture.*({message})"):
+            along(Curve(a, b), [0, 1], x, y) if measure == "along" else connect(a, b, x, y, epochs=1)
+
+
+def test_ends_of_one_architecture_may_have_a_state_of_their_own():
+    (x, y), (a, b) = data(), (Scaled(2.0).double().eval() for _ in range(2))
+    assert np.isfinite(along(connect(a, b, x, y, epochs=1), torch.linspace(0, 1, 3), x, y).loss).all()
+    a, b = (nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(16, 3))).double().eval()
+            for _ in range(2))  # fmt: skip
+    points = [0.0, 0.25, 1.0]
+    assert np.array_equal(along(Curve(a, b), torch.tensor(points), x, y), along(Curve(a, b), points, x, y))
+
+
+def test_gradients_that_are_not_the_loss_s_are_refused():
+    class Frozen(Scaled):
+        def forward(self, x):
+            with torch.no_grad():
+                h = torch.relu(self.hidden(x.flatten(1)))
+            return self.last(h)
+
+    model, other, (x, y) = Frozen().double().eval(), Frozen().double().eval(), data()
+    for call in (
+        lambda: descent_direction(model, x, y),
+        lambda: scatter(model, flat(model), [0.1], x, y, lambda m, x, y: x),
+        lambda: connect(model, other, x, y, epochs=1),
+    ):
+        with pytest.raises(ValueError, match=r"first derivative of the model itself \(Frozen\) is not that"):
+            call()
+
+
+def test_images_of_another_type_than_the_model():
+    a, b = (nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.BatchNorm1d(3)).eval() for _ in range(2))
+    x, y = data()
+    for images in (x, (255 * x).long()):
+        for call in (
+            lambda images: descent_direction(a, images, y),
+            lambda images: scatter(a, flat(a), [0.1], images, y, lambda m, x, y: x),
+            lambda images: connect(a, b, images, y, epochs=1),
+            lambda images: Curve(a, b).model(0.5, images),
+            lambda images: surface(a, random_directions(a, 1), [0], images, y),
+        ):
+            with pytest.raises(
+                ValueError, match=f"a model of torch.float32 on cpu does not take images of {images.dtype}"
+            ):
+                call(images)
+
+
+def test_one_image_has_no_variance():
+    a, b = (nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.BatchNorm1d(3)).double().eval() for _ in range(2))
+    x, y = data()
+    for call in (
+        lambda: along(Curve(a, b), [0.5], x, y, x_statistics=x[:1]),
+        lambda: connect(a, b, x[:1], y[:1], epochs=1),
+        lambda: connect(a, b, x, y, epochs=1, batch_size=1),
+    ):
+        with pytest.raises(ValueError, match="no variance over a single image"):
+            call()
+    with pytest.raises(ValueError, match="no data"):
+        along(Curve(a, b), [0.5], x, y, x_statistics=x[:0])
+
+
+def test_directions_steps_and_bends_in_other_forms():
+    model, x, y = network()
+    d = random_directions(model, 1, seed=np.int64(3))
+    assert torch.equal(d, random_directions(model, np.int64(1), seed=3))
+    expected = surface(model, d, [0, 0.5], x, y)
+    for directions, steps in ((d.numpy(), [0, 0.5]), (d, (s for s in (0, 0.5))), (d, torch.tensor([0, 0.5]))):
+        assert np.array_equal(surface(model, directions, steps, x, y), expected)
+    given, plain = (scatter(model, v, [0.1], x, y, ATTACK) for v in (d[0].numpy(), d[0]))
+    assert np.array_equal(given, plain)
+    bend = flat(model) + 1
+    assert torch.equal(Curve(model, model, bend.numpy()[None]).points, Curve(model, model, [bend]).points)
+    one, other = (connect(model, model, x, y, epochs=1, seed=seed).points for seed in (3, np.int64(3)))
+    assert torch.equal(one, other)
+    for call, message in (
+        (lambda: random_directions(model, 0), "num must be"),
+        (lambda: random_directions(model, 2.5), "num must be"),
+        (lambda: surface(model, d, [], x, y), "steps must be a list of numbers"),
+        (lambda: surface(model, d, 0.5, x, y), "steps must be a list of numbers"),
+        (lambda: surface(model, d.repeat(2, 1), [[1.0], []], x, y), "steps must be a list of numbers"),
+        (lambda: Curve(model, model, [bend[1:]]), "bends must be"),
+        (lambda: descent_direction(model, x, y, batch_size=2.5), "batch_size must be"),
+        (lambda: barrier([0, 0.5, 1], [1, float("nan"), 1]), "values must be finite"),
+        (lambda: barrier([0, 0.5, 1], [float("inf"), 1, 1]), "values must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
             call()

@@ -450,6 +450,48 @@ def test_labels_without_a_sign_are_labels(kind):
     assert got == pytest.approx([18**0.5, 3, np.logaddexp(0, 0.1 * 2**0.5), np.log(2)])
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("offset", [1e3, 1e6, 1e9])
+def test_eps_sep_far_from_the_origin(norm, offset):
+    x, y = np.array([[0.0, 0], [1, 0], [0, 1], [1, 1]]), np.array([0, 1, 0, 1])
+    assert linear.eps_sep(x + offset, y, norm=norm, bias=True) == pytest.approx(0.5, rel=1e-5)
+    with pytest.raises(ValueError, match="no minimiser"):
+        linear.minimize(x + offset, y, eps=0.49, norm=norm, bias=True)
+    best = linear.minimize(x + offset, y, eps=0.51, norm=norm, bias=True)
+    assert best.loss == pytest.approx(np.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("far", [[1e4, 0], [1e8, 0], [1e8, 1e8], [1, 1e8], [1e12, 0]])
+@pytest.mark.parametrize("bias", [False, True])
+def test_eps_sep_with_one_point_far_away(norm, far, bias):
+    x, y = np.array([[0.0, 0], [1, 0], [0, 1], [1, 1], far]), np.array([0, 1, 0, 1, 1])
+    x[:, 0] -= 0.5
+    assert linear.eps_sep(x, y, norm=norm, bias=bias) == pytest.approx(0.5, rel=2e-5)
+
+
+def test_eps_sep_that_float64_does_not_tell_is_refused():
+    x, y = np.array([[0.0, 0], [1, 0], [0, 1], [1, 1]]), np.array([0, 1, 0, 1])
+    with pytest.raises(ValueError, match="float64 does not tell"):
+        linear.eps_sep(x + np.array([0, 1e9]), y, norm="l2")  # without a bias
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("share", [0.99, 1 - 1e-6, 1 - 1e-7])
+def test_there_is_no_minimiser_up_to_the_margin(norm, share):
+    x, y = np.array([[0.0, 0], [1, 0], [0, 1], [1, 1]]), np.array([0, 1, 0, 1])
+    for size in (1e-3, 1, 1e3):
+        with pytest.raises(ValueError, match="no minimiser"):
+            linear.minimize(size * x, y, eps=0.5 * size * share, norm=norm, bias=True)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_constant_classifiers_are_in_t(eps):
+    x, y = points(3)
+    rows = np.random.default_rng(0).normal(size=(200, 1, 2)).repeat(3, axis=1)
+    assert linear.in_t(rows, x, y, eps=eps, norm="l2").all()
+
+
 def test_eps_sep_of_mixed_points_is_zero():
     x, y = np.array([[1.0], [-1.0], [0.5], [-0.5]]), np.array([0, 0, 1, 1])
     assert linear.eps_sep(x, y, norm="l2", bias=True) == pytest.approx(0, abs=1e-8)
