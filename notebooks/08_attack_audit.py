@@ -83,9 +83,9 @@ x, y = (part[:test_images].to(device()) for part in (digits.x_test, digits.y_tes
 #
 # Beside them: a network trained without any attack; networks of another seed, from which examples are carried over;
 # and two that are **masked on purpose**. These answer as the undefended network does, but their gradients are useless:
-# one rounds the pixels to 256 levels (a step function has slope zero), the other answers in probabilities, of its logits
-# times 100,000 (the softmax saturates, and its gradient is zero in floating point). An audit that does not flag them is
-# worth nothing.
+# one rounds the pixels to 256 levels (a step function has slope zero), the other answers in probabilities, of its
+# logits times 100,000 (the softmax saturates, and its gradient is zero in floating point). An audit that does not flag
+# them is worth nothing.
 
 
 # %%
