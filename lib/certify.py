@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import functional_call, vjp
 
 from .checks import check_count, check_data, check_eps, check_inputs, check_labels, check_logits
-from .curvature import copied
+from .copies import copied
 from .models import ACTIVATIONS, BasicBlock
 
 

@@ -7,9 +7,7 @@ Hessian of the adversarial training loss at fixed adversarial inputs, the one st
 reached by two ways is one. A measurement works on a deep copy of the model, which it leaves as it was.
 """
 
-import copy
 import math
-from contextlib import ExitStack
 from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple
@@ -20,17 +18,15 @@ import torch.nn.functional as F
 from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
-from torch.nn.utils import parametrize
 
 from .checks import check_choice, check_count, check_labels, check_targets
+from .copies import copied, joined, outputs_of
 from .differentiate import as_module, differentiating, gradient, own
-from .evaluation import predict
 from .fast import channels_last
 from .models import any_layout
 
 MAX_STEPS = 500  # of Lanczos, which keeps a vector (P,) for each
 DTYPES = (torch.float32, torch.float64)
-FEW, STEPS = 2, (1e-10, 1e-8)  # images, and steps of the differences, by which derivatives are tried
 
 
 class Hessian:
@@ -60,7 +56,7 @@ class Hessian:
         kept_batches = check_count(0, kept_batches=kept_batches)
         self.dtype, self.device = dtype, x.device
         own_type = next((p.dtype for p in as_module(model).parameters() if p.is_floating_point()), dtype)
-        few = x[:FEW].to(own_type) if x.is_floating_point() else x[:FEW]
+        few = x[:2].to(own_type) if x.is_floating_point() else x[:2]
         self._model, self._count = copied(model, few, order=2).to(dtype), len(x)
         self.size = sum(p.numel() for p in self._model.parameters())
         x = x.to(dtype) if x.is_floating_point() else x  # names of words, say
@@ -85,7 +81,7 @@ class Hessian:
         return _finite(loss_gradient(self._model, x, y, again=True))
 
     def _product(self, g, v):
-        return _flat(gradient(g, [*self._model.parameters()], v, keep=True))
+        return joined(gradient(g, [*self._model.parameters()], v, keep=True))
 
     def _check(self, x, y):
         # A graph that is kept freezes any noise, so this compares two products made afresh. The vector is random: one
@@ -109,7 +105,7 @@ class Hessian:
             )
 
     def _noisy_layer(self, x):
-        runs = zip(*(_outputs(self._model, x) for _ in range(2)), strict=True)
+        runs = zip(*(outputs_of(self._model, x) for _ in range(2)), strict=True)
         changed = [name for (name, a), (_, b) in runs if not torch.equal(a, b)]
         return changed[0] if changed else "a backward pass that is not repeatable"
 
@@ -342,193 +338,6 @@ def check(model, x, y):
     return own(x).contiguous(), own(y).contiguous()
 
 
-def copied(model, x=None, name="the model", *, order=0):
-    """A deep copy of the model, ready to be differentiated, with its channels last where that is free (`any_layout`).
-
-    Tensors that it keeps with a graph (an activation, a normalised weight) are cut off from it. torch.compile's
-    wrapper is left out. Raises ValueError, naming the module, for what cannot be copied; and, where x (inputs) are
-    given to try it, for inputs of another type than the model, and a copy that computes with something else than its
-    own parameters, that mixes the inputs of a batch, or whose derivatives up to this order (1 or 2) are not autograd's.
-    """
-    model = as_module(model)
-    if parametrize._cache_enabled:
-        raise ValueError("leave parametrize.cached(): parametrised weights would not follow their parameters")
-    kept = {f"{inner}.{name}".lstrip("."): t for inner, m in model.named_modules() for name, t in vars(m).items()
-            if isinstance(t, torch.Tensor) and not t.is_leaf}  # fmt: skip
-    cut = {id(t): t.detach().clone() for t in kept.values()}
-    with torch.inference_mode(False):
-        try:
-            result = copy.deepcopy(model, dict(cut)).requires_grad_(True)
-        except Exception as error:
-            for inner, child in model.named_children():
-                copied(child, name=f"module {inner!r}")  # the innermost speaks
-            raise ValueError(f"{name} ({type(model).__name__}) cannot be copied: {error}") from error
-        if any_layout(result):
-            for p in result.parameters():
-                p.data = channels_last(p.data)
-        if x is not None:
-            predict(result, x[:2])  # for its refusal of inputs of another type
-        if x is not None and not any_layout(result):  # our layers need no more
-            made = {name: cut[id(t)] for name, t in kept.items() if t.is_floating_point()}
-            _check_copy(result, dict(model.named_parameters()) | made, x[:2])
-            _check_mixing(result, x[:2])
-            _check_derivatives(result, x[:FEW], order)
-    return result
-
-
-@differentiating()
-def _check_copy(result, others, x):
-    """Raise ValueError if logits of a copy depend on other tensors than its own parameters: a function that was put
-    into the model (a lambda) still has the given one, and what was made from a parameter beforehand stays as it is."""
-    changing = {name: t for name, t in others.items() if not t.is_inference()}
-    with ExitStack() as afterwards:
-        for t in changing.values():
-            afterwards.callback(t.requires_grad_, t.requires_grad)
-            t.requires_grad_(True)
-        logits = result(x.detach().requires_grad_(x.is_floating_point()))
-        names, seen = {id(t): name for name, t in changing.items()}, {None}
-        todo = [logits.grad_fn] if isinstance(logits, torch.Tensor) else []  # what is no tensor is refused elsewhere
-        while todo:
-            if (node := todo.pop()) in seen:
-                continue
-            seen.add(node)
-            if (found := names.get(id(getattr(node, "variable", None)))) is not None:
-                raise ValueError(
-                    f"a copy of the model still computes with {found} of the given one: a lambda or closure in it, or "
-                    "a tensor that it keeps beside its parameters, cannot follow them"
-                )
-            todo += [following for following, _ in node.next_functions]
-
-
-def _named(model):
-    return {m: f"layer {k!r} ({type(m).__name__})" if k else f"the model itself ({type(m).__name__})"
-            for k, m in model.named_modules()}  # fmt: skip
-
-
-def _outputs(model, x):
-    """A list (name, output) of what the modules return, a tensor or the first of several, the innermost first."""
-    names, run = _named(model), []
-    with ExitStack() as hooks:
-        for m in names:
-            hooks.enter_context(m.register_forward_hook(lambda m, _, out: run.append((names[m], out))))
-        model(x.clone())
-    run = [(name, out[0] if isinstance(out, tuple) and out else out) for name, out in run]
-    return [(name, out.detach().clone()) for name, out in run if isinstance(out, torch.Tensor)]
-
-
-def differ(a, b, again):
-    """Whether a and b differ by more than rounding, where a does not differ from itself, made again."""
-    noise, scale = (a - again).abs().max(), 1e-3 * a.abs().max()
-    return bool(noise <= scale and (a - b).abs().max() > scale)
-
-
-@differentiating()
-def _check_mixing(model, x):
-    """Raise ValueError if logits depend on the other inputs of a batch. Pairs, since some take no batch of one."""
-    if len(x) < 2:
-        return
-    order, mixed = [0, 1, 1, 0], [None]
-    runs = [_outputs(model, x[list(rows)]) for rows in (order, order, (0, 0), (1, 1))]
-    for (name, a), (_, again), (_, first), (_, second) in zip(*runs, strict=False):
-        whole = a.is_floating_point() and a.shape == again.shape and len(a) == 4 and len(first) == len(second) == 2
-        mixed.append(name if whole and differ(a, torch.cat([first, second])[[0, 2, 3, 1]], again) else None)
-    if mixed[-1]:  # the logits, after which nothing comes
-        raise ValueError(
-            f"{next(filter(None, mixed))} mixes the images of a batch, so the loss of one depends on the others: let "
-            "each stand for itself (for attention, batch_first=True; for a normalisation, fixed statistics)"
-        )
-
-
-@differentiating()
-def _check_derivatives(model, x, order):
-    """Raise ValueError, naming the module, if autograd's derivatives of this order and below are not those of the
-    model's values. In float64; a model that does not compute in that type is not checked."""
-    if not order:
-        return
-    double, x = copied(model).double(), x.double() if x.is_floating_point() else x
-    try:
-        found = _deviation(double, (x,), {}, order)
-    except RuntimeError:
-        return
-    if not found:
-        return
-    names, calls, where = _named(double), {}, None
-    with ExitStack() as hooks:
-        for m in names:
-            note = lambda m, args, kwargs: calls.setdefault(m, (args, kwargs))  # noqa: E731
-            hooks.enter_context(m.register_forward_pre_hook(note, with_kwargs=True))
-        double(x)
-    for m in reversed(names):  # the innermost first
-        try:
-            inner = _deviation(m, *calls[m], order) if m in calls else None
-        except (RuntimeError, ValueError):
-            continue
-        if inner:
-            found, where = inner, names[m]
-            break
-    advice = {
-        "first": "it has a no_grad, a detach or a backward of its own. Write it with PyTorch's functions alone; of a "
-        "frozen part, give the rest as the model and that part's output as x",
-        "second": "its backward uses what it saved, or cannot be differentiated. Write it with PyTorch's functions "
-        "alone, and take weight_norm off, whose second derivative PyTorch has wrong",
-    }
-    where = where or "the model"
-    raise ValueError(f"autograd's {found} derivative of {where} is not that of its values: {advice[found]}")
-
-
-def _deviation(module, args, kwargs, order):
-    """Which derivatives of a module, by its parameters and inputs, are wrong: "first", "second" or None.
-
-    Derivatives of a smooth function of its output along a random direction are compared with differences. These are
-    believed only where two steps, a hundredfold apart, give the same: so neither a kink between them nor rounding to a
-    coarser type inside is taken for a fault. All numbers are moved a little beforehand, off the kinks that lie where
-    weights or pixels are zero.
-    """
-    generator, (near, far) = torch.Generator().manual_seed(0), STEPS
-    args = [t.detach().clone().requires_grad_() if _real(t) else t for t in args]
-    tensors = [*module.parameters(), *filter(_real, args)]
-    before, sizes = [t.detach().clone() for t in tensors], [t.detach().square().mean().sqrt() or 1 for t in tensors]
-    v, off = ([s * _normal_like(t, generator) for s, t in zip(sizes, tensors, strict=True)] for _ in range(2))
-
-    def look(step, again=False):
-        for t, *parts in zip(tensors, before, v, off, strict=True):
-            t.data.copy_(parts[0] + step * parts[1] + 1e-3 * parts[2])
-        out = module(*(t.clone() if _real(t) else t for t in args), **kwargs)
-        out = out[0] if isinstance(out, tuple) else out
-        if out.dtype != torch.float64:
-            raise RuntimeError("it rounds to a coarser type")
-        scale.append(out.detach().abs().max() or 1)
-        weights = _normal_like(out, torch.Generator().manual_seed(1))
-        value = (weights * torch.tanh(out / scale[0])).sum()
-        return value.detach(), _flat(gradient(value, tensors, again=again))
-
-    scale, direction = [], _flat(v)
-    _, g = look(0, again=order == 2)
-    product = _flat(gradient(g, tensors, direction)) if order == 2 else None
-    if (look(0)[1] - g).norm() > 1e-6 * g.norm():  # it draws numbers
-        return None
-    ends = [[(a - b) / (2 * h) for a, b in zip(look(h), look(-h), strict=True)] for h in (near, far)]
-    for t, numbers in zip(tensors, before, strict=True):
-        t.data.copy_(numbers)
-    slopes, bends = zip(*ends, strict=True)
-    if _wrong(g @ direction, *slopes, (g * direction).norm()):
-        return "first"
-    return "second" if order == 2 and _wrong(product, *bends, product.norm()) else None
-
-
-def _wrong(given, near, far, size):
-    error = (far - given).norm()
-    return bool(error > 1e-3 * torch.maximum(size, far.norm()) and (near - far).norm() < 0.1 * error)
-
-
-def _real(t):
-    return isinstance(t, torch.Tensor) and t.dtype == torch.float64
-
-
-def _normal_like(t, generator):
-    return torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t.device)
-
-
 def loss_gradient(model, x, y, *, again=False):
     """Gradient (P,) of the summed cross-entropy at (x, y), for a `copied` model, inside `differentiating()`.
 
@@ -541,14 +350,10 @@ def loss_gradient(model, x, y, *, again=False):
     logits = model(x)
     check_labels(logits, y)
     pieces = gradient(F.cross_entropy(logits, y, reduction="sum"), [*model.parameters(), *more], again=again)
-    return _flat(pieces[: len(pieces) - len(more)])
+    return joined(pieces[: len(pieces) - len(more)])
 
 
 def _finite(v):
     if not torch.isfinite(v).all():
         raise ValueError("the loss or its gradient is NaN or infinite: check the model's parameters and inputs")
     return v
-
-
-def _flat(pieces):
-    return torch.cat([t.to_dense().reshape(-1) for t in pieces])  # of embeddings they may be sparse

@@ -23,7 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .checks import check_choice, check_count, check_data, check_labels
-from .curvature import check, copied, differ, loss_gradient, seeded, top_eigenpairs
+from .copies import copied, differ
+from .curvature import check, loss_gradient, seeded, top_eigenpairs
 from .differentiate import as_module, differentiating, own
 from .evaluation import attacked, predict, share
 

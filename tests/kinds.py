@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.curvature import copied
+from lib.copies import copied
 
 LAYOUTS = {  # the same numbers, laid out otherwise; x is (N, C, H, W)
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),

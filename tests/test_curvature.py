@@ -10,7 +10,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
 from torch.func import functional_call, hessian
 
-from lib import curvature, models
+from lib import copies, curvature, models
 from lib.curvature import Hessian, spectral_density, top_eigenpairs, trace
 
 DOUBLE = {"dtype": torch.float64}
@@ -676,8 +676,8 @@ def test_derivatives_that_are_right_are_not_refused(activation, zero, dtype):
             nn.init.zeros_(p)
     x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[:, :, :5] = 0
-    double = curvature.copied(model).double()
-    assert curvature._deviation(double, (x.double(),), {}, 2) is None
+    double = copies.copied(model).double()
+    assert copies._deviation(double, (x.double(),), {}, 2) is None
     torch.manual_seed(0)
     model = nn.Sequential(Layer(lambda t: 1 * t), *model).eval()  # not of our layers alone
     assert np.isfinite(trace(model, x, torch.tensor([0, 1]), num_probes=2, dtype=dtype)).all()
