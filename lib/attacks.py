@@ -11,7 +11,6 @@ from functools import partial
 from threading import RLock
 
 import torch
-import torch.nn.functional as F
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
@@ -82,8 +81,8 @@ def pgd(
         random_start: True or "step" begins at a uniform point of the ball of radius min(step_size, eps) (the paper's
             start), "ball" at one of the whole ball, False at x itself.
         loss: "ce" (cross entropy) or "margin" (largest other logit minus the true one). Where the label's probability
-            is near 1 the gradient of the cross entropy is lost to rounding; steps follow one of the same direction that
-            is not (`ASCENDED`).
+            is near 1 the cross entropy and its gradient are lost to rounding; a function of it is followed that is not
+            (`LOSSES`).
         generator: torch.Generator on x's device for the starts; without one, the global generator.
         precision: "auto" runs this library's own layers in bfloat16 where this machine gains by it (perturbation and
             loss stay in x's type); "full" never does.
@@ -118,7 +117,7 @@ def pgd(
         def ascend(x_adv, y, limits):
             out, i = x_adv.clone(), torch.arange(len(y), device=y.device)  # i: the images that are being moved
             for _ in range(num_steps):
-                g, wrong = input_gradient(logits_of, x_adv, y, ASCENDED[loss])
+                g, wrong = input_gradient(logits_of, x_adv, y, LOSSES[loss])
                 if stop_early and wrong.any():
                     wrong[wrong.clone()] = judge(x_adv[wrong], y[wrong])[1]
                     out[i[wrong]] = x_adv[wrong]
@@ -172,7 +171,7 @@ def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
         def look(inputs, labels):
             logits = logits_of(inputs)
             check_labels(logits, labels)
-            return logits.log_softmax(1).gather(1, labels[:, None]).squeeze(1), logits.argmax(1) == labels
+            return -_log_odds(logits, labels), logits.argmax(1) == labels  # the order of probabilities, but not rounded
 
         best, standing = look(x_adv, y)
         for _ in range(num_queries - 1):
@@ -357,10 +356,6 @@ def _stronger(old, new):
     return tuple(torch.where(better.view(-1, *[1] * (n.dim() - 1)), n, o) for o, n in zip(old, new, strict=True))
 
 
-def _cross_entropy(logits, y):
-    return F.cross_entropy(logits, y, reduction="none")
-
-
 def _margin(logits, y):
     return _others(logits, y).amax(1) - logits.gather(1, y[:, None]).squeeze(1)
 
@@ -374,10 +369,9 @@ def _others(logits, y):
     return logits.scatter(1, y[:, None], float("-inf"))
 
 
-LOSSES = {"ce": _cross_entropy, "margin": _margin}
-# What steps ascend: functions whose gradients have the direction of the loss's, in floating point, too. In float32 the
-# cross entropy loses the label's part, p - 1, from a margin of about 15 on, before the others', and from 100 on all.
-ASCENDED = {"ce": _log_odds, "margin": _margin}
+# What attacks ascend, and compare end points by. In float32 the gradient of the cross entropy itself loses the label's
+# part, p - 1, from a margin of about 15 on, before the others', and from 100 on all.
+LOSSES = {"ce": _log_odds, "margin": _margin}
 
 
 @contextmanager

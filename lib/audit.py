@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from . import runs
-from .attacks import ASCENDED, LEAST_CLASSES, autoattack, fgsm, frozen, input_gradient, pgd, simba
+from .attacks import LEAST_CLASSES, LOSSES, autoattack, fgsm, frozen, input_gradient, pgd, simba
 from .checks import check_choice, check_count
 from .differentiate import differentiating
 from .evaluation import attacked, check_answers, in_batches, wrong
@@ -79,7 +79,7 @@ class Subject:
                 made, function = function, lambda _model, x, y: made(source.network, x, y)
             return first_falls(self.network, self.x, self.y, function, num_restarts=restarts)
 
-        found = runs.remember("attacks", facts | {"source": source and source.facts}, compute, version=2)
+        found = runs.remember("attacks", facts | {"source": source and source.facts}, compute, version=3)
         if len(found) != len(self.x):
             raise ValueError(f"these facts name {len(found)} images, and here are {len(self.x)}: {self.facts}")
         return found
@@ -113,7 +113,7 @@ def flat(model, x, y, *, batch_size=500):
     mask = []
     for a, b in in_batches(x, y, batch_size):
         with frozen(model, a, "full") as logits_of:
-            g, _ = input_gradient(logits_of, a, b, ASCENDED["ce"])
+            g, _ = input_gradient(logits_of, a, b, LOSSES["ce"])
         mask += (g.flatten(1) == 0).all(1).tolist()
     return mask
 

@@ -8,7 +8,7 @@ captured: nothing in it may be read by the CPU, and what changes from step to st
 import torch
 import torch.nn.functional as F
 
-from .attacks import ASCENDED, frozen, input_gradient
+from .attacks import LOSSES, frozen, input_gradient
 from .compute import fast_dtype
 from .fast import channels_last
 
@@ -66,7 +66,7 @@ def gradients_at_worst(model, num_steps, x_adv, y, low, high, step_size):
     strange = torch.zeros((), device=x_adv.device)
     with frozen(model, x_adv) as logits_of:
         for _ in range(num_steps):
-            g, _ = input_gradient(logits_of, x_adv, y, ASCENDED["ce"])
+            g, _ = input_gradient(logits_of, x_adv, y, LOSSES["ce"])
             strange = strange + 0 * g.sum()
             x_adv = (x_adv + g.sign_() * step_size).clamp_(low, high)
     loss, logits = loss_at(model, x_adv, y)

@@ -558,7 +558,6 @@ def budgets(row):
     dots(ax, errors := by_seed(arms, of_seeds), figures.SCHEDULE_COLOURS)
     fig.legend(loc="outside right center", title="budget")
     return arms, of_seeds, errors, fig
-    return fig
 
 
 # %%
