@@ -255,7 +255,7 @@ def _sorted(lines):
 
 
 COLUMNS = ["profile", "recipe", "row", "arm", "lr", "seed", "network", "part", "kind", "attack", "epochs", "n", "wrong",
-           "eps", "source", "device"]  # fmt: skip
+           "eps", "source", "device", "trained"]  # fmt: skip
 
 
 def _lines(profile, cell):
@@ -267,7 +267,8 @@ def _lines(profile, cell):
     made = cell["made"]["training"]
     about = {"profile": profile, "recipe": cell["recipe"], "row": f"{profile}-{row[:6]}", "arm": cell["arm"],
              "lr": config["lr"], "seed": config["seed"], "eps": config["eps"], "source": cell["data"],
-             "device": f"{made['device']}, {made['precision']}"}  # fmt: skip
+             "device": f"{made['device']}, {made['precision']}",
+             "trained": "w={width}, {epochs} epochs, PGD-{num_steps}".format(**config)}  # fmt: skip
     for entry in cell["masks"]:
         kind = re.sub(r"-\d+", "", entry["attack"])  # PGD-10 and PGD-40 are of one kind
         yield about | entry | {"kind": kind, "wrong": _bits(entry)}
@@ -475,7 +476,8 @@ def best_rate(means, tie):
 
 
 def stuck(rows, arm, lr):
-    """Seeds whose run of an arm is on the plateau: it errs on four images in five, and no attack changes that."""
+    """Seeds whose run of an arm is on the plateau: it errs on four images in five, and PGD turns at most one in
+    fifty more."""
     clean, attacked = (masks(rows, arm, lr, kind=kind) for kind in ("clean", "PGD"))
     return [s for s in clean if clean[s].mean() >= 0.8 and attacked[s].mean() - clean[s].mean() <= 0.02]
 

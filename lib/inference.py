@@ -240,8 +240,9 @@ def difference(what, *, margin, expect="smaller", over="seeds and images", count
     worth = {"smaller": f"*not smaller beyond the margin* if it lies above -{margin:g}; ",
              "larger": f"*not larger beyond the margin* if it lies below {margin:g}; "}.get(expect, "")  # fmt: skip
     how = ", from flips of the signs" if counts else ""
+    less = "which holds" if expect == "no difference" else "which is in part"
     text = (f"{_upper(what)}: {expect}, by the {1 - LEVEL:.0%} interval over {over}, paired{how}. *Smaller* or "
-            f"*larger* if it leaves out 0, and *by less than the margin*, which is in part, if it lies within "
+            f"*larger* if it leaves out 0, and *by less than the margin*, {less}, if it lies within "
             f"±{margin:g}, too; *no difference beyond the margin* if it lies there and holds 0; {worth}else "
             "undecided.")  # fmt: skip
     judge = partial(_judge, margin=margin, expect=expect)
@@ -462,13 +463,19 @@ def at_most(what, *, bound):
             return Finding(f"at most {bound:g}", True, measured)
         if low > bound:
             return Finding(f"more than {bound:g}", False, measured)
-        grid = (math.ceil(n * 1.1**i) for i in range(1, 150))
+        grid = (_two_digits(n * 1.1**i) for i in range(1, 150))
         wanted = next((m for m in grid if decides(k / n, m)), None)
         wanted = f"about {wanted:,}" if wanted else "far more"
         why = f"too few cases: {n}; {wanted} would decide if the share stays as it is"
         return Finding("undecided", None, measured, why)
 
     return Rule(text, test)
+
+
+def _two_digits(n):
+    """The least whole number of two digits and zeros that is not below n."""
+    unit = 10 ** max(0, math.floor(math.log10(n)) - 1)
+    return math.ceil(n / unit) * unit
 
 
 def exact(what, *, tolerance):
@@ -494,4 +501,4 @@ def _upper(what):
 
 
 def _p(p):
-    return f"{p:.1g}" if p >= 1e-6 else "below 1e-6"
+    return f"{p:.2g}" if p >= 1e-6 else "below 1e-6"

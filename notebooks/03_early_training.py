@@ -16,8 +16,8 @@
 # Section 4.1 of Liu et al. (2020, Figures 2 and 3 there) looks at the beginning of adversarial training. With a larger
 # eps the gradients of the adversarial loss are smaller, and training stays longer on a plateau, where the network
 # predicts nothing. If eps is too large, it never leaves: it ends as a *constant classifier*, which gives every input
-# the same probabilities, the class frequencies, at a loss of log 10 for ten even classes. Where training gets under
-# way, the paper expects larger gradients at its end for larger eps (Section 3.2).
+# the same answer, at probabilities near the class frequencies and a loss of log 10 for ten even classes. Where training
+# gets under way, the paper expects larger gradients at its end for larger eps (Section 3.2).
 #
 # **What Theorem 2 says of that, and what it does not.** It bounds from *above* how small the gradient gets under SGD,
 # by a term that grows with eps. A bound that grows forbids no small gradient. That the gradient itself grows is an
@@ -75,7 +75,7 @@ x, y = (t[:gradient_images].to(where) for t in (digits.x_train, digits.y_train))
 # ## The networks
 #
 # One network per eps and seed, trained throughout at that eps. The step size of the attack scales with eps, so that
-# every attack crosses its ball in equally many steps. Notebooks 4, 5 and 9 study the same networks further.
+# every attack crosses its ball in equally many steps. Notebooks 2, 4, 5, 8, 9 and 10 study some of the same networks.
 
 # %%
 keys = list(product(eps_grid, seeds))
@@ -444,8 +444,8 @@ for name, column, rule in (("full", "full", rule_full), ("mini-batch", "batch", 
 # ## Change this, expect that
 #
 # - `first_steps = 1`: at the very first mini-batch nobody has moved, and the second claim turns round like the first.
-# - `leaves_below = 0.9`: the noise of a mini-batch passes for learning, and every plateau ends in three steps, even at
-#   the largest eps.
+# - `leaves_below = 0.9`: the noise of a mini-batch passes for learning, and every plateau ends within a few
+#   mini-batches, even at the largest eps.
 # - `eps_grid = [0.0, 0.3]` with `changes = {"lenet on mnist5k": {"lr": 1e-3, "batch_size": 32}}`: at a lower rate the
 #   plateau is left at eps 0.3; with the recipe's own rate it is not.
 

@@ -235,7 +235,7 @@ book.save(
 
 # %%
 book.claim(
-    "The same holds for steps relative to the weights",
+    "For steps relative to the weights, too, the sum of the top eigenvalues is larger for larger eps: training images",
     section="4.2",
     ours=True,
     paper="the larger eps, the larger the top 20 eigenvalues of the Hessian",
@@ -281,14 +281,15 @@ rule_cosine
 # %%
 scatter = pd.DataFrame({"eps": e, "seed": s} | row for e, s in keys for row in spectra[e, s, "train"]["moves"])
 fig, axes = plt.subplots(1, 3, figsize=(7, 3.2))
-labels = {"gradient": "change of the gradient / distance", "scattering": "its scattering part / distance",
+labels = {"gradient": "change of the gradient / 2a", "scattering": "its scattering part / 2a",
           "cosine": "cosine of the perturbations"}  # fmt: skip
 for ax, (column, label) in zip(axes, labels.items()):
     shown = scatter if column == "gradient" else scatter[scatter.eps > 0]
     sns.lineplot(shown, x="distance", y=column, hue="eps", style="direction", palette=colours, marker="o",
                  markersize=4, errorbar=("pi", 100), err_kws={"alpha": 0.12}, ax=ax,
                  legend="full" if column == "gradient" else False)  # fmt: skip
-    ax.set(xscale="log", xlabel="distance", ylabel=label, yscale="linear" if column == "cosine" else "log")
+    ax.set(xscale="log", yscale="linear" if column == "cosine" else "log", xlabel="distance a to either side",
+           ylabel=label)  # fmt: skip
 handles, texts = axes[0].get_legend_handles_labels()
 axes[0].get_legend().remove()
 fig.legend(handles, texts, loc="outside lower center", ncols=8, fontsize=7, frameon=False)
@@ -313,15 +314,17 @@ book.claim(
     source=images.source,
 )
 moved = logs[logs.direction == "top eigenvector"]
-for claim, rule, column in (
-    ("Gradients are more scattered at larger eps: change due to the moved examples", rule_scattering, "scattering"),
-    ("The perturbations at both sides are less aligned at larger eps", rule_cosine, "cosine"),
-):
+for claim, paper, rule, column in (
+    ("Gradients are more scattered at larger eps: change due to the moved examples",
+     "gradients are more scattered under larger budgets", rule_scattering, "scattering"),
+    ("The perturbations at both sides are less aligned at larger eps",
+     "the adversarial examples of nearby parameters are less alike for larger eps", rule_cosine, "cosine"),
+):  # fmt: skip
     found = rule(moved.pivot_table(index="seed", columns="eps", values=column).to_numpy(), unless=unless)
     book.claim(
         claim,
         section="4.2, Figure 5",
-        paper="the adversarial examples of nearby parameters are less alike for larger eps",
+        paper=paper,
         holds=found,
         measured="logs: " * (column == "scattering") + found.measured,
         n=f"{n}, {len(distances)} distances",

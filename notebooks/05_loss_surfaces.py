@@ -24,9 +24,9 @@
 #    a shorter step makes it rise by 1.
 #
 # Two losses are drawn. *Adversarial*: the attack is made anew at each point; this is the loss that adversarial training
-# descends. *Frozen*: the adversarial images of the network in the centre, kept everywhere; its second derivative is the
-# Hessian of notebook 4. (LeNet has no batch normalisation; in networks that have it, the statistics stay those of the
-# centre.)
+# descends. *Frozen*: the adversarial images of the network in the centre, kept everywhere; its second derivative is a
+# Hessian as in notebook 4 (of other images, by another attack). (LeNet has no batch normalisation; in networks that
+# have it, the statistics stay those of the centre.)
 
 # %% tags=["parameters"]
 profile = "quick"
@@ -246,8 +246,8 @@ for row, direction in zip(axes, ("random", "top eigenvector")):
 sns.move_legend(axes[0, 1], "upper left", bbox_to_anchor=(1, 1), title="eps", frameon=False)
 book.save(
     fig, "05_rise", lines, source=images.source, seeds=ended_seeds,
-    caption=f"How far the loss rises above its value at the end of training, mean of both sides; mean and range over "
-    f"{n}. Dotted: the rise of 1 at which the reach is read.",
+    caption="How far the loss rises above its value at the end of training (cut above), mean of both sides; mean and "
+    f"range over {n}. Dotted: the rise of 1 at which the reach is read.",
 )  # fmt: skip
 
 # %%

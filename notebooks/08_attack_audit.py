@@ -277,7 +277,7 @@ for (title, attacked), pair in zip(pairs.items(), axes.reshape(len(pairs), 2, -1
     for steps in shown_steps:
         how = as_reported(shown_eps, num_steps=steps, stop_early=False)
         attack = audit.attack_by_name(how.pop("attack"), seed=first, device=x.device, **how)
-        made[f"{steps} steps"] = (attacked, attack(attacked, x[picked[:1]], y[picked[:1]])[0])
+        made[f"{steps} step{'s' * (steps != 1)}"] = (attacked, attack(attacked, x[picked[:1]], y[picked[:1]])[0])
     rows += [{"network": title} | row for row in strip(pair, x[picked[0]], truth[picked[0]], shown_eps, made)]
     pair[0, 0].set_ylabel(title, fontsize=8)
 book.save(
@@ -458,7 +458,7 @@ for name, count in {"Square": control_images, "SimBA": simba["images"]}.items():
     left = ~on_trial(control, count).mask(**settings_of(name, least))
     book.check(f"{name} is no toothless attack: at eps {least:g} it breaks most of an undefended network",
                measured=f"{left.sum()} of {len(left)} digits left standing",
-               holds=power(left.sum(), len(left)))  # fmt: skip
+               holds=power(left.sum(), len(left)), figure="")  # fmt: skip
 
 # %% [markdown]
 # What do they find beyond the reported attack? Square is judged on all digits that it leaves, SimBA on the first of
@@ -470,12 +470,12 @@ blindly["SimBA"] = judged(more, {k: queried[k][1] <= 1 for k in subjects}, {k: q
 book.claim(
     f"No black box (Square, SimBA) breaks more than {bound:.0%} of the digits that the reported attack leaves",
     section="5, Table 1", paper="the robust error is given under Square, too", holds=inference.together(blindly),
-    ours=True, n=on_digits, source=digits.source,
+    ours=True, n=on_digits, source=digits.source, figure="08_signs_of_masking",
 )  # fmt: skip
 book.answer(
     "Do black-box attacks (Square, SimBA) break what the reported attack does not, as if gradients were masked?",
     in_words("Broken by a black box only", inference.together(blindly)), reviewer="Reviewer 1", n=on_digits,
-    source=digits.source,
+    source=digits.source, figure="08_signs_of_masking",
 )  # fmt: skip
 
 # %%
@@ -604,11 +604,11 @@ def depends(findings):
     return "No" if len(kinds) == 1 and "undecided" not in kinds else "Cannot be told"
 
 
-def that_guess(arms):
-    """How many networks of a constant budget hardly classify, as a sentence; empty if all do."""
-    clean = arms["constant"]["clean"]
+def that_guess(arms, arm="constant", whose="constant budget"):
+    """How many networks of an arm hardly classify, as a sentence; empty if all do."""
+    clean = arms[arm]["clean"]
     guess = sum(bool(hardly(mask)) for mask in clean)
-    return f" Of the constant budget's networks {guess} of {len(clean)} hardly classify." * bool(guess)
+    return f" Of the {whose}'s networks {guess} of {len(clean)} hardly classify." * bool(guess)
 
 
 orders = {k: lower(arms["cosine"][k], arms["constant"][k]) for k in arms["cosine"] if k != "clean"}
@@ -674,7 +674,7 @@ fig, axes = plt.subplots(1, 2, figsize=(7, 3.2), sharey=True)
 for ax, group, title in zip(axes, (subjects, controls), ("on trial", "no defence; masked on purpose")):
     for i, name in enumerate(group):
         part, shift = curve[curve.network == name], 1.06 ** (i - (len(group) - 1) / 2)  # side by side where they tie
-        colour = colours.get(name, ("black", palette[5], palette[9])[i % 3])
+        colour = colours.get(name, ("0.55", palette[5], palette[9])[i % 3])
         ax.semilogx(part.eps * shift, part["robust error"], "osD^v"[i % 5] + "-", ms=4, lw=1, color=colour, label=name)
     ax.set(ylim=(0, 1.03), xlabel="eps of the attack", title=title)
     ticks = sorted(set(curve.eps))
@@ -703,13 +703,14 @@ book.answer(
     "Is gradient masking ruled out?",
     "; ".join(map(masking, subjects)) + ". Networks that are masked on purpose are flagged: "
     + "; ".join(f"{k}: {seen_in[k] or 'nothing'}" for k in controls if k != "undefended") + ".",
-    reviewer="Reviewer 1", n=on_digits, source=digits.source,
+    reviewer="Reviewer 1", n=on_digits, source=digits.source, figure="08_signs_of_masking",
 )  # fmt: skip
 alarms, unclear = ({k: int((signs[signs.network == k].seen == v).sum()) for k in controls} for v in ("yes", "?"))
 book.check(
     "The audit flags both networks that are masked on purpose, and clears of every sign the one they were made of",
     measured=", ".join(f"{k}: {v} signs ({unclear[k]} cannot be told)" for k, v in alarms.items()),
     holds=bool(alarms["rounded"] and alarms["saturated"] and not alarms["undefended"] + unclear["undefended"]),
+    figure="08_signs_of_masking",
 )
 whole = {k: m[max(m)] for k, m in curves.items() if k in subjects}
 book.check(f"At eps {max(eps_curve):g} every digit is broken on every network on trial",
@@ -787,7 +788,7 @@ contest = pd.concat(by_seed(*of).assign(eps=e) for e, of in judged_at.items())
 
 # %%
 fig, axes = plt.subplots(1, len(judged_at), figsize=(7, 3), sharey=True, squeeze=False)
-shade = {"cosine": figures.SCHEDULE_COLOURS["cosine"]} | dict(zip(rivals, (palette[3], palette[4], *palette[5:])))
+shade = {"cosine": figures.SCHEDULE_COLOURS["cosine"]} | dict(zip(rivals, ("tab:brown", "tab:purple")))
 for ax, (e, part) in zip(axes[0], contest.groupby("eps")):
     dots(ax, part, shade)
     ax.set_title(f"eps {e:g}")
@@ -813,6 +814,7 @@ for (e, (of, of_seeds)), name in [(at, name) for at in judged_at.items() for nam
         f"{found.outcome.capitalize()}, {found.measured}{found.because}. The worst of PGD, APGD and Square breaks "
         f"{ours['worst'].mean():.1%} of the digits under the cosine budget and {theirs['worst'].mean():.1%} under this "
         f"rival; without an attack {ours['clean'].mean():.1%} and {theirs['clean'].mean():.1%} are wrong."
+        + that_guess(of, name, "rival")
         + f" Of the rival's networks {sum(steps)} of {len(steps)} overfit their one step." * bool(steps),
         reviewer="A reviewer", n=extent(there, of_seeds, theirs["worst"], "rival"), source=there["source"].iloc[0],
     )  # fmt: skip

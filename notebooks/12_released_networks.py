@@ -306,8 +306,8 @@ else:
 # ## Change this, expect that
 #
 # - Put one checkpoint that Git LFS has not fetched into the layout: the error names the file and says `git lfs pull`.
-# - `images = 200` to `1000`: of an interval only the part that comes from the images shrinks, by about two; what comes
-#   from the spread of the networks stays.
+# - `images = 200` to `1000`: of an interval only the part that comes from the images shrinks, to less than half; what
+#   comes from the spread of the networks stays.
 
 # %%
 book.close()

@@ -268,7 +268,8 @@ def notebooks(layout: Layout) -> str:
     together = sum(shared.values()) + sum(use["seconds"] for use in uses)
     groups = {name: [record for record in claims if record["notebook"] == name] for name in layout.names()}
     rows = [_notebook(records, times.get(name, 0)) for name, records in groups.items() if records]
-    rows.append(["together, two side by side (half of the sum)", "", _counts(claims), _minutes(together / 2)])
+    all_of_them = "together, two side by side (half of the sum, what notebooks share counted once)"
+    rows.append([all_of_them, "", _counts(claims), _minutes(together / 2)])
     heads = ["notebook", "a claim of the paper, or a question of its reviewers", "all verdicts", "time from nothing"]
     return table(heads, rows)
 
