@@ -486,6 +486,7 @@ def ranges(part):
     return found, f"{said}{found.measured}; {none}{others}"
 
 
+# %%
 for name, part in grids.items():
     idle, (rates, common, _) = compared[name][2], over_grid(part)
     about = {"reviewer": "Our own question", "source": part["source"].iloc[0]}
