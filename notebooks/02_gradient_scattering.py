@@ -512,8 +512,8 @@ book.claim(
 )  # fmt: skip
 informative = tails[tails["envelope bound"] < 1]
 unseen = (informative.P == 0).sum()
-print(f"The bound by the Moreau envelope is below 1 in {len(informative)} cases; in {unseen} of them no gradient was so "
-      "large, so that these are no test of it.")  # fmt: skip
+print(f"The bound by the Moreau envelope is below 1 in {len(informative)} cases; in {unseen} of them no gradient was "
+      "so large, so that these are no test of it.")  # fmt: skip
 
 # %% [markdown]
 # **Growth with eps.** At a fixed threshold $\tau$ the bound of the theorem is $4e^2/(\tau^2-2\tau e+4e^2)$: for small
