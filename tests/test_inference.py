@@ -16,6 +16,7 @@ from lib.inference import (
     _errors,
     _flipped,
     _judge,
+    _p,
     at_most,
     by_seed,
     difference,
@@ -202,7 +203,7 @@ class TestDifference:
         a[:9], b[9:12] = True, True
         p = stats.binomtest(9, 12).pvalue
         found = difference("x", margin=0.01)(*(np.tile(v, (copies, 1)) for v in (a, b))).measured
-        assert f"more errors on 9 images, fewer on 3 of 40, p = {p:.1g}" in found
+        assert f"more errors on 9 images, fewer on 3 of 40, p = {p:.2g})" in found
 
     def test_the_p_of_these_networks_keeps_its_level_where_images_decide(self):
         rng = np.random.default_rng(0)
@@ -464,3 +465,20 @@ def test_the_n_it_asks_for_decides_nine_times_in_ten(kind):
             n = int(wanted[1].replace(",", ""))
             decided += [rule(pilot[rng.integers(len(pilot), size=n)]).holds is not None for _ in range(20)]
     assert 0.85 < np.mean(decided) < 0.99
+
+
+@pytest.mark.parametrize("expect", ["smaller", "larger", "no difference"])
+def test_the_text_says_what_a_difference_within_the_margin_is(expect):
+    """What holds of a claim of no difference is in part of one of a difference, and the printed rule says so."""
+    rule = difference("x", margin=0.5, expect=expect, over="seeds")
+    a = {"larger": 0.1, "smaller": -0.1, "no difference": 0.1}[expect] + np.array([0.0, 0.001, 0.002, 0.003])
+    found = rule(a, np.zeros(4))
+    assert found.outcome.endswith("by less than 0.5")
+    assert {True: "which holds", "partly": "which is in part"}[found.holds] in rule.text
+
+
+@given(st.floats(0.004, 0.0499))
+def test_a_printed_p_lies_on_the_side_of_the_level_that_the_verdict_is_on(p):
+    """One digit made 0.0103 a p of 0.01, under a rule that asks for at most 0.01."""
+    printed = float(_p(p))
+    assert (printed <= 0.01) == (p <= 0.01) or abs(p / 0.01 - 1) < 0.005
