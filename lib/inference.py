@@ -501,4 +501,7 @@ def _upper(what):
 
 
 def _p(p):
-    return f"{p:.2g}" if p >= 1e-6 else "below 1e-6"
+    if p < 1e-6:
+        return "below 1e-6"
+    digits = (f"{p:.{n}g}" for n in range(2, 18))  # two, or as many as show on which side of the level it is
+    return next(text for text in digits if (float(text) <= LEVEL) == (p <= LEVEL))
