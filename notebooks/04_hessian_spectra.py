@@ -41,6 +41,8 @@ through_below = 1.15  # mean adversarial loss of the last epoch: half of log 10
 hessian_images = 200
 hessian_steps = 20  # PGD-20, as the paper has at eps 0.1
 top_k = 20
+density_probes = 3  # random vectors for the density of all eigenvalues, of one network per eps
+density_steps = 40  # of Lanczos, from each
 distances = [0.003, 0.02, 0.1]  # lengths by which the parameters move, to both sides
 scatter_steps = 5  # of PGD
 smooth_k = 5  # eigenvalues with softplus in place of ReLU
@@ -111,9 +113,13 @@ def attack_of(eps, num_steps):
 
 
 # %%
-def measure(network, eps, seed, part, k=top_k):
+def attacked_images(network, eps, part="train"):
     x, y = (getattr(images, f"{name}_{part}")[:hessian_images].to(where) for name in "xy")
-    attacked = evaluation.attacked(network, x, y, attack_of(eps, hessian_steps)) if eps else x
+    return x, evaluation.attacked(network, x, y, attack_of(eps, hessian_steps)) if eps else x, y
+
+
+def measure(network, eps, seed, part, k=top_k):
+    x, attacked, y = attacked_images(network, eps, part)
     whole = part == "train" and k == top_k
     found = curvature.top_eigenpairs(network, attacked, y, k, num_smallest=int(whole), tolerance=5e-3)
     result = {"top": found.values[:k].tolist(), "residual": found.residuals.max().item()}
@@ -199,6 +205,47 @@ for part, name in names.items():
         source=images.source,
         believe=part == "train",
     )
+
+# %% [markdown]
+# **The whole spectrum**, of one network per eps: the density of all eigenvalues by stochastic Lanczos quadrature, with a
+# 95 % band over its random vectors. Nearly all lie next to zero. The bumps to the right are the outliers above, spread
+# by a Gaussian; one eigenvalue of so many is too little for the height of its bump to be known, and there the band
+# reaches down to nothing. The table has the trace, estimated apart, and its standard error.
+
+
+# %%
+def whole(network, eps):
+    inputs = attacked_images(network, eps)[1:]
+    d = curvature.spectral_density(network, *inputs, num_probes=density_probes, num_steps=density_steps)
+    total, error = curvature.trace(network, *inputs, num_probes=5 * density_probes)
+    near = (d.weights * (np.abs(d.nodes) < 0.01 * d.nodes.max())).sum(1).mean()
+    lines = {"eigenvalue": d.grid, "density": d.density, "low": d.low, "high": d.high}
+    return {"trace": total, "error": error, "near": near, "lines": {k: v[::3].tolist() for k, v in lines.items()}}
+
+
+facts = {k: v for k, v in about.items() if k != "k"} | {"probes": density_probes, "steps": density_steps}
+spectrum = {eps: runs.remember("density", facts | {"run": trained[eps, ended_seeds[0]].folder.name},
+                               partial(whole, networks[eps, ended_seeds[0]], eps)) for eps in ended_eps}  # fmt: skip
+densities = pd.concat([pd.DataFrame(s["lines"]).assign(eps=eps) for eps, s in spectrum.items()], ignore_index=True)
+densities = densities.map("{:.5g}".format).astype(float)
+
+# %%
+fig, axes = plt.subplots(1, len(spectrum), figsize=(7, 2.5), sharey=True, squeeze=False)
+for ax, (eps, d) in zip(axes[0], densities.groupby("eps")):
+    ax.fill_between(d.eigenvalue, d.low.clip(1e-12), d.high, color=colours[eps], alpha=0.3, linewidth=0)
+    ax.plot(d.eigenvalue, d.density, color=colours[eps], linewidth=1)
+    ax.set(yscale="log", ylim=(1e-7, 20), title=f"eps {eps:g}", xlabel="eigenvalue")
+axes[0, 0].set_ylabel("density")
+book.save(
+    fig, "04_whole_spectrum", densities, source=images.source, seeds=ended_seeds[:1],
+    caption=f"Density of all eigenvalues of the Hessian at adversarial inputs, {hessian_images} training images, one "
+    f"network per eps, each on a scale of its own; {density_probes} random vectors, {density_steps} steps of Lanczos "
+    "from each; band: 95 % over them.",
+)  # fmt: skip
+pd.DataFrame([{"eps": eps, "trace": s["trace"], "standard error": s["error"],
+               f"share of the top {top_k} in it": sum(spectra[eps, ended_seeds[0], "train"]["top"]) / s["trace"],
+               "eigenvalues within 1 % of the largest": f"{s['near']:.2%}"}
+              for eps, s in spectrum.items()]).round(2)  # fmt: skip
 
 # %% [markdown]
 # ## 2. Is it a minimum, and is it the scale of the weights?
