@@ -207,10 +207,10 @@ for part, name in names.items():
     )
 
 # %% [markdown]
-# **The whole spectrum**, of one network per eps: the density of all eigenvalues by stochastic Lanczos quadrature, with a
-# 95 % band over its random vectors. Nearly all lie next to zero. The bumps to the right are the outliers above, spread
-# by a Gaussian; one eigenvalue of so many is too little for the height of its bump to be known, and there the band
-# reaches down to nothing. The table has the trace, estimated apart, and its standard error.
+# **The whole spectrum**, of one network per eps: the density of all eigenvalues by stochastic Lanczos quadrature, with
+# a 95 % band over its random vectors. Nearly all lie next to zero. The bumps to the right are the outliers above,
+# spread by a Gaussian; one eigenvalue of so many is too little for the height of its bump to be known, and there the
+# band reaches down to nothing. The table has the trace, estimated apart, and its standard error.
 
 
 # %%
