@@ -103,6 +103,11 @@ def attack_of(eps, num_steps):
     return partial(pgd, eps=eps, step_size=step_size, num_steps=num_steps, random_start=False, precision="full")
 
 
+def attacked_images(network, eps, part="train"):
+    x, y = (getattr(images, f"{name}_{part}")[:hessian_images].to(where) for name in "xy")
+    return x, evaluation.attacked(network, x, y, attack_of(eps, hessian_steps)) if eps else x, y
+
+
 # %% [markdown]
 # ## What is measured
 #
@@ -113,11 +118,6 @@ def attack_of(eps, num_steps):
 
 
 # %%
-def attacked_images(network, eps, part="train"):
-    x, y = (getattr(images, f"{name}_{part}")[:hessian_images].to(where) for name in "xy")
-    return x, evaluation.attacked(network, x, y, attack_of(eps, hessian_steps)) if eps else x, y
-
-
 def measure(network, eps, seed, part, k=top_k):
     x, attacked, y = attacked_images(network, eps, part)
     whole = part == "train" and k == top_k
