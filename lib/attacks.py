@@ -116,8 +116,11 @@ def pgd(
 
         def ascend(x_adv, y, limits):
             out, i = x_adv.clone(), torch.arange(len(y), device=y.device)  # i: the images that are being moved
-            for _ in range(num_steps):
+            for step in range(num_steps):
                 g, wrong = input_gradient(logits_of, x_adv, y, LOSSES[loss])
+                if step == 0 and not g.any() and _cut_off(logits_of, x_adv):
+                    cut = "no gradient leads from the model's output to its input (no_grad, detach, whole numbers)"
+                    warnings.warn(f"{cut}: images stay where they start, which proves nothing", stacklevel=3)
                 if stop_early and wrong.any():
                     wrong[wrong.clone()] = judge(x_adv[wrong], y[wrong])[1]
                     out[i[wrong]] = x_adv[wrong]
@@ -300,6 +303,14 @@ def input_gradient(logits_of, x_adv, y, loss):
     if read and not torch.isfinite(g.sum()) and not torch.isfinite(g).all():
         raise ValueError("the gradient of the model's loss is NaN or infinite at some input")
     return g, logits.detach().argmax(1) != y
+
+
+def _cut_off(logits_of, x):
+    """Whether logits depend on the input, and autograd does not know it; asked of the first image and its negative."""
+    leaf = x[:1].clone().requires_grad_()
+    logits = logits_of(leaf)
+    known = logits.requires_grad and torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is not None
+    return not known and not torch.equal(logits, logits_of(1 - leaf))
 
 
 def begin(x, eps, step_size, norm, random_start, generator):

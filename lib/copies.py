@@ -6,7 +6,7 @@ Networks of this library's own layers do; any other is asked, on two images.
 """
 
 import copy
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 from torch.nn.utils import parametrize
@@ -48,6 +48,7 @@ def copied(model, x=None, name="the model", *, order=0):
         if x is not None and not any_layout(result):  # our layers need no more
             made = {name: cut[id(t)] for name, t in kept.items() if t.is_floating_point()}
             _check_copy(result, dict(model.named_parameters()) | made, x[:2])
+            _check_kept(result, copied(model), x[:2])
             _check_mixing(result, x[:2])
             _check_derivatives(result, x[:2], order)
     return result
@@ -62,7 +63,7 @@ def _check_copy(result, others, x):
         for t in changing.values():
             afterwards.callback(t.requires_grad_, t.requires_grad)
             t.requires_grad_(True)
-        logits = result(x.detach().requires_grad_(x.is_floating_point()))
+        logits = result(x.detach().requires_grad_(x.is_floating_point()).clone())
         names, seen = {id(t): name for name, t in changing.items()}, {None}
         todo = [logits.grad_fn] if isinstance(logits, torch.Tensor) else []  # what is no tensor is refused elsewhere
         while todo:
@@ -75,6 +76,29 @@ def _check_copy(result, others, x):
                     "a tensor that it keeps beside its parameters, cannot follow them"
                 )
             todo += [following for following, _ in node.next_functions]
+
+
+@torch.no_grad()
+def _check_kept(result, fresh, x):
+    """Raise ValueError if a copy that has been run does not follow its parameters as a fresh one does, naming the first
+    module of which that is seen: in evaluation the model keeps what it computed from them."""
+    with suppress(NotImplementedError):  # torch.export's
+        fresh.train().eval()  # what the given model has kept already
+    generator, before = torch.Generator().manual_seed(0), [p.clone() for p in result.parameters()]
+    for p, q, number in zip(result.parameters(), fresh.parameters(), before, strict=True):
+        if p.is_floating_point():
+            q.data.copy_(p.data.copy_(number + 0.1 * (number.std(correction=0) + number.abs().mean()) *
+                                      torch.randn(p.shape, generator=generator).to(p)))  # fmt: skip
+    runs = zip(*(outputs_of(m, x) for m in (result, result, fresh)), strict=False)
+    names = [name for (name, a), (_, again), (_, b) in runs
+             if a.is_floating_point() and a.shape == again.shape == b.shape and differ(a, b, again)]  # fmt: skip
+    for p, number in zip(result.parameters(), before, strict=True):
+        p.data.copy_(number)
+    if names:
+        raise ValueError(
+            "in evaluation the model keeps what it has computed from its parameters, and does not follow them (the "
+            f"output of {names[0]} shows it): take that cache out"
+        )
 
 
 def _named(model):
@@ -124,15 +148,18 @@ def _check_derivatives(model, x, order):
         return
     double, x = copied(model).double(), x.double() if x.is_floating_point() else x
     try:
-        found = _deviation(double, (x,), {}, order)
+        found = _deviation(double, (x,), {}, order, inputs=False)
     except RuntimeError:
         return
     if not found:
         return
     names, calls, where = _named(double), {}, None
+
+    def note(m, args, kwargs):  # gives nothing back: that would be taken for the module's input
+        calls.setdefault(m, (args, kwargs))
+
     with ExitStack() as hooks:
         for m in names:
-            note = lambda m, args, kwargs: calls.setdefault(m, (args, kwargs))  # noqa: E731
             hooks.enter_context(m.register_forward_pre_hook(note, with_kwargs=True))
         double(x)
     for m in reversed(names):  # the innermost first
@@ -153,8 +180,8 @@ def _check_derivatives(model, x, order):
     raise ValueError(f"autograd's {found} derivative of {where} is not that of its values: {advice[found]}")
 
 
-def _deviation(module, args, kwargs, order):
-    """Which derivatives of a module, by its parameters and inputs, are wrong: "first", "second" or None.
+def _deviation(module, args, kwargs, order, inputs=True):
+    """Which derivatives of a module, by its parameters (and inputs), are wrong: "first", "second" or None.
 
     Derivatives of a smooth function of its output along a random direction are compared with differences. These are
     believed only where two steps, a hundredfold apart, give the same: so neither a kink between them nor rounding to a
@@ -163,7 +190,8 @@ def _deviation(module, args, kwargs, order):
     """
     generator, (near, far) = torch.Generator().manual_seed(0), STEPS
     args = [t.detach().clone().requires_grad_() if _real(t) else t for t in args]
-    tensors = [*module.parameters(), *filter(_real, args)]
+    every = [*module.parameters(), *filter(_real, args)]  # all are asked for, as `loss_gradient` does
+    tensors = every if inputs else [*module.parameters()]
     before, sizes = [t.detach().clone() for t in tensors], [t.detach().square().mean().sqrt() or 1 for t in tensors]
     v, off = ([s * _normal_like(t, generator) for s, t in zip(sizes, tensors, strict=True)] for _ in range(2))
 
@@ -174,14 +202,14 @@ def _deviation(module, args, kwargs, order):
         out = out[0] if isinstance(out, tuple) else out
         if out.dtype != torch.float64:
             raise RuntimeError("it rounds to a coarser type")
-        scale.append(out.detach().abs().max() or 1)
+        scale.append(_sizes(out.detach().abs()))
         weights = _normal_like(out, torch.Generator().manual_seed(1))
         value = (weights * torch.tanh(out / scale[0])).sum()
-        return value.detach(), joined(gradient(value, tensors, again=again))
+        return value.detach(), joined(gradient(value, every, again=again)[: len(tensors)])
 
     scale, direction = [], joined(v)
     _, g = look(0, again=order == 2)
-    product = joined(gradient(g, tensors, direction)) if order == 2 else None
+    product = joined(gradient(g, every, direction)[: len(tensors)]) if order == 2 else None
     if (look(0)[1] - g).norm() > 1e-6 * g.norm():  # it draws numbers
         return None
     ends = [[(a - b) / (2 * h) for a, b in zip(look(h), look(-h), strict=True)] for h in (near, far)]
@@ -191,6 +219,11 @@ def _deviation(module, args, kwargs, order):
     if _wrong(g @ direction, *slopes, (g * direction).norm()):
         return "first"
     return "second" if order == 2 and _wrong(product, *bends, product.norm()) else None
+
+
+def _sizes(t):
+    """The scale of each number: its own, but not less than that of most; a mask of -1e9 is on a scale of its own."""
+    return t.clamp_min(t.flatten().float().quantile(0.1).to(t) or t.max() or 1)
 
 
 def _wrong(given, near, far, size):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.utils import parametrize
 
 from .checks import check_choice, check_count, check_labels, check_targets
 from .copies import copied, joined, outputs_of
@@ -27,6 +28,9 @@ from .models import any_layout
 
 MAX_STEPS = 500  # of Lanczos, which keeps a vector (P,) for each
 DTYPES = (torch.float32, torch.float64)
+
+
+CONTAINERS = torch.nn.ModuleDict, torch.nn.ModuleList, parametrize.ParametrizationList  # their mode means nothing
 
 
 class Hessian:
@@ -61,7 +65,12 @@ class Hessian:
         self.size = sum(p.numel() for p in self._model.parameters())
         x = x.to(dtype) if x.is_floating_point() else x  # names of words, say
         batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
-        self._check(*batches[0])
+        try:
+            self._check(*batches[0])
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "type" not in str(error):
+                raise
+            raise ValueError(f"the model casts by itself, and cannot be computed in {dtype}: {error}") from error
         self._kept = [self._gradient(*batch) for batch in batches[:kept_batches]]
         self._others = batches[kept_batches:]
 
@@ -330,7 +339,7 @@ def check(model, x, y):
         if p.is_complex():
             raise ValueError(f"parameter {name!r} is complex: the Hessian here is that of real ones")
     for name, m in as_module(model).named_modules():
-        if m.training:
+        if m.training and not isinstance(m, CONTAINERS):
             raise ValueError(f"the model is in training mode (module {name or type(m).__name__!r}): call model.eval()")
         if isinstance(m, BatchNorm) and m.running_mean is None:
             raise ValueError(f"module {name!r} ({type(m).__name__}) has no running statistics: the loss of one image "
@@ -347,7 +356,7 @@ def loss_gradient(model, x, y, *, again=False):
     # Others' models are asked for the gradient of x as well: where they make activations again in the backward pass
     # (torch.utils.checkpoint, reentrant) that of the parameters alone is zero, without a word.
     x, more = (channels_last(x), []) if plain else (leaf := x.detach().requires_grad_(), [leaf])
-    logits = model(x)
+    logits = model(x.clone() if more else x)  # some models write to what they get
     check_labels(logits, y)
     pieces = gradient(F.cross_entropy(logits, y, reduction="sum"), [*model.parameters(), *more], again=again)
     return joined(pieces[: len(pieces) - len(more)])

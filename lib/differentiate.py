@@ -89,13 +89,27 @@ def as_module(model):
     return model
 
 
+def alike(a, b):
+    """Whether two tensors hold the same numbers, NaN among them; they may be sparse."""
+    return torch.equal(*(t.detach().to_dense().nan_to_num() for t in (a, b)))
+
+
+INTERNAL = set(vars(torch.nn.Module()))
+
+
+def _plain(module):
+    """A module's own attributes that are tensors, None or dicts: what it keeps beside parameters and buffers."""
+    return {k: dict(v) if isinstance(v, dict) else v for k, v in vars(module).items()
+            if k not in INTERNAL and (v is None or isinstance(v, (torch.Tensor, dict)))}  # fmt: skip
+
+
 @contextmanager
 def unchanged(model):
     """Afterwards modes, flags and tensors that are plain attributes (a pruned weight) of the model are as before,
-    whatever was done inside. Modes are put back by the modules' own `train`, which may do more than set a flag (layers
-    of low rank merge their weights)."""
+    whatever was done inside, and what it has kept there meanwhile is gone. Modes are put back by the modules' own
+    `train`, which may do more than set a flag (layers of low rank merge their weights)."""
     modes = [(m, m.training) for m in model.modules()]
-    plain = [(vars(m), {k: t for k, t in vars(m).items() if isinstance(t, torch.Tensor)}) for m in model.modules()]
+    plain = [(vars(m), _plain(m)) for m in model.modules()]
     flags = [(p, p.requires_grad) for _, p in model.named_parameters()]
     try:
         yield
@@ -109,4 +123,10 @@ def unchanged(model):
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
         for attributes, before in plain:
-            attributes.update(before)
+            for name, value in before.items():
+                now = attributes.get(name)
+                if isinstance(value, torch.Tensor) or isinstance(now, torch.Tensor):
+                    attributes[name] = value
+                elif isinstance(value, dict) and isinstance(now, dict):
+                    for key in [key for key, t in now.items() if key not in value and isinstance(t, torch.Tensor)]:
+                        del now[key]

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 
 from .attacks import frozen, pgd
 from .checks import check_count, check_data, check_inputs, check_labels, check_targets
-from .differentiate import as_module, differentiating, own, unchanged
+from .differentiate import alike, as_module, differentiating, own, unchanged
 from .models import ACTIVATIONS, any_layout
+
+ROUNDING = 1e-6  # by so much an attack may leave [0, 1]: there and back to normalised pixels it loses some digits
 
 
 @differentiating()
@@ -57,13 +59,21 @@ def _wrong(logits, y):
     return logits.argmax(1) != y
 
 
-def check_answers(model, x, count=50):
-    """Raise ValueError if the model answers the first images differently when it is asked again, by more than rounding:
-    of one that tosses a coin, or keeps a state, an attack finds the worst of its answers, at the same image."""
-    if not any_layout(as_module(model)):
-        first, second = (predict(model, x[: min(count, len(x))]).double() for _ in range(2))
-        if (first - second).abs().max() > 1e-3 * first.abs().max():
-            raise ValueError("the model answers the same images differently when it is asked again: fix what it draws")
+def check_answers(model, x, count=10, times=8):
+    """Raise ValueError if the model answers the first images differently when it is asked again, by more than rounding,
+    or in other places of another batch: of one that tosses a coin, keeps a state or mixes images, an attack finds the
+    worst of its answers, at the same image."""
+    if any_layout(as_module(model)):
+        return
+    check_data(x)
+    few = x[torch.arange(min(count, len(x)))]
+    first, *again = (predict(model, few).double() for _ in range(times))
+    apart = (first.amax(0) - first.amin(0) if len(few) > 1 else first.abs()).max()  # what a mask puts in is alike
+    if any(((a - first).abs() > 1e-3 * apart + 1e-5 * first.abs()).any() for a in again):
+        raise ValueError("the model answers the same images differently when it is asked again: fix what it draws")
+    moved = torch.cat([predict(model, part).double() for part in few.flip(0).split(-(-len(few) // 2))]).flip(0)
+    if ((moved - first).abs() > 0.05 * apart + 1e-3 * first.abs()).any():  # other sums of numbers of a coarse type
+        raise ValueError("the model's answer to an image hangs on its place in the batch, or on the other images in it")
 
 
 def in_batches(x, y, batch_size):
@@ -114,15 +124,15 @@ def _made(attack, model, x, y):
         for p, g in gradients:
             p.grad = g
         for b, before in buffers:
-            if not torch.equal(b, before):
+            if not alike(b, before):
                 b.detach().copy_(before)
     if not isinstance(made, torch.Tensor) or made.shape != x.shape:
         got = tuple(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
         raise ValueError(f"an attack must return images {tuple(x.shape)}, got {got}")
     low, high = made.detach().aminmax()
-    if not (low >= 0 and high <= 1):
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
         raise ValueError(f"an attack must stay in [0, 1], got values from {low:.9g} to {high:.9g}")
-    return made
+    return made if low >= 0 and high <= 1 else made.clamp(0, 1)
 
 
 def evaluate(model, x, y, *, eps, step_size, num_steps, norm="linf", seed=0, batch_size=500):

@@ -25,7 +25,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from .checks import check_choice, check_count, check_data, check_labels
 from .copies import copied, differ
 from .curvature import check, loss_gradient, seeded, top_eigenpairs
-from .differentiate import as_module, differentiating, own
+from .differentiate import alike, as_module, differentiating, own
 from .evaluation import attacked, predict, share
 
 ADVERSARIES = ("none", "frozen", "rerun")
@@ -239,7 +239,7 @@ class Curve:
         self.given, self.ends, self.kind = (start, end), (copied(start).eval(), copied(end).eval()), kind
         for (name, a), (_, b) in zip(*(model.named_buffers() for model in self.ends), strict=True):
             owner = self.ends[0].get_submodule(name.rpartition(".")[0])
-            if not isinstance(owner, BatchNorm) and not torch.equal(a, b):
+            if not isinstance(owner, BatchNorm) and not alike(a, b):
                 raise ValueError(f"start and end differ in the buffer {name!r}: no curve leads from one to the other")
         first, bends = flat(start), [torch.as_tensor(b) for b in bends]
         if any(b.shape != first.shape for b in bends):
@@ -389,7 +389,7 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
     optimizer = torch.optim.Adam([bends], lr)
     moved, generator = copied(start, x, order=1).train(), seeded(seed)
     curve.check(x)
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # all are seeded
         torch.manual_seed(seed)  # of Dropout
         orders = (torch.randperm(len(x), generator=generator, device="cpu") for _ in range(epochs))
         for batch in chain.from_iterable(_parts(order, batch_size) for order in orders):

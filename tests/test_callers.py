@@ -352,6 +352,157 @@ class Cut(nn.Module):
         return self.f(x.flatten(1).round()) if self.rounds else self.f.bias.expand(len(x), -1)
 
 
+class Unaware(Cut):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.f(x.flatten(1))
+
+
+class Bits(Cut):
+    def forward(self, x):
+        return self.f((x.flatten(1) > 0.5).float())
+
+
+@pytest.mark.parametrize("kind, cut", [(Unaware, True), (Bits, True), (lambda _: Cut(False), False)])
+def test_pgd_says_when_it_has_nothing_to_follow(kind, cut):
+    """A model of no_grad or whole numbers was reported as robust, without a word; a constant one is."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        pgd(kind(True).eval(), X, Y, eps=0.1, step_size=0.1, num_steps=1)
+    assert any("no gradient leads from the model's output" in str(w.message) for w in said) == cut
+
+
+class Caches(nn.Module):
+    """In evaluation mode it keeps what it made of a parameter, as an attribute or in a dict."""
+
+    def __init__(self, in_dict):
+        super().__init__()
+        self.scale, self.f = nn.Parameter(torch.linspace(0.5, 1.5, 128)), nn.Linear(128, 5)
+        self.in_dict, self.kept, self.cache = in_dict, {}, None
+
+    def train(self, mode=True):
+        if mode:
+            self.kept, self.cache = {}, None
+        return super().train(mode)
+
+    def forward(self, x):
+        made = self.kept.get("scale") if self.in_dict else self.cache
+        if made is None:
+            made = self.scale * 1.0
+        if not self.training and self.in_dict:
+            self.kept["scale"] = made
+        elif not self.training:
+            self.cache = made
+        return self.f(x.flatten(1) * made)
+
+
+@pytest.mark.parametrize("in_dict", [False, True])
+@pytest.mark.parametrize("used", [False, True])
+def test_models_that_keep_what_they_computed(in_dict, used):
+    """A surface along such a parameter was flat, and its curvature zero."""
+    for measure in (
+        DERIVED["trace"],
+        lambda m, x, y: landscape.surface(m, landscape.random_directions(m, 1), [0.0], x, y),
+    ):
+        model = Caches(in_dict).eval()
+        if used:
+            with torch.no_grad():
+                model(X)
+        with pytest.raises(ValueError, match="keeps what it has computed from its parameters"):
+            measure(model, X, Y)
+
+
+@pytest.mark.parametrize("in_dict", [False, True])
+def test_what_a_model_keeps_during_an_attack_goes_with_it(in_dict):
+    model = Caches(in_dict).eval()
+    PGD(model, X, Y)
+    nn.functional.cross_entropy(model(X), Y).backward()
+    assert model.scale.grad is not None and model.scale.grad.any()
+
+
+class Plain(nn.Module):
+    def __init__(self, before=lambda x: x, after=lambda z: z):
+        super().__init__()
+        self.f, self.before, self.after = nn.Linear(128, 5), before, after
+
+    def forward(self, x):
+        return self.after(self.f(self.before(x).flatten(1)))
+
+
+def without_gradient(x):
+    with torch.no_grad():
+        return (x - 0.5) / 0.25
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (lambda x: x.sub_(0.5).div_(0.25), None),  # in place
+        (without_gradient, None),
+        (lambda x: x + ((x * 255).round() / 255 - x).detach(), None),  # straight through
+        (None, lambda z: z.masked_fill(torch.arange(5) > 2, -1e9)),
+        (None, lambda z: z.masked_fill(torch.arange(5) > 1, torch.finfo(torch.float32).min)),
+    ],
+)
+def test_derivatives_by_the_parameters_do_not_ask_for_those_by_the_input(before, after):
+    torch.manual_seed(0)
+    model = Plain(*(f or (lambda t: t) for f in (before, after))).eval()
+    y = torch.arange(6) % 2
+    found = landscape.descent_direction(model, X, y)[0]
+    logits = model(X.clone())
+    expected = torch.autograd.grad(nn.functional.cross_entropy(logits, y), [*model.parameters()])
+    expected = torch.cat([g.flatten() for g in expected])
+    assert torch.nn.functional.cosine_similarity(found, -expected, 0) > 1 - 1e-6
+    curvature.trace(model, X, y, num_probes=2)
+
+
+def test_a_module_that_is_used_twice_is_named_and_not_fed_its_first_input_again():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.act = nn.Linear(128, 16), nn.Linear(16, 8), nn.Linear(8, 5), nn.GELU()
+
+        def forward(self, x):
+            h = self.act(self.a(x.flatten(1)))
+            return self.c(self.act(self.b(h / h.norm(dim=1, keepdim=True).detach())))
+
+    with pytest.raises(ValueError, match=r"derivative of the model itself \(Twice\) is not that of its values"):
+        landscape.descent_direction(Twice().eval(), X, Y)
+
+
+def test_sparse_buffers():
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mix", torch.eye(128).to_sparse())
+            self.f = nn.Linear(128, 5)
+
+        def forward(self, x):
+            return self.f(torch.sparse.mm(self.mix, x.flatten(1).T).T)
+
+    model = Sparse().eval()
+    assert robust_error(model, X, Y, lambda m, x, y: x) == wrong(model, X, Y).double().mean()
+
+
+def test_modules_that_only_hold_parametrizations_have_no_mode():
+    model = network("views")
+    nn.utils.parametrizations.weight_norm(model.f)
+    assert np.isfinite(landscape.surface(model, landscape.random_directions(model, 1), [0.0], X, Y).loss).all()
+
+
+def test_a_model_that_casts_by_itself_is_refused_by_that_name():
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(128, 5).bfloat16()
+
+        def forward(self, x):
+            return self.f(x.flatten(1).bfloat16()).float()
+
+    with pytest.raises(ValueError, match="casts by itself"):
+        curvature.trace(Casts().eval(), X, Y)
+
+
 @every_function
 @pytest.mark.parametrize("rounds", [False, True])
 def test_outputs_cut_off_from_the_input(function, rounds):

@@ -80,13 +80,65 @@ class Remembers(nn.Module):
         return x.flatten(1)[:, :4] + self.before[-1]
 
 
-@pytest.mark.parametrize("kind", [Tosses, Remembers])
+class Flips(nn.Module):
+    """One coin a batch: it answers alike every other time."""
+
+    def forward(self, x):
+        return (x.flip(-1) if torch.rand(()) < 0.5 else x).flatten(1)[:, 300:304].cumsum(1)
+
+
+class Hides(Tosses):
+    """Most of its classes are masked by numbers that are far larger than the others."""
+
+    def forward(self, x):
+        return super().forward(x).masked_fill(torch.arange(12) > 4, -1e9)
+
+
+@pytest.mark.parametrize("kind", [Tosses, Remembers, Flips, Hides])
 def test_models_that_change_their_answers_are_refused(kind, digits):
     x, y = digits.x_test[:20].clamp_min(0.3), torch.zeros(20, dtype=torch.int64)
     attack = partial(pgd, eps=1e-6, step_size=1e-6, num_steps=1)
     for function in (robust_error, wrong, audit.first_falls):
         with pytest.raises(ValueError, match="answers the same images differently when it is asked again"):
             function(kind(), x, y, attack)
+
+
+class ByPlace(nn.Module):
+    """The same noise in each batch: what an image is answered depends on its place."""
+
+    def forward(self, x):
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        return (x + 0.5 * noise).flatten(1)[:, :4]
+
+
+class ByCompany(nn.Module):
+    def forward(self, x):
+        return (x - x.mean(0)).flatten(1)[:, 300:304]
+
+
+@pytest.mark.parametrize("kind", [ByPlace, ByCompany])
+def test_models_that_do_not_judge_each_image_by_itself_are_refused(kind, digits):
+    """An attack that does nothing would break some: the images that are attacked stand in another batch."""
+    x, y = digits.x_test[:40], torch.zeros(40, dtype=torch.int64)
+    for function in (robust_error, wrong, audit.first_falls):
+        with pytest.raises(ValueError, match="hangs on its place in the batch, or on the other images"):
+            function(kind(), x, y, lambda m, x, y: x)
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
+def test_models_that_compute_in_a_coarse_type_are_not(low, trained, digits):
+    class Coarse(nn.Module):
+        def forward(self, x):
+            with torch.autocast("cpu", low):
+                return trained(x)
+
+    assert robust_error(Coarse(), digits.x_test[:40], digits.y_test[:40], lambda m, x, y: x) <= 1
+
+
+def test_rounding_out_of_the_box_is_taken_back(trained, digits):
+    x, y = digits.x_test[:20], digits.y_test[:20]
+    found = attacked(trained, x, y, lambda m, x, y: (x - 0.5) * (1 + 4e-7) + 0.5)
+    assert found.min() == 0 and found.max() == 1 and torch.allclose(found, x, atol=1e-6)
 
 
 def test_all_images_are_looked_at_before_the_first_is_attacked(trained, digits):
