@@ -30,8 +30,8 @@ def copied(model, x=None, name="the model", *, order=0):
     model = as_module(model)
     if parametrize._cache_enabled:
         raise ValueError("leave parametrize.cached(): parametrised weights would not follow their parameters")
-    kept = {f"{inner}.{name}".lstrip("."): t for inner, m in model.named_modules() for name, t in vars(m).items()
-            if isinstance(t, torch.Tensor) and not t.is_leaf}  # fmt: skip
+    kept = {f"{inner}.{name}".lstrip("."): t for inner, m in model.named_modules() for name, t in _held(m)
+            if not t.is_leaf}  # fmt: skip
     cut = {id(t): t.detach().clone() for t in kept.values()}
     with torch.inference_mode(False):
         try:
@@ -52,6 +52,14 @@ def copied(model, x=None, name="the model", *, order=0):
             _check_mixing(result, x[:2])
             _check_derivatives(result, x[:2], order)
     return result
+
+
+def _held(module):
+    """(name, tensor) of all that a module holds by itself: as attributes, or in dicts and lists that are attributes."""
+    for name, held in vars(module).items():
+        entries = held.items() if isinstance(held, dict) else enumerate(held if isinstance(held, (list, tuple)) else [])
+        several = [(f"{name}[{key!r}]", t) for key, t in entries]
+        yield from ((n, t) for n, t in [(name, held), *several] if isinstance(t, torch.Tensor))
 
 
 @differentiating()

@@ -397,7 +397,7 @@ class Caches(nn.Module):
 
 
 @pytest.mark.parametrize("in_dict", [False, True])
-@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("used", [None, torch.no_grad, torch.enable_grad])
 def test_models_that_keep_what_they_computed(in_dict, used):
     """A surface along such a parameter was flat, and its curvature zero."""
     for measure in (
@@ -406,9 +406,9 @@ def test_models_that_keep_what_they_computed(in_dict, used):
     ):
         model = Caches(in_dict).eval()
         if used:
-            with torch.no_grad():
+            with used():
                 model(X)
-        with pytest.raises(ValueError, match="keeps what it has computed from its parameters"):
+        with pytest.raises(ValueError, match=r"keeps what it has computed from its parameters|still computes with "):
             measure(model, X, Y)
 
 
