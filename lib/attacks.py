@@ -89,7 +89,8 @@ def pgd(
         stop_early: an image that is misclassified is moved no further and started no more. No fewer images fall, in
             fewer steps (now and then one more, that would have recovered); the loss of the fallen is not maximised.
     Returns:
-        x_adv (B, C, H, W), detached, in [0, 1], ||x_adv - x|| <= eps (exactly, if it is computed in float64).
+        x_adv (B, C, H, W), detached, in [0, 1], ||x_adv - x|| <= eps (exactly, if it is computed in float64). With a
+        warning where autograd knows of no way from the logits to the input, though they depend on it.
     Raises:
         ValueError: eps or step_size negative, NaN or (linf) above 1; x not float32 or float64, not in [0, 1] or not
             (B, C, H, W); labels that do not match; unknown norm, loss or precision; a model that returns NaN,
