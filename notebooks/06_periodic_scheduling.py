@@ -464,7 +464,9 @@ for name, part in grids.items():
     said = []
     for rate in sorted(set(part[part.arm == "cosine"].lr) & set(part[part.arm == "constant"].lr)):
         pair = [(arm, rate) for arm in both[::-1]]
-        said.append(f"at {rate:g}, {cells.counted(part, *pair)[1]}: {cells.compare(rate_rule, part, *pair).words}")
+        number, sizes = cells.counted(part, *pair)
+        sizes += cells.looked(part, f"rate {rate:g}", number)
+        said.append(f"at {rate:g}, {sizes}: {cells.compare(rate_rule, part, *pair).words}")
     book.answer(f"At which learning rates does a rising budget end in the smaller robust error? {name}",
                 f"Cosine minus constant, {'; '.join(said)}. Each at the level of one in a hundred, by itself.",
                 reviewer="Our own question", n="as at each rate", source=part["source"].iloc[0])  # fmt: skip

@@ -788,7 +788,7 @@ contest = pd.concat(by_seed(*of).assign(eps=e) for e, of in judged_at.items())
 
 # %%
 fig, axes = plt.subplots(1, len(judged_at), figsize=(7, 3), sharey=True, squeeze=False)
-shade = {"cosine": figures.SCHEDULE_COLOURS["cosine"]} | dict(zip(rivals, ("tab:brown", "tab:purple")))
+shade = {"cosine": figures.SCHEDULE_COLOURS["cosine"]} | dict(zip(rivals, ("tab:brown", "tab:purple", *palette[6:])))
 for ax, (e, part) in zip(axes[0], contest.groupby("eps")):
     dots(ax, part, shade)
     ax.set_title(f"eps {e:g}")
