@@ -57,14 +57,18 @@ def margin_bounds(model, x, y, *, eps, batch_size=500):
     return _in_batches(worst_margins, model, x, y, eps, batch_size)
 
 
+def proved(margins, y):
+    """Which inputs are proved robust by bounds (N, classes) as of `margin_bounds`, y their labels: booleans (N,)."""
+    return margins.scatter(1, y[:, None], -torch.inf).amax(1) < 0  # where a bound is NaN, nothing is
+
+
 def certified_error(model, x, y, *, eps, batch_size=500):
-    """Share of the inputs that are not proved robust by `margin_bounds`: an upper bound of the true robust error.
+    """Share of the inputs that are not `proved` robust by `margin_bounds`: an upper bound of the true robust error.
 
     At eps 0 it is the error, a tie for the largest logit counted as wrong. Arguments and errors as for `margin_bounds`.
     """
     margins = margin_bounds(model, x, y, eps=eps, batch_size=batch_size)
-    proved = margins.scatter(1, y[:, None], -torch.inf).amax(1) < 0  # where a bound is NaN, nothing is
-    return (~proved).double().mean().item()
+    return (~proved(margins, y)).double().mean().item()
 
 
 def local_lipschitz(model, x, y, *, eps, batch_size=50):

@@ -131,8 +131,8 @@ def bracket(key):
     for eps in eps_grid:
         attack = partial(pgd, eps=eps, step_size=eps / 4, num_steps=test_steps, generator=generator, stop_early=True)
         broken = broken | evaluation.wrong(net, x, y, attack)
-        margins = certify.margin_bounds(net, x, y, eps=eps).scatter(1, y[:, None], -torch.inf)
-        found.append([broken.tolist(), (margins.amax(1) >= 0).tolist()])
+        margins = certify.margin_bounds(net, x, y, eps=eps)
+        found.append([broken.tolist(), (~certify.proved(margins, y)).tolist()])
     return found
 
 
@@ -275,7 +275,7 @@ def lipschitz(key):
         bound = certify.local_lipschitz(net, inputs, labels, eps=eps)
         found = torch.stack([gradient_norms(net, p, labels) for p in look(net, inputs, labels, eps, generator)]).amax(0)
         excess = (found / bound.clamp_min(1e-300) - 1).clamp_min(0).where(found > 0, 0.0)
-        proofs = [m.scatter(1, labels[:, None], -torch.inf).amax(1) < 0
+        proofs = [certify.proved(m, labels)
                   for m in (certify.margin_bounds(net, inputs, labels, eps=eps), margins + eps * bound)]  # fmt: skip
         columns = [bound.amax(1), found.amax(1), excess.amax(1), *proofs]
         rows += zip([eps] * len(labels), *(c.tolist() for c in columns))
