@@ -93,8 +93,7 @@ def make(recipe, settings, arm, data, aside, *, more=None, **changes):
         ValueError: periods that the run will not keep; nothing is trained then.
     """
     config, plan, periods = configure(settings, arm, **changes), settings["plan"], settings["periods"]
-    kept = {*range(0, config.epochs, config.keep_every or config.epochs), *config.restarts}
-    if sorted({*periods}) != list(periods) or not {*periods} <= kept - {0}:
+    if sorted({*periods}) != list(periods) or not {*periods} <= {*config.kept[1:-1]}:
         raise ValueError(f"periods {list(periods)} of {recipe!r} must increase, end before epoch {config.epochs}, be "
                          f"multiples of keep_every ({config.keep_every}): their networks are needed")  # fmt: skip
     run = runs.run(config, data)
@@ -135,23 +134,19 @@ def _asked(recipe, arm, config, data, settings, more=None):
 
 
 def _measure(run, data, aside, periods, *, pgd_images, strong_images, **plan):
-    config, began, entries = run.config, compute.clock(), []
+    config, began, entries, look = run.config, compute.clock(), [], partial(_look, run)
     (name, first), *others = attacks(config.eps, config.seed, norm=config.norm, **plan).items()
-
-    def look(network, epochs, part, images, chosen):
-        entries.extend(_look(run, network, epochs, part, images, chosen))
-        return entries[-1]
-
-    ends, step = [*periods, config.epochs], config.keep_every or config.epochs
+    ends = [*periods, config.epochs]
     networks = {"end": ends[-1:]} | ({"ensemble": ends} if periods else {})
     if aside:
-        kept = sorted({*range(step, config.epochs, step), *config.restarts, config.epochs})
-        robust = {e: look(f"epoch {e}", [e], "aside", (aside.x_test, aside.y_test), {name: first}) for e in kept}
-        networks["best"] = [min(kept, key=lambda epoch: _bits(robust[epoch]).mean())]
+        for epoch in config.kept[1:]:
+            entries += look(f"epoch {epoch}", [epoch], "aside", aside, None, {name: first})
+        robust = [entry for entry in entries if entry["attack"] == name]
+        networks["best"] = min(robust, key=lambda entry: _bits(entry).mean())["epochs"]
     for network, epochs in networks.items():
-        look(network, epochs, "test", (data.x_test[:pgd_images], data.y_test[:pgd_images]), {name: first})
+        entries += look(network, epochs, "test", data, pgd_images, {name: first})
     row = "ensemble" if config.restarts else "end"  # the network that stands in the paper's Table 1
-    look(row, networks[row], "strong", (data.x_test[:strong_images], data.y_test[:strong_images]), dict(others))
+    entries += look(row, networks[row], "strong", data, strong_images, dict(others))
     return {"masks": entries, "made": compute.made(compute.clock() - began)}
 
 
@@ -161,16 +156,17 @@ def _measure_more(run, more, *, pgd_images, strong_images, **plan):
     (name, first), *others = attacks(config.eps, config.seed, norm=config.norm, **plan).items()
     n = max(1, len(more.y_test) * strong_images // pgd_images)
     end = run, "end", [config.epochs]
-    entries = _look(*end, "more", (more.x_test, more.y_test), {name: first})
-    entries += _look(*end, "more strong", (more.x_test[:n], more.y_test[:n]), dict(others))
+    entries = _look(*end, "more", more, None, {name: first})
+    entries += _look(*end, "more strong", more, n, dict(others))
     return {"masks": entries, "made": compute.made(compute.clock() - began)}
 
 
-def _look(run, network, epochs, part, images, chosen):
-    """The masks of the network at an epoch of a run, or of the ensemble of several, without attack and under each."""
+def _look(run, network, epochs, part, data, n, chosen):
+    """The masks of the network at an epoch of a run, or of the ensemble of several, without attack and under each; in
+    the first n test images of data, or in all (None)."""
     members = [run.model(epoch) for epoch in epochs]
     net = (Ensemble(members) if len(members) > 1 else members[0]).to(compute.device())
-    masks = mistakes(net, *(t.to(compute.device()) for t in images), chosen)
+    masks = mistakes(net, *(t[:n].to(compute.device()) for t in (data.x_test, data.y_test)), chosen)
     return [{"network": network, "part": part, "epochs": epochs, "attack": attack, "n": len(mask),
              "wrong": np.packbits(mask).tobytes().hex()} for attack, mask in masks.items()]  # fmt: skip
 

@@ -126,6 +126,11 @@ class TrainConfig:
     def model_settings(self, **more):
         return {"width": self.width, "activation": self.activation, **more}
 
+    @property
+    def kept(self):
+        """The epochs after which the model is kept, in order: 0, each period's end, by keep_every, and the last."""
+        return sorted({*range(0, self.epochs, self.keep_every or self.epochs), *self.restarts, self.epochs})
+
     def period(self, epoch):
         """Beginning and end, in epochs, of the period that an epoch, which may be fractional, lies in."""
         edges = [*schedules.check_restarts(self.restarts), self.epochs]
@@ -240,7 +245,7 @@ def train(config, data, *, folder, quiet=False):
             state.train_epoch()
         except ValueError as error:
             raise ValueError(f"training failed in epoch {state.epoch}, {config.describe()}: {error}") from error
-        if state.epoch in (*config.restarts, config.epochs) or state.epoch % (config.keep_every or config.epochs) == 0:
+        if state.epoch in config.kept:
             state.keep(folder)
         state.seconds += clock() - start
         start = clock()
