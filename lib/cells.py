@@ -62,14 +62,14 @@ def configure(settings, arm, **changes):
 
 def attacks(eps, seed, *, norm="linf", steps, step_fraction, strong_steps, queries, one_step=False):
     """PGD from a point of the ball, and the stronger ones, FGSM if asked: {name: a function (model, x, y) -> x_adv}."""
-    ball, spent = {"eps": eps, "norm": norm}, {"num_steps": strong_steps, "num_restarts": 1, "num_queries": queries}
+    ball = {"eps": eps, "norm": norm}
     first = partial(pgd, **ball, step_size=step_fraction * eps, num_steps=steps, random_start="ball",
                     stop_early=True, generator=torch.Generator(compute.device()).manual_seed(seed))  # fmt: skip
+    strong = partial(autoattack, **ball, num_steps=strong_steps, num_restarts=1, num_queries=queries, seed=seed)
     apgd = f"APGD-{strong_steps}"
     names = {f"{apgd} CE": "apgd-ce", f"{apgd} DLR": "apgd-dlr", f"Square-{queries}": "square"}
-    common = ball | spent | {"seed": seed}
-    strong = {k: partial(autoattack, attacks=(v,), **common) for k, v in names.items()}
-    return {f"PGD-{steps}": first} | strong | ({"FGSM": partial(fgsm, **ball)} if one_step else {})
+    others = {name: partial(strong, attacks=attack) for name, attack in names.items()}
+    return {f"PGD-{steps}": first} | others | ({"FGSM": partial(fgsm, **ball)} if one_step else {})
 
 
 def mistakes(model, x, y, attacks):
