@@ -26,10 +26,10 @@ from . import models, schedules
 from .attacks import begin, pgd
 from .captured import Captured, loss_at, measured
 from .certify import worst_margins
-from .checks import NORMS, STARTS, check_choice, check_count, check_eps, check_inputs, check_targets
+from .checks import NORMS, STARTS, check_choice, check_count, check_eps
 from .compute import clock, device, exact_products, made
 from .differentiate import differentiating
-from .evaluation import evaluate, predict
+from .evaluation import evaluate, in_batches, predict
 from .fast import channels_last
 from .files import as_json, read_json, write_bytes, write_json
 
@@ -299,9 +299,7 @@ class _State:
     def __init__(self, config, data):
         self.config, self.data, self.device = config, data, device()
         for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
-            check_targets(x, y)
-            if isinstance(x, torch.Tensor):  # else `pgd` asks, batch by batch
-                check_inputs(x, y)
+            in_batches(x, y, config.batch_size)  # what it refuses it refuses at once
             if y.min() < 0:
                 raise ValueError(f"labels run from {y.min()}, below 0")
         shape, shown = data.x_train.shape, data.x_test.shape
