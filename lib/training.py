@@ -251,8 +251,8 @@ def train(config, data, *, folder, quiet=False):
         start = clock()
         state.save(folder / "checkpoint.safetensors")
     write_json(folder / "made.json", made(state.seconds))
-    asked = {"config": asdict(config), "version": VERSION, "data": data.source, "pixels": data.fingerprint}
-    write_json(folder / "run.json", asked | {"history": state.history, "steps": state.steps})
+    found = {"data": data.source, "history": state.history, "steps": state.steps}
+    write_json(folder / "run.json", state.asked | found)
     (folder / "checkpoint.safetensors").unlink()
     return read(folder, config, data)
 
@@ -313,6 +313,7 @@ class _State:
         self.x, self.y = data.x_train.to(self.device), data.y_train.to(self.device)
         self.test = [t[: config.eval_images].to(self.device) for t in (data.x_test, data.y_test)]
         self.budget = config.budget()
+        self.asked = {"config": asdict(config), "version": VERSION, "pixels": data.fingerprint}  # in all its files
         self.epoch, self.history, self.steps, self.seconds = 0, [], [], 0.0
         self.optimizer = OPTIMIZERS[config.optimizer](self.model.parameters(), config)
         self.captured = Captured(self.model, config.num_steps) if capturable(config, self.device) else None
@@ -395,8 +396,7 @@ class _State:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         for i, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items() if v is not None}
-        about = {"config": asdict(self.config), "version": VERSION, "pixels": self.data.fingerprint}
-        _save(path, tensors, about | {name: getattr(self, name) for name in self.KEPT})
+        _save(path, tensors, self.asked | {name: getattr(self, name) for name in self.KEPT})
 
     def restore(self, path):
         try:
