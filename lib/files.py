@@ -30,8 +30,7 @@ def git(folder, *arguments):
 
     Raises OSError where there is no git, CalledProcessError where it refuses.
     """
-    ours = (name for name in os.environ if not name.startswith("GIT_") or name.startswith("GIT_CONFIG"))
-    env = {name: os.environ[name] for name in ours}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith("GIT_CONFIG")}
     command = ["git", "-C", folder, *arguments]
     return subprocess.run(command, capture_output=True, encoding="utf-8", check=True, env=env).stdout
 
