@@ -233,8 +233,7 @@ def read(folders=None):
                 if path_of(folder, cell) != path:
                     raise ValueError("its name is another cell's")
                 found += list(_lines(profile, cell))  # all of them, or none
-                made = cell["made"]["training"]
-                runs.journal.append({"run": where, "what": "a cell", "state": "committed", "made": made})
+                runs.note(where, "a cell", "committed", cell["made"]["training"])
             except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
                 notes.append(f"{where} is left out: {error}")
     rows = _sorted(found)

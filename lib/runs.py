@@ -48,7 +48,7 @@ def run(config, data, *, wait=True, quiet=False):
             found = train(config, data, folder=folder, quiet=quiet)
     except Timeout:
         return None
-    _note(folder.name, config.describe(), "found" if there and folder.name not in _handed else "trained", found.made)
+    note(folder.name, config.describe(), "found" if there and folder.name not in _handed else "trained", found.made)
     _handed.discard(folder.name)
     return found
 
@@ -76,7 +76,8 @@ def _put_aside(folder, wait):
         raise ValueError(f"{folder} is damaged and cannot be moved ({error}): rename it, and run again") from error
 
 
-def _note(name, what, state, made):
+def note(name, what, state, made):
+    """Add to the journal."""
     journal.append({"run": name, "what": what, "state": state, "made": made})
 
 
@@ -143,7 +144,7 @@ def remember(kind, facts, compute_value, *, version=1):
     record = read_json(path)
     if not isinstance(record, dict) or not {"value", "made"} <= record.keys():
         raise ValueError(f"{path} holds no remembered value: delete it, and it is computed again")
-    _note(f"{kind}/{path.stem}", kind, "remembered" if there else "measured", record["made"])
+    note(f"{kind}/{path.stem}", kind, "remembered" if there else "measured", record["made"])
     return record["value"]
 
 
