@@ -126,11 +126,10 @@ def _make_there(folder, recipe, settings, arm, changes, *named):
 
 
 def _asked(recipe, arm, config, data, settings, more=None):
-    asked = {"recipe": recipe, "arm": arm, "config": asdict(config), "version": training.VERSION, "data": data.source,
-             "fingerprint": data.fingerprint,
-             **{name: settings[name] for name in ("plan", "periods", "stops")},
-             **({"more": more.fingerprint} if more else {})}  # fmt: skip
-    return as_json(asked)
+    asked = {"recipe": recipe, "arm": arm, "config": asdict(config), "version": training.VERSION,
+             "data": data.source, "fingerprint": data.fingerprint,
+             **{name: settings[name] for name in ("plan", "periods", "stops")}}  # fmt: skip
+    return as_json(asked | ({"more": more.fingerprint} if more else {}))
 
 
 def _measure(run, data, aside, periods, *, pgd_images, strong_images, **plan):
@@ -383,11 +382,11 @@ def _no_interval(found, a, b):
     return f"no result: {found.why}" if wide else ""
 
 
-def compare(rule, rows, first, second, *, kind="PGD", unless=""):
+def compare(rule, rows, first, second, *, kind="PGD"):
     """What a rule finds (`judge`) of two arms, as of `both`."""
     a, b, seeds = both(rows, first, second, kind)
     none = inference.Finding("undecided", None, "nothing", "no cells of a common seed yet")
-    return judge(rule, a, b, unless=unless) if seeds else none
+    return judge(rule, a, b) if seeds else none
 
 
 def escape(margin):
