@@ -18,10 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from . import audit, cluster, compute, inference, recipes, runs, training
-from .attacks import autoattack, fgsm, pgd
 from .evaluation import wrong
 from .files import as_json, checksum, read_if_whole, read_json, write_json
 from .models import Ensemble
@@ -62,14 +60,13 @@ def configure(settings, arm, **changes):
 
 def attacks(eps, seed, *, norm="linf", steps, step_fraction, strong_steps, queries, one_step=False):
     """PGD from a point of the ball, and the stronger ones, FGSM if asked: {name: a function (model, x, y) -> x_adv}."""
-    ball = {"eps": eps, "norm": norm}
-    first = partial(pgd, **ball, step_size=step_fraction * eps, num_steps=steps, random_start="ball",
-                    stop_early=True, generator=torch.Generator(compute.device()).manual_seed(seed))  # fmt: skip
-    strong = partial(autoattack, **ball, num_steps=strong_steps, num_restarts=1, num_queries=queries, seed=seed)
+    named = partial(audit.attack_by_name, seed=seed, device=compute.device(), eps=eps, norm=norm)
+    first = named("pgd", step_size=step_fraction * eps, num_steps=steps, random_start="ball", stop_early=True)
     apgd = f"APGD-{strong_steps}"
     names = {f"{apgd} CE": "apgd-ce", f"{apgd} DLR": "apgd-dlr", f"Square-{queries}": "square"}
-    others = {name: partial(strong, attacks=attack) for name, attack in names.items()}
-    return {f"PGD-{steps}": first} | others | ({"FGSM": partial(fgsm, **ball)} if one_step else {})
+    spent = {"num_steps": strong_steps, "num_restarts": 1, "num_queries": queries}
+    strong = {label: named(name, **spent) for label, name in names.items()}
+    return {f"PGD-{steps}": first} | strong | ({"FGSM": named("fgsm")} if one_step else {})
 
 
 def mistakes(model, x, y, attacks):
