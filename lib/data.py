@@ -89,7 +89,7 @@ class Images:
 
     def split(self, batch_size):
         """Batch after batch, decoded when its turn comes."""
-        return (self[torch.arange(i, min(i + batch_size, len(self)))] for i in range(0, len(self), batch_size))
+        return (self[which] for which in torch.arange(len(self)).split(batch_size))
 
     def contents(self):
         """A hash of what each file holds, one after the other; files are read again when one has changed."""
@@ -422,7 +422,7 @@ def _part(folder, size):
         rest = [file for file, _ in every if not file.lower().endswith(IMG_EXTENSIONS)]
         for file in rest:
             _is_folder(file)
-        empty = set(classes) - {classes[k] for k in {k for _, k in samples}}
+        empty = set(classes) - {classes[k] for _, k in samples}
         if empty or not classes:
             raise FileNotFoundError(f"there is none in {', '.join(sorted(empty)) or 'it'}")
     except (OSError, ValueError) as error:
