@@ -414,9 +414,7 @@ def _part(folder, size):
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     try:
-        classes = sorted(
-            name for name in os.listdir(folder) if not name.startswith(HIDDEN) and _is_folder(folder / name)
-        )
+        classes = [name for name in _visible(os.listdir(folder)) if _is_folder(folder / name)]
         every = [(file, k) for k, name in enumerate(classes) for file in _walk(folder / name)]
         samples = _once([(file, k) for file, k in every if file.lower().endswith(IMG_EXTENSIONS)])
         rest = [file for file, _ in every if not file.lower().endswith(IMG_EXTENSIONS)]
@@ -433,6 +431,10 @@ def _part(folder, size):
         warnings.warn(what, stacklevel=4)
     files, labels = zip(*(samples[i] for i in _order(samples)), strict=True)
     return Images(files, size), torch.tensor(labels), classes
+
+
+def _visible(names):
+    return sorted(name for name in names if not name.startswith(HIDDEN))
 
 
 def _is_folder(path):
@@ -458,8 +460,8 @@ def _walk(folder):
             folders.clear()
             continue
         seen.add(real)
-        folders[:], names = (sorted(name for name in part if not name.startswith(HIDDEN)) for part in (folders, names))
-        found.append((root, names))
+        folders[:] = _visible(folders)
+        found.append((root, _visible(names)))
     return [os.path.join(root, name) for root, names in sorted(found) for name in names]
 
 
