@@ -299,7 +299,7 @@ class _State:
     def __init__(self, config, data):
         self.config, self.data, self.device = config, data, device()
         for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
-            in_batches(x, y, config.batch_size)  # what it refuses it refuses at once
+            in_batches(x, y, config.batch_size)  # for what it refuses at once; no batch is made yet
             if y.min() < 0:
                 raise ValueError(f"labels run from {y.min()}, below 0")
         shape, shown = data.x_train.shape, data.x_test.shape
@@ -313,7 +313,7 @@ class _State:
         self.x, self.y = data.x_train.to(self.device), data.y_train.to(self.device)
         self.test = [t[: config.eval_images].to(self.device) for t in (data.x_test, data.y_test)]
         self.budget = config.budget()
-        self.asked = {"config": asdict(config), "version": VERSION, "pixels": data.fingerprint}  # in all its files
+        self.asked = {"config": asdict(config), "version": VERSION, "pixels": data.fingerprint}  # for files
         self.epoch, self.history, self.steps, self.seconds = 0, [], [], 0.0
         self.optimizer = OPTIMIZERS[config.optimizer](self.model.parameters(), config)
         self.captured = Captured(self.model, config.num_steps) if capturable(config, self.device) else None
