@@ -385,7 +385,7 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
     seed = check_count(-(2**63), seed=seed)
     a, b = flat(start), flat(end)
     curve = Curve(start, end, [a + i / (num_bends + 1) * (b - a) for i in range(1, num_bends + 1)], kind)
-    bends = torch.nn.Parameter(curve.points[1:-1].clone())
+    bends = torch.nn.Parameter(curve.points[1:-1])  # of the same memory: a step of the optimizer moves the curve
     optimizer = torch.optim.Adam([bends], lr)
     moved, generator = copied(start, x, order=1).train(), seeded(seed)
     curve.check(x)
@@ -395,13 +395,11 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
         for batch in chain.from_iterable(_parts(order, batch_size) for order in orders):
             weights = curve.weights(torch.rand((), generator=generator, device="cpu", dtype=torch.float32).item())
             inputs, labels = x[batch.to(x.device)], y[batch.to(x.device)]
-            curve.points[1:-1] = bends.detach()
             move(moved, weights @ curve.points)
             if attack is not None:
                 inputs = attacked(moved, inputs, labels, attack, batch_size=len(inputs))
             bends.grad = torch.outer(weights[1:-1], loss_gradient(moved, inputs, labels) / len(labels))
             optimizer.step()
-    curve.points[1:-1] = bends.detach()
     return curve
 
 
