@@ -189,8 +189,7 @@ def scatter(model, direction, distances, x, y, attack, *, symmetric=False, batch
     """
     x, y = check(model, x, y)
     theta, moved, rows = flat(model), copied(model, x, order=1), []
-    direction = torch.as_tensor(direction, device=theta.device)
-    direction = direction if direction.is_floating_point() else direction.to(theta)
+    direction = torch.as_tensor(direction).to(theta)
     if not 0 < direction.norm() < math.inf or direction.numel() != len(theta):
         raise ValueError(f"direction must be ({len(theta)},) of positive, finite length, got {tuple(direction.shape)}")
     batch_size, _ = check_count(1, batch_size=batch_size, distances=len(distances))
