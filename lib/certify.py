@@ -112,8 +112,7 @@ def weight_box(model, x, y, *, radius):
     """
     (x, y, _), radius = check_inputs(x, y), check_eps(radius, name="radius", norm="l2")
     with torch.inference_mode(False), torch.no_grad():
-        exact, squares = _exact(model), []
-        check_layers(exact, backwards=True)
+        exact, squares = _exact(model, backwards=True), []
         _split(exact)
         owned = [id(p) for layer in exact if _moves(layer) for p in layer.parameters()]
         if owned != [id(p) for p in exact.parameters()]:  # which names a parameter once
@@ -190,10 +189,10 @@ def _in_batches(bound, model, x, y, eps, batch_size):
         return torch.cat([bound(exact, a.double(), b, eps=eps) for a, b in batches])
 
 
-def _exact(model):
-    """A copy in float64 and evaluation mode, all of whose layers have a rule."""
+def _exact(model, *, backwards=False):
+    """A copy in float64 and evaluation mode, all of whose layers have a rule (`check_layers`)."""
     exact = copied(model).double().eval()
-    check_layers(exact)
+    check_layers(exact, backwards=backwards)
     return exact
 
 
