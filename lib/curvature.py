@@ -271,8 +271,7 @@ def spectral_density(model, x, y, *, num_probes=5, num_steps=60, width=None, gri
     probes = [_signs(hessian, generator) for _ in range(num_probes)]
     rules = [_quadrature(hessian, v, num_steps, generator) for v in probes]
     nodes, weights = map(np.stack, zip(*rules, strict=True))
-    spread = nodes.max() - nodes.min() or 1.0
-    width = width or 0.01 * spread
+    width = width or 0.01 * (np.ptp(nodes) or 1.0)
     if grid is None:
         grid = np.linspace(nodes.min() - 4 * width, nodes.max() + 4 * width, 1000)
     grid = np.asarray(grid, float)
