@@ -81,10 +81,9 @@ def together(findings):
     holds = {f.holds for f in findings.values()}
     measured = "; ".join(f"{name}: {f.measured}" for name, f in findings.items())
     why = "; ".join(f"{name}: {f.why}" for name, f in findings.items() if f.holds is None)
+    verdict = "partly" if {True, "partly"} & holds and {False, "partly"} & holds else None
     if len(holds) == 1:
         (verdict,) = holds
-    else:
-        verdict = "partly" if {True, "partly"} & holds and {False, "partly"} & holds else None
     if verdict is None:
         return Finding("undecided", None, measured, why)
     if verdict == "partly":  # which holds, and which does not
@@ -176,8 +175,7 @@ def by_seed(values):
 
 def _settled(values):
     """Values to twelve digits, so that those that are equal up to rounding are equal, and have one rank."""
-    v = np.asarray(values, float)
-    return np.array([float(f"{x:.12g}") for x in v.flat]).reshape(v.shape)
+    return np.vectorize(lambda x: float(f"{x:.12g}"), otypes=[float])(np.asarray(values, float))
 
 
 def _page(v):
@@ -307,8 +305,7 @@ def _flipped(d):
 def least_seen(a, b):
     """The least difference that would be told from none nine times in ten, with these seeds, images and spreads."""
     d = _differences(a, b)
-    _, *errors = _errors(d)
-    return _seen(d.shape, *errors)
+    return _seen(d.shape, *_errors(d)[1:])
 
 
 def interval(a, b):
@@ -464,8 +461,7 @@ def at_most(what, *, bound):
         if low > bound:
             return Finding(f"more than {bound:g}", False, measured)
         grid = (_two_digits(n * 1.1**i) for i in range(1, 150))
-        wanted = next((m for m in grid if decides(k / n, m)), None)
-        wanted = f"about {wanted:,}" if wanted else "far more"
+        wanted = next((f"about {m:,}" for m in grid if decides(k / n, m)), "far more")
         why = f"too few cases: {n}; {wanted} would decide if the share stays as it is"
         return Finding("undecided", None, measured, why)
 
@@ -487,9 +483,9 @@ def exact(what, *, tolerance):
     text = f"{_upper(what)}: at most {tolerance:g}."
 
     def test(error):
-        worst = float(np.max(np.abs(np.asarray(error, float)))) if np.size(error) else math.nan
         if np.size(error) == 0:
             return Finding("undecided", None, "nothing", "there was nothing to compare")
+        worst = float(np.max(np.abs(np.asarray(error, float))))
         return Finding("holds" if worst <= tolerance else "fails", worst <= tolerance,
                        f"largest error {worst:.3g} of {np.size(error):,}, {tolerance:g} allowed")  # fmt: skip
 
