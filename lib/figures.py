@@ -28,7 +28,6 @@ from .settings import SettingError, differing
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, DPI = 7, 200  # inches at most, pixels per inch
-PRODUCTION = ("commit", "seconds")  # when and how fast: no reason to write a record again
 SCHEDULE_COLOURS = dict(zip(("constant", "linear", "cosine", "cosine_misread"),
                             (sns.color_palette("colorblind")[i] for i in (0, 1, 2, 4)), strict=True))  # fmt: skip
 
@@ -319,7 +318,7 @@ def _write_record(path, record):
 
 def _timeless(value):
     if isinstance(value, dict):
-        return {k: _timeless(v) for k, v in value.items() if k not in PRODUCTION}
+        return {k: _timeless(v) for k, v in value.items() if k not in ("commit", "seconds")}
     return [_timeless(v) for v in value] if isinstance(value, list) else value
 
 

@@ -28,8 +28,6 @@ from .curvature import check, loss_gradient, seeded, top_eigenpairs
 from .differentiate import alike, as_module, differentiating, own
 from .evaluation import attacked, predict, share
 
-ADVERSARIES = ("none", "frozen", "rerun")
-
 
 @differentiating()
 def random_directions(model, num, *, seed=0):
@@ -114,7 +112,7 @@ def surface(model, directions, steps, x, y, *, attack=None, adversary="none", ba
             training mode, no data, a loss that is not finite.
     """
     x, y = check(model, x, y)
-    check_choice("adversary", adversary, ADVERSARIES)
+    check_choice("adversary", adversary, ("none", "frozen", "rerun"))
     if (attack is None) != (adversary == "none"):
         raise ValueError(f"adversary {adversary!r} {'needs an' if attack is None else 'takes no'} attack")
     theta, directions = flat(model), torch.as_tensor(directions)
@@ -390,10 +388,10 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
     curve.check(x)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # all are seeded
         torch.manual_seed(seed)  # of Dropout
-        orders = (torch.randperm(len(x), generator=generator, device="cpu") for _ in range(epochs))
+        orders = (torch.randperm(len(x), generator=generator, device="cpu").to(x.device) for _ in range(epochs))
         for batch in chain.from_iterable(_parts(order, batch_size) for order in orders):
             weights = curve.weights(torch.rand((), generator=generator, device="cpu", dtype=torch.float32).item())
-            inputs, labels = x[batch.to(x.device)], y[batch.to(x.device)]
+            inputs, labels = x[batch], y[batch]
             move(moved, weights @ curve.points)
             if attack is not None:
                 inputs = attacked(moved, inputs, labels, attack, batch_size=len(inputs))
