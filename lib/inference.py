@@ -131,7 +131,7 @@ def trend(what, *, expect, margin=0.0):
             return Finding("falls" if sign > 0 else "rises", False, measured)
         inside = math.inf  # how many seeds would put the interval of the change inside the margin
         if margin and seeds > 1 and k > 1 and np.isfinite(change).all():
-            errors = math.inf if _unseen(change) else stats.sem(change), 0.0
+            _, *errors = _errors(change[:, None])
             left, ordered = margin - abs(mean), p <= LEVEL
             if _half((seeds, 1), *errors) < left:
                 small = f"{expect}, by less than {margin:g}" if ordered else f"no change beyond {margin:g}"
@@ -326,23 +326,16 @@ def _differences(a, b):
     return d.reshape(len(d), -1)
 
 
-def _unseen(values):
-    """Whether too few seeds (the first axis) are all alike: no spread seen is not no spread."""
-    return not np.ptp(values, axis=0).any() and len(values) < ALIKE
-
-
 def _errors(d):
     """Mean of differences (seeds, images), and the standard errors that come from the seeds and from the images."""
     s, n = d.shape
     seeds, images, mean = d.mean(1), d.mean(0), d.mean()
-    if s == 1:
-        return mean, math.inf, 0.0
-    if n == 1:
-        if np.ptp(seeds) == 0:
-            return mean, math.inf if _unseen(d) else 0.0, 0.0
-        return mean, seeds.std(ddof=1) / math.sqrt(s), 0.0
+    unseen = s < ALIKE and not np.ptp(d, axis=0).any()  # too few seeds, all alike: no spread seen is not no spread
+    if min(s, n) == 1:
+        spread = seeds.std(ddof=1) if np.ptp(seeds) else 0.0  # not what rounding makes of equal values
+        return mean, math.inf if unseen else spread / math.sqrt(s), 0.0
     both = ((d - seeds[:, None] - images + mean) ** 2).sum() / ((s - 1) * (n - 1))  # mean squares of a crossed design
-    from_seeds = math.inf if _unseen(d) else max(n * seeds.var(ddof=1), both) / (s * n)
+    from_seeds = math.inf if unseen else max(n * seeds.var(ddof=1), both) / (s * n)
     from_images = max(s * images.var(ddof=1) - both, 0) / (s * n)
     least = 0.0
     if np.ptp(d) == 0:  # the rule of three, from so many images on that chance is excluded
