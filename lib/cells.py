@@ -52,9 +52,11 @@ ARM = ("schedule", "schedule_stop", "restarts", "lr", "seed")  # by these settin
 
 def configure(settings, arm, **changes):
     """The TrainConfig of an arm, such as "cosine" or "periodic cosine", under a recipe's settings."""
-    *again, schedule = arm.split()
+    *again, schedule = str(arm).split() or [""]
     if again not in ([], ["periodic"]):
         raise ValueError(f"{arm!r} is no arm: it is the name of a schedule, or 'periodic' and one")
+    if again and not settings.get("periods"):
+        raise ValueError(f"there is no arm {arm!r}: the recipe has no periods")
     return recipes.configure(settings, schedule=schedule, restarts=settings["periods"] if again else (), **changes)
 
 
@@ -190,7 +192,7 @@ def write(folder, cell):
     """
     path = path_of(folder, cell)
     there = read_if_whole(path)
-    if there and any(there["config"][name] != cell["config"][name] for name in ("eps", "lr")):
+    if "config" in there and any(there["config"][name] != cell["config"][name] for name in ("eps", "lr")):
         raise ValueError(f"{path} is of another eps or learning rate: choose ones that differ by more")
     if {**there, "made": None} != {**cell, "made": None}:
         write_json(path, cell)
@@ -299,7 +301,7 @@ def title(rows):
 def budget(eps):
     """An eps as it is written: "8/255" where it is so many of 255 shades, else "0.1"."""
     shades = 255 * eps
-    return f"{round(shades)}/255" if 0 < eps < 0.2 and abs(shades - round(shades)) < 1e-3 else f"{eps:g}"
+    return f"{round(shades)}/255" if 0.5 < shades < 51 and abs(shades - round(shades)) < 1e-3 else f"{eps:g}"
 
 
 def masks(rows, arm, lr, network="end", part="test", kind="PGD"):
@@ -356,7 +358,8 @@ def counted(rows, first, second):
 def looked(rows, question, seeds):
     """With how many seeds, fewer than these, the verdict on a question of a row had been read before, as a text to go
     on with; figures/overnight/cells/looks.json keeps the list."""
-    known = read_if_whole(FIGURES / "overnight" / "cells" / "looks.json").get(title(rows), {}).get(question, [])
+    path = FIGURES / "overnight" / "cells" / "looks.json"
+    known = read_json(path).get(title(rows), {}).get(question, []) if path.exists() else []
     before = [str(n) for n in known if n < seeds]
     return f"; read before with {', '.join(before)}" if before else ""
 

@@ -30,7 +30,7 @@ def bounds(model, x, *, eps, batch_size=500):
         x: inputs (N, C, H, W), floating, in [0, 1].
         eps: radius, as a fraction of the pixel range.
     Returns:
-        (lower, upper), each (N, classes), float64.
+        (lower, upper), each (N, classes), float64; infinite where infinite weights leave nothing to say.
     Raises:
         ValueError: a layer without a rule (named); eps negative, NaN or above 1; x outside [0, 1]; logits that are NaN.
     """
@@ -44,7 +44,7 @@ def bounds(model, x, *, eps, batch_size=500):
         parts = [_carry(exact, *_box(part.double(), eps))[:2] for part in x.split(batch_size)]
         low, high = (torch.cat(ends) for ends in zip(*parts, strict=True))
         check_logits(low, len(x))
-        return low, high
+        return low.where(~low.isnan(), -torch.inf), high.where(~high.isnan(), torch.inf)
 
 
 def margin_bounds(model, x, y, *, eps, batch_size=500):
@@ -59,7 +59,7 @@ def margin_bounds(model, x, y, *, eps, batch_size=500):
 
 def proved(margins, y):
     """Which inputs are proved robust by bounds (N, classes) as of `margin_bounds`, y their labels: booleans (N,)."""
-    return margins.scatter(1, y[:, None], -torch.inf).amax(1) < 0  # where a bound is NaN, nothing is
+    return margins.scatter(1, y[:, None], -torch.inf).amax(1) < 0
 
 
 def certified_error(model, x, y, *, eps, batch_size=500):
@@ -186,7 +186,8 @@ def _in_batches(bound, model, x, y, eps, batch_size):
         check_logits(logits, 1)
         check_labels(logits.expand(len(y), -1), y)
         batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
-        return torch.cat([bound(exact, a.double(), b, eps=eps) for a, b in batches])
+        found = torch.cat([bound(exact, a.double(), b, eps=eps) for a, b in batches])
+        return found.where(~found.isnan(), torch.inf)
 
 
 def _exact(model, *, backwards=False):

@@ -152,6 +152,8 @@ def top_eigenpairs(model, x, y, k=20, *, num_smallest=0, tolerance=5e-4, seed=0,
     k, num_smallest = check_count(-(2**63), k=k, num_smallest=num_smallest)
     if not 1 <= k <= k + num_smallest <= hessian.size:
         raise ValueError(f"k must lie in 1..{hessian.size}, the number of parameters, got {k} + {num_smallest}")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be above 0, got {tolerance}")
     generator = seeded(seed)
     # A small residual is no sign that an eigenvalue has not been missed; where 1 % is enough, fewer steps are.
     fewest = (1 if tolerance >= 1e-2 else 2) * (k + num_smallest) + 20

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
+from .checks import check_count
 from .files import folder_from_environment, locked
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -388,8 +389,7 @@ def image_folder(path, *, title=None, size=None, held_bytes=HELD_BYTES):
         ValueError: fewer than two classes, or classes that differ between train and test; a size below 1.
     """
     path = Path(path)
-    if size is not None and size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
+    size = size if size is None else check_count(1, size=size)
     (x_train, y_train, classes), (x_test, y_test, others) = (_part(path / part, size) for part in ("train", "test"))
     if classes != others or len(classes) < 2:
         raise ValueError(f"{path} needs the same two or more classes in train and test, got {[classes, others]!a}")

@@ -118,12 +118,13 @@ def trend(what, *, expect, margin=0.0):
         if v.ndim != 2 or not v.size or np.isnan(v).any():
             raise ValueError(f"a trend needs values (seeds, conditions) without NaN, got shape {v.shape}: {values}")
         seeds, k = v.shape
-        means = ", ".join("never" if math.isinf(m) else f"{m:.3g}" for m in v.mean(0))
+        with np.errstate(invalid="ignore"):  # opposite infinities have no mean, and a NaN is not beyond the margin
+            means = ", ".join("never" if m == math.inf else f"{m:.3g}" for m in v.mean(0))
         p, against, *order = (1.0, 1.0, 0.0, 0.0) if min(seeds, k) < 2 else _page(sign * v)
         measured = f"means {means}; p = {_p(min(p, against))}{'' if p <= against else ' for the other direction'}"
         equal = v[:, -1] == v[:, 0]  # two infinite ones, too
         change = np.subtract(v[:, -1], v[:, 0], out=np.zeros(seeds), where=~equal)
-        with np.errstate(invalid="ignore"):  # opposite infinities have no mean, and a NaN is not beyond the margin
+        with np.errstate(invalid="ignore"):
             mean = change.mean()
         if p <= LEVEL and sign * mean >= margin:
             return Finding(expect, True, measured)
@@ -233,8 +234,8 @@ def difference(what, *, margin, expect="smaller", over="seeds and images", count
         does not hold, either, where the interval excludes that the first arm is better by as much as the margin.
     """
     check_choice("expect", expect, ("smaller", "larger", "no difference"))
-    if not margin > 0:
-        raise ValueError(f"the margin must be positive, got {margin}")
+    if not 0 < margin < math.inf:
+        raise ValueError(f"the margin must be positive and finite, got {margin}")
     worth = {"smaller": f"*not smaller beyond the margin* if it lies above -{margin:g}; ",
              "larger": f"*not larger beyond the margin* if it lies below {margin:g}; "}.get(expect, "")  # fmt: skip
     how = ", from flips of the signs" if counts else ""
@@ -375,6 +376,8 @@ def _why_no_difference(d, goal, half, errors):
     (s, n), (seed_error, image_error) = d.shape, errors
     if s == 1:
         return "one seed: the spread between seeds is unknown; three at least"
+    if goal == 0:
+        return "the mean is the margin itself; no n would decide if it stays there"
     if math.isinf(image_error):
         return f"too few images: {n}, all alike; {ALIKE} alike would decide"
     if math.isinf(seed_error):
@@ -473,6 +476,8 @@ def exact(what, *, tolerance):
     Returns:
         A Rule for an error, or an array of errors, of which the largest counts. NaN does not pass.
     """
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"the tolerance must be finite and not negative, got {tolerance}")
     text = f"{_upper(what)}: at most {tolerance:g}."
 
     def test(error):

@@ -186,7 +186,7 @@ def scatter(model, direction, distances, x, y, attack, *, symmetric=False, batch
         ValueError: as for `surface`; a direction of length 0.
     """
     x, y = check(model, x, y)
-    theta, moved, rows = flat(model), copied(model, x, order=1), []
+    theta, moved, distances = flat(model), copied(model, x, order=1), np.atleast_1d(distances).tolist()
     direction = torch.as_tensor(direction).to(theta)
     if not 0 < direction.norm() < math.inf or direction.numel() != len(theta):
         raise ValueError(f"direction must be ({len(theta)},) of positive, finite length, got {tuple(direction.shape)}")
@@ -198,7 +198,7 @@ def scatter(model, direction, distances, x, y, attack, *, symmetric=False, batch
         x_adv = attacked(moved, x, y, attack, batch_size=batch_size)
         return x_adv, _gradient(moved, x_adv, y, batch_size)
 
-    centre = None if symmetric else look(0)
+    centre, rows = None if symmetric else look(0), []
     for a in distances:
         x_here, here = look(-a) if symmetric else centre
         x_there, there = look(a)
@@ -406,7 +406,7 @@ def along(curve, steps, x, y, *, attack=None, x_statistics=None, batch_size=500)
 
     Arguments as for `surface` and `Curve.model`. Returns Surface, of shape (S,).
     """
-    x, y = check(curve.ends[0], x, y)
+    (x, y), steps = check(curve.ends[0], x, y), np.atleast_1d(steps).tolist()
     check_count(1, steps=len(steps))
     for model in curve.given:
         copied(model, x)  # for its errors
@@ -425,6 +425,6 @@ def barrier(steps, values):
         raise ValueError(f"steps must run from 0 to 1, ends included, got {steps[:1]} to {steps[-1:]}")
     if not np.isfinite(values).all():
         raise ValueError(f"values must be finite, got {values}")
-    if steps.shape != values.shape or (np.diff(steps) <= 0).any():
+    if steps.shape != values.shape or not (np.diff(steps) > 0).all():
         raise ValueError(f"steps must increase, with a value for each, got {steps} and {values}")
     return float((values - (1 - steps) * values[0] - steps * values[-1]).max())

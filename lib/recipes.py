@@ -13,6 +13,7 @@ import os
 from dataclasses import fields, replace
 
 from . import data
+from .checks import check_eps
 from .settings import OWN, SettingError, exactly
 from .training import TrainConfig
 
@@ -90,6 +91,8 @@ def get(name, changes=None):
     for recipe, settings in {name: {}, **(changes or {})}.items():
         if recipe not in RECIPES:
             raise SettingError(f"no recipe {recipe!r}: there are {', '.join(RECIPES)}")
+        if not isinstance(settings, dict):
+            raise SettingError(f"changes of {recipe!r} are {settings!r}, but should be {{setting: value}}")
         for setting, value in settings.items():
             if setting not in KNOWN:
                 there = ", ".join(sorted(KNOWN - set(PER_RUN)))
@@ -150,7 +153,7 @@ def configure(settings, **changes):
     if "step_size" not in chosen:
         if not beside["step_fraction"]:
             raise SettingError("there is neither a step_fraction above 0 nor a step_size")
-        chosen["step_size"] = beside["step_fraction"] * chosen["eps"]
+        chosen["step_size"] = beside["step_fraction"] * check_eps(chosen.get("eps"), norm=chosen.get("norm", "linf"))
     stop = (beside["stops"] or {}).get(chosen.get("schedule"))
     if stop and "schedule_stop" not in chosen:
         chosen["schedule_stop"] = stop * chosen["eps"]

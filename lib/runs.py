@@ -42,8 +42,8 @@ def run(config, data, *, wait=True, quiet=False):
     """
     folder = _folder(config, data)
     try:
-        if damage(folder):
-            _put_aside(folder, wait)
+        if damage(folder, config):
+            _put_aside(folder, config, wait)
         with _once(folder / "run.json", folder / ".lock", wait) as there:
             found = train(config, data, folder=folder, quiet=quiet)
     except Timeout:
@@ -53,7 +53,7 @@ def run(config, data, *, wait=True, quiet=False):
     return found
 
 
-def _put_aside(folder, wait):
+def _put_aside(folder, config, wait):
     """Move what is in the folder of a damaged run to a new one beside it, and say so.
 
     Asked again under the lock: another process may have done it. The lock stays in its place, where others wait for it.
@@ -62,7 +62,7 @@ def _put_aside(folder, wait):
     """
     try:
         with locked(folder / ".lock", "RUNS_DIR", wait):
-            if why := damage(folder):
+            if why := damage(folder, config):
                 names = (f"{folder.name}.damaged{f'-{i}' if i > 1 else ''}" for i in count(1))
                 aside = next(path for path in map(folder.with_name, names) if not path.exists())
                 aside.mkdir()
@@ -89,7 +89,7 @@ def grid(configs, data):
     configs, done = list(configs), {}
     ahead(configs, data)
     several = len(configs) > 1  # one line of progress at a time: that of the grid, or that of its only run
-    with tqdm(total=len(configs), desc="runs", disable=not several, mininterval=1) as bar:
+    with tqdm(total=len({*configs}), desc="runs", disable=not several, mininterval=1) as bar:
         for wait in (False, True):
             for config in configs:
                 bar.set_postfix_str(config.describe(), refresh=False)

@@ -111,5 +111,7 @@ def by_name(name, eps, *, start=0.0, stop=None, epochs, norm="linf"):
     (eps when None) over `epochs`, clipped at eps. Raises ValueError for an unknown name."""
     check_choice("schedule", name, SCHEDULES)
     if name == "constant":
+        if start != 0 or stop is not None:
+            raise ValueError(f"a constant budget has neither start nor stop, got {start!r} and {stop!r}")
         return constant(eps, norm=norm)
     return SCHEDULES[name](start, eps if stop is None else stop, epochs, clip=eps, norm=norm)

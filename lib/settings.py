@@ -41,6 +41,8 @@ def fit(where, value, like, name=""):
     if kind(value) != kind(like):
         hint = {"number": f"; {PLAIN}", "text": "; quote it: YAML reads off, no and on as truth values"}
         raise SettingError(f"{where} is {value!r}, but should be a {kind(like)}{hint.get(kind(like), '')}")
+    if value != value:  # NaN
+        raise SettingError(f"{where} is {value!r}, but should be a number; {PLAIN}")
     if isinstance(value, dict):
         from .recipes import KNOWN  # takes seconds: only where it is needed
 

@@ -37,6 +37,8 @@ from .files import as_json, read_json, write_bytes, write_json
 # alone; tests/test_training.py notices when it should be.
 VERSION = 1
 STEP_COLUMNS = ("eps", "loss", "robust_error", "gradient_norm")
+MODEL = "model-{}.safetensors"  # of the epoch after which it was kept
+WHOLE = {"run.json": {"config", "history", "steps"}, "made.json": {"device", "date"}}  # what they hold at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,7 @@ class TrainConfig:
         for name, choices in (("norm", NORMS), ("objective", ("attack", "interval")), ("optimizer", OPTIMIZERS)):
             check_choice(name, getattr(self, name), choices)
         check_choice("random_start", self.start, STARTS)
+        object.__setattr__(self, "start", bool(self.start) if type(self.start) is int else self.start)  # as for 1
         for name in ("eps", "step_size", "momentum", "weight_decay"):
             check_eps(getattr(self, name), name=name, norm=self.norm if name in ("eps", "step_size") else "l2")
         if self.objective == "interval" and self.model != "lenet":
@@ -162,8 +165,10 @@ def _plain(name, value):
     """A setting as plain Python has it: numpy's numbers, 0.1 + 0.2 and lists name the run that 0.3 and tuples name."""
     if isinstance(value, (list, tuple)):
         return tuple(_plain(name, v) for v in value)
-    if isinstance(value, (np.generic, torch.Tensor)):
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
+    if isinstance(value, np.generic):  # a float32 by its own digits, as people write it
+        value = float(str(value)) if isinstance(value, np.floating) else value.item()
     if isinstance(value, float) and math.isfinite(value):
         return float(f"{value:.12g}")
     if value is None or isinstance(value, (str, int, float)):
@@ -200,9 +205,9 @@ class Run:
 
         Raises ValueError for an epoch that was not kept, a corrupted checkpoint or one of another architecture.
         """
-        path = self.folder / f"model-{self.config.epochs if epoch is None else epoch}.safetensors"
+        path = self.folder / MODEL.format(self.config.epochs if epoch is None else epoch)
         if not path.exists():
-            kept = sorted(p.stem for p in self.folder.glob("model-*.safetensors"))
+            kept = sorted(p.stem for p in self.folder.glob(MODEL.format("*")))
             raise ValueError(f"the run kept no model after epoch {epoch}: it has {', '.join(kept)}; see keep_every")
         tensors, about = _load(path)
         model = models.build(self.config.model, seed=0, **about["model"])
@@ -277,13 +282,15 @@ def _check_same(folder, record, config, data):
         raise ValueError(f"{folder} holds a run on other data: choose another folder")
 
 
-def damage(folder):
+def damage(folder, config):
     """What is wrong with the files of a finished run, in words; None where all can be read, or it is not finished."""
     if not (folder / "run.json").exists():
         return None
-    for path in (folder / "run.json", folder / "made.json", *sorted(folder.glob("model-*.safetensors"))):
+    for path in map(folder.joinpath, (*WHOLE, *map(MODEL.format, config.kept))):
         try:
-            read_json(path) if path.suffix == ".json" else _load(path)
+            found = read_json(path) if path.name in WHOLE else _load(path)
+            if path.name in WHOLE and not (isinstance(found, dict) and WHOLE[path.name] <= found.keys()):
+                return f"{path.name} is not whole"
         except FileNotFoundError:
             return f"{path.name} is missing"
         except ValueError as error:
@@ -390,7 +397,7 @@ class _State:
 
     def keep(self, folder):
         """Keep the model of this moment for good."""
-        _save(folder / f"model-{self.epoch}.safetensors", self.model.state_dict(), {"model": self.model_settings})
+        _save(folder / MODEL.format(self.epoch), self.model.state_dict(), {"model": self.model_settings})
 
     def save(self, path):
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}

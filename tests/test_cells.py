@@ -221,6 +221,11 @@ def test_comparisons_by_hand():
 def test_an_unknown_arm():
     with pytest.raises(ValueError, match="'cyclic cosine' is no arm"):
         cells.configure(recipes.get("lenet on few digits"), "cyclic cosine", eps=0.4, seed=0)
+    for name in ("", None):
+        with pytest.raises(ValueError, match=f"unknown schedule '{name or ''}"):
+            cells.configure(recipes.get("lenet on few digits"), name, eps=0.4, seed=0)
+    with pytest.raises(ValueError, match="there is no arm 'periodic cosine': the recipe has no periods"):
+        cells.configure(recipes.get("lenet on mnist5k"), "periodic cosine", eps=0.4, seed=0)
     config = cells.configure(recipes.get("lenet on few digits"), "periodic cosine", eps=0.4, seed=0)
     assert config.restarts == (2, 3) and config.schedule_stop == 0.6
 
@@ -330,8 +335,8 @@ def test_periods_whose_networks_are_not_kept_are_refused_before_training(monkeyp
 
 
 def test_a_budget_is_written_as_people_write_it():
-    assert [budget(e) for e in (8 / 255, 0.0313725490196, 16 / 255, 0.1, 0.4, 51 / 255, 0.0, 2.0)] == [
-        "8/255", "8/255", "16/255", "0.1", "0.4", "0.2", "0", "2",
+    assert [budget(e) for e in (8 / 255, 0.0313725490196, 16 / 255, 0.1, 0.4, 51 / 255, 0.0, 2.0, 1e-6)] == [
+        "8/255", "8/255", "16/255", "0.1", "0.4", "0.2", "0", "2", "1e-06",
     ]  # fmt: skip
 
 
@@ -400,6 +405,9 @@ def test_a_row_says_with_how_many_seeds_it_was_read_before(folder):
     write_json(folder / "looks.json", {cells.title(rows): {"best": [4, 6, 8, 10]}})
     assert cells.looked(rows, "best", 8) == "; read before with 4, 6"
     assert cells.looked(rows, "best", 4) == cells.looked(rows, "range", 9) == ""
+    (folder / "looks.json").write_text("{")
+    with pytest.raises(ValueError, match=r"looks\.json is truncated or corrupted"):
+        cells.looked(rows, "best", 8)
 
 
 def test_an_interval_that_says_nothing_is_left_away():

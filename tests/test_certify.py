@@ -490,7 +490,12 @@ class TestBadInput:
         model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
         model[1].weight.data[0, 0] = -torch.inf
         x = torch.rand(3, 1, 2, 2) / 2 + 0.3
-        assert certify.certified_error(model, x, 1 - model(x).argmax(1), eps=0.1) == 1.0
+        y = 1 - model(x).argmax(1)
+        assert certify.certified_error(model, x, y, eps=0.1) == 1.0
+        (low, high), margins = certify.bounds(model, x, eps=0.1), certify.margin_bounds(model, x, y, eps=0.1)
+        assert (low <= model(x)).all() and (model(x) <= high).all() and not high.isfinite().any()
+        rows = torch.arange(len(y))
+        assert (margins[rows, 1 - y] == torch.inf).all() and certify.local_lipschitz(model, x, y, eps=0.1).max() > 1e300
 
     def test_training_mode_is_refused_where_it_matters(self):
         x, y = torch.rand(2, 1, 4, 4), torch.tensor([0, 1])

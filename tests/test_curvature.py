@@ -363,6 +363,12 @@ def test_k_outside_the_parameters(k):
         top_eigenpairs(model, x, y, k)
 
 
+@pytest.mark.parametrize("tolerance", [0, -1, float("nan")])
+def test_a_tolerance_that_nothing_reaches(tolerance):
+    with pytest.raises(ValueError, match=f"tolerance must be above 0, got {tolerance}"):
+        top_eigenpairs(*network("mlp"), tolerance=tolerance)
+
+
 @pytest.mark.parametrize("measure", [top_eigenpairs, spectral_density, trace])
 def test_no_data(measure):
     model, x, y = network("mlp")

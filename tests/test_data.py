@@ -1060,9 +1060,9 @@ class TestCut:
         expected = torch.tensor(np.array(image)).permute(2, 0, 1)[:, 1:15, 1:15] / 255
         assert any(torch.equal(x, expected) for x in cut.x_test)
 
-    @pytest.mark.parametrize("size", [0, -3])
+    @pytest.mark.parametrize("size", [0, -3, 2.5, True, "8"])
     def test_a_bad_size(self, tmp_path, size):
-        with pytest.raises(ValueError, match=f"size must be at least 1, got {size}"):
+        with pytest.raises(ValueError, match=f"size must be an integer >= 1, got {size!r}"):
             image_folder(make_images(tmp_path / "photos"), size=size)
 
 

@@ -450,6 +450,27 @@ def test_only_shares_differ_by_one_at_most():
 def test_a_margin_of_a_trend(margin):
     with pytest.raises(ValueError, match="the margin must be finite and not negative"):
         trend("x", expect="rises", margin=margin)
+    with pytest.raises(ValueError, match="the margin must be positive and finite"):
+        difference("x", margin=margin)
+    with pytest.raises(ValueError, match="the tolerance must be finite and not negative"):
+        exact("x", tolerance=margin)
+
+
+def test_a_mean_that_is_the_margin_itself():
+    """No n would decide if it stayed there; and the interval goes round it."""
+    a = np.zeros((3, 20))
+    a[:, 0] = a[0, 1] = 1
+    b = np.eye(3, 20)[:, [1, 0, *range(2, 20)]] * 0
+    b[1, 2] = 1
+    for second in (b, np.zeros((3, 20))):
+        found = difference("x", margin=(a - second).mean(), expect="no difference")(a, second)
+        assert found.holds is None and found.why.endswith("no n would decide if it stays there")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_mean_that_is_infinite_is_never_only_above():
+    assert trend("x", expect="rises")([[-np.inf, 1, np.inf]] * 3).measured.startswith("means -inf, 1, never; ")
+    assert "means nan" in trend("x", expect="rises")([[-np.inf, 1, 2], [np.inf, 1, 2], [0, 1, 2]]).measured
 
 
 @pytest.mark.parametrize("kind", PILOTS)

@@ -435,6 +435,16 @@ def test_a_model_in_training_mode():
             call()
 
 
+def test_one_step_is_a_list_of_one():
+    model, x, y = network()
+    direction = random_directions(model, 1)[0]
+    for one, several in (
+        (scatter(model, direction, 0.1, x, y, ATTACK), scatter(model, direction, [0.1], x, y, ATTACK)),
+        (along(Curve(model, model), 0.5, x, y), along(Curve(model, model), np.array([0.5]), x, y)),
+    ):
+        assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(one, several, strict=True))
+
+
 def test_bad_input_to_scatter_and_curves():
     model, x, y = network()
     other = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double().eval()
@@ -511,6 +521,7 @@ def test_counts_and_lengths_are_asked_for_before_anything_is_computed():
         (lambda: scatter(model, v, [], x, y, lambda m, x, y: x), "distances must be"),
         (lambda: barrier([0, 0.5, 1], [2.0]), "with a value for each"),
         (lambda: barrier([0, 0.7, 0.5, 1], [1, 2, 3, 4]), "steps must increase"),
+        (lambda: barrier([0, float("nan"), 1], [1, 5, 2]), "steps must increase"),
     ):
         with pytest.raises(ValueError, match=name):
             call()

@@ -53,6 +53,8 @@ def test_computed_and_written_numbers_name_one_run():
     ("lenet on mnist5k", {"vgg": {}}, "no recipe 'vgg'"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"epoch": 3}}, "has no setting 'epoch': there are"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"lr": "1e-4"}}, "lr of 'lenet on mnist5k' is '1e-4': write numbers"),
+    ("lenet on mnist5k", {"lenet on mnist5k": {"lr": float("nan")}}, "is nan, but should be a number; write numbers"),
+    ("lenet on mnist5k", {"lenet on mnist5k": None}, "changes of 'lenet on mnist5k' are None, but should be {setting"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"images": 100}}, "images of 'lenet on mnist5k' is 100"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"images": ["1e3", 500]}}, "two whole numbers of at least 1, or"),
     ("lenet on mnist5k", {"lenet on mnist5k": {"images": [1e3, 500]}}, "two whole numbers of at least 1, or"),

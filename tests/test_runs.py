@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -154,14 +155,18 @@ def held(folder, *but):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in (".lock", *but)}
 
 
-@pytest.mark.parametrize("name", ["run.json", "model-0.safetensors", "model-2.safetensors", "made.json"])
-def test_a_damaged_run_is_kept_aside_and_trained_anew(folder, trained, capsys, name):
+@pytest.mark.parametrize("name, how", [
+    (name, how) for name in ("run.json", "made.json", "model-0.safetensors", "model-2.safetensors")
+    for how in (cut, Path.unlink, partial(Path.write_text, data="{}"))
+    if (name, how) != ("run.json", Path.unlink)  # without its record it is not finished
+])  # fmt: skip
+def test_a_damaged_run_is_kept_aside_and_trained_anew(folder, trained, capsys, name, how):
     place = runs.run(CONFIG, noise()).folder
     whole = held(place, "made.json")
-    words = "made.json is missing; " if name == "made.json" else f"{name} is truncated or corrupted, "
+    words = f"{name} is missing; " if how is Path.unlink else f"{name} is "
     runs.journal.clear()
     for aside in (f"{place.name}.damaged", f"{place.name}.damaged-2"):
-        (place / name).unlink() if name == "made.json" else cut(place / name)
+        how(place / name)
         left = held(place)
         capsys.readouterr()
         runs.run(CONFIG, noise(), quiet=True)

@@ -325,8 +325,10 @@ class TestFiles:
 
 def test_numbers_of_all_kinds_name_the_same_run():
     plain = replace(BASE, eps=0.3, lr=0.5, seed=3, lr_drops=(0.1, 0.5))
-    others = {"eps": np.float32(0.3).astype(float), "lr": torch.tensor(0.5), "seed": np.int64(3)}
-    assert replace(BASE, **others | {"eps": 0.1 + 0.2, "lr_drops": [np.float64(0.1), 0.5]}) == plain
+    others = {"lr": torch.tensor(0.5), "seed": np.int64(3), "lr_drops": [np.float64(0.1), 0.5], "start": 1}
+    for eps in (0.1 + 0.2, np.float32(0.3), np.float16(0.3)):
+        assert replace(BASE, **others | {"eps": eps}) == plain
+    assert replace(BASE, start=1).start is True
     assert type(replace(plain, seed=np.int64(3)).seed) is int
     whole = {"eps": 1, "lr": 1, "weight_decay": 0, "momentum": 0, "schedule_start": 0, "schedule_stop": 1}
     written = replace(BASE, **whole), replace(BASE, **{name: float(value) for name, value in whole.items()})
@@ -489,6 +491,9 @@ def test_augment_is_crop_and_flip_image_by_image(shape):
     ({"seed": True}, "seed must be an integer >= 0, got True"),
     ({"keep_every": -1}, "keep_every must be an integer >= 0"),
     ({"eps": {}}, "eps must be a number, a text or a list of them"),
+    ({"eps": torch.ones(2)}, "eps must be a number, a text or a list of them"),
+    ({"schedule": "constant", "schedule_stop": 0.3}, "a constant budget has neither start nor stop, got 0.0 and 0.3"),
+    ({"schedule": "constant", "schedule_start": 0.1, "schedule_stop": None}, "has neither start nor stop, got 0.1"),
     ({"model": "vgg16", "objective": "interval"}, "batch normalisation mixes the inputs of vgg16"),
 ])  # fmt: skip
 def test_bad_config_is_refused_at_once(change, message):
