@@ -15,7 +15,6 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch.func import functional_call
-from torch.nn.utils import parametrize
 
 from .checks import (
     NORMS,
@@ -400,8 +399,6 @@ def frozen(model, x, precision="auto"):
     function, for an output that is not logits.
     """
     model = as_module(model)
-    if parametrize._cache_enabled:
-        raise ValueError("leave parametrize.cached(): what is computed here would stay in its cache")
     check_choice("precision", precision, ("auto", "full"))
     with ONE_THREAD, unchanged(model):
         try:

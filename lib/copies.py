@@ -9,7 +9,6 @@ import copy
 from contextlib import ExitStack, suppress
 
 import torch
-from torch.nn.utils import parametrize
 
 from .differentiate import as_module, differentiating, gradient
 from .evaluation import predict
@@ -28,8 +27,6 @@ def copied(model, x=None, name="the model", *, order=0):
     own parameters, that mixes the inputs of a batch, or whose derivatives up to this order (1 or 2) are not autograd's.
     """
     model = as_module(model)
-    if parametrize._cache_enabled:
-        raise ValueError("leave parametrize.cached(): parametrised weights would not follow their parameters")
     kept = {f"{inner}.{name}".lstrip("."): t for inner, m in model.named_modules() for name, t in _held(m)
             if not t.is_leaf}  # fmt: skip
     cut = {id(t): t.detach().clone() for t in kept.values()}

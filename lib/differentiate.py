@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils import parametrize
 
 
 @contextmanager
@@ -69,9 +70,12 @@ def gradient(value, inputs, v=None, *, again=False, keep=None):
 def as_module(model):
     """The model, without the wrappers of torch.compile and of parallel training (same values).
 
-    Raises ValueError if it is no nn.Module, or TorchScript, the weights of which are its own; or if hooks are on the
-    wrapper, which would be lost.
+    Raises ValueError if it is no nn.Module, or TorchScript, the weights of which are its own; if hooks are on the
+    wrapper, which would be lost; or inside `parametrize.cached()`: what is computed from parametrised weights would
+    stay in its cache, and would not follow their parameters.
     """
+    if parametrize._cache_enabled:
+        raise ValueError("leave parametrize.cached(): what is computed here would stay in its cache")
     # By name, since to import the class of torch.compile's takes seconds.
     inner = model._orig_mod if type(model).__name__ == "OptimizedModule" else None
     if isinstance(model, (DataParallel, DistributedDataParallel)):
