@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -69,17 +69,13 @@ def exact_products():
     `torch.set_float32_matmul_precision` was told (and PyTorch by itself takes 10 of the 23 bits for a GPU's
     convolutions), and cuDNN keeps to algorithms that give the same bits twice. The caller's settings are put back."""
     cudnn, cuda, cpu = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
-    kinds = cudnn.conv, cuda.matmul, cpu.conv, cpu.matmul
-    before, formats = (cudnn.deterministic, cudnn.benchmark), [kind.fp32_precision for kind in kinds]
-    try:
-        cudnn.deterministic, cudnn.benchmark = True, False
-        for kind in kinds:
-            kind.fp32_precision = "ieee"
+    wanted = [(kind, "fp32_precision", "ieee") for kind in (cudnn.conv, cuda.matmul, cpu.conv, cpu.matmul)]
+    wanted += [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
+    with ExitStack() as afterwards:
+        for where, setting, value in wanted:
+            afterwards.callback(setattr, where, setting, getattr(where, setting))
+            setattr(where, setting, value)
         yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = before
-        for kind, was in zip(kinds, formats, strict=True):
-            kind.fp32_precision = was
 
 
 def versions():
