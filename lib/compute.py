@@ -104,11 +104,9 @@ def made(seconds):
 @cache
 def commit():
     """The commit of this checkout, "with changes" if lib has any; "unknown" without git."""
-    here = Path(__file__).resolve().parent
+    ours = Path(__file__).resolve().parents[1], "--git-dir=.git"  # of a copy without .git, no repository around it
     try:
-        if not here.parent.samefile(git(here, "rev-parse", "--show-toplevel").rstrip("\n")):
-            return "unknown"  # a copy without .git, in a repository of something else
-        head, changes = git(here, "rev-parse", "--short=12", "HEAD"), git(here, "status", "--porcelain", ".")
+        head, changes = git(*ours, "rev-parse", "--short=12", "HEAD"), git(*ours, "status", "--porcelain", "lib")
         return head.strip() + (" with changes" if changes.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
