@@ -111,22 +111,22 @@ def attacked(model, x, y, attack, *, batch_size=500):
     return torch.cat([_made(attack, model, a, b) for a, b in in_batches(x, y, batch_size)])
 
 
+def _put_back(buffer, before):
+    if not alike(buffer, before):  # some cannot be written to
+        buffer.detach().copy_(before)
+
+
 def _made(attack, model, x, y):
     """What an attack makes of copies; what it does to the model's modes, flags, gradients and buffers is undone."""
     inner = as_module(model)
-    gradients = [(p, p.grad) for _, p in inner.named_parameters()]
-    buffers = [(b, own(b).clone()) for _, b in inner.named_buffers()]
-    for p, _ in gradients:
-        p.grad = None
-    try:
-        with unchanged(inner):
-            made = attack(model, x.clone(), y.clone())
-    finally:
-        for p, g in gradients:
-            p.grad = g
-        for b, before in buffers:
-            if not alike(b, before):
-                b.detach().copy_(before)
+    with ExitStack() as afterwards:
+        for _, b in inner.named_buffers():
+            afterwards.callback(_put_back, b, own(b).clone())
+        for _, p in inner.named_parameters():
+            afterwards.callback(setattr, p, "grad", p.grad)
+            p.grad = None
+        afterwards.enter_context(unchanged(inner))
+        made = attack(model, x.clone(), y.clone())
     if not isinstance(made, torch.Tensor) or made.shape != x.shape:
         got = tuple(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
         raise ValueError(f"an attack must return images {tuple(x.shape)}, got {got}")
