@@ -43,10 +43,10 @@ def wrong(model, x, y, attack=None, *, batch_size=500):
             raises, or a model to attack that answers the same images differently each time, or
             in another batch.
     """
-    masks = []
+    batches, masks = in_batches(x, y, batch_size), []
     if attack is not None:
         check_answers(model, x)
-    for a, b in in_batches(x, y, batch_size):
+    for a, b in batches:
         mask = _wrong(predict(model, a), b)
         i = (~mask).nonzero().squeeze(1)
         if attack is not None and len(i):
@@ -60,15 +60,14 @@ def _wrong(logits, y):
     return logits.argmax(1) != y
 
 
-def check_answers(model, x, count=10, times=8):
+def check_answers(model, x):
     """Raise ValueError if the model answers the first images differently when it is asked again, by more than rounding,
     or in other places of another batch: of one that tosses a coin, keeps a state or mixes images, an attack finds the
     worst of its answers, at the same image."""
     if any_layout(as_module(model)):
         return
-    check_data(x)
-    few = x[torch.arange(min(count, len(x)))]
-    first, *again = (predict(model, few).double() for _ in range(times))
+    few = x[torch.arange(min(10, len(x)))]
+    first, *again = (predict(model, few).double() for _ in range(8))
     apart = (first.amax(0) - first.amin(0) if len(few) > 1 else first.abs()).max()  # what a mask puts in is alike
     if any(((a - first).abs() > 1e-3 * apart + 1e-5 * first.abs()).any() for a in again):
         raise ValueError("the model answers the same images differently when it is asked again: fix what it draws")
