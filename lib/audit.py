@@ -48,8 +48,7 @@ def first_falls(model, x, y, attack, *, num_restarts=1, batch_size=500):
             made = attacked(model, x[i], y[i], attack, batch_size=len(i))
             fell = wrong(model, made, y[i], batch_size=batch_size)
             restart = torch.arange(done + 1, done + copies + 1, device=x.device)[:, None]
-            first = torch.where(fell.view(copies, -1), restart, num_restarts + 1).amin(0)
-            falls[part[0]] = first
+            falls[part[0]] = torch.where(fell.view(copies, -1), restart, num_restarts + 1).amin(0)
         done += copies
     return falls.tolist()
 
@@ -74,10 +73,9 @@ class Subject:
         facts = self.facts | {"attack": attack, "restarts": restarts, "seed": seed, "settings": settings}
 
         def compute():
-            function = attack_by_name(attack, seed=seed, device=self.x.device, **settings)
-            if source is not None:
-                made, function = function, lambda _model, x, y: made(source.network, x, y)
-            return first_falls(self.network, self.x, self.y, function, num_restarts=restarts)
+            made = attack_by_name(attack, seed=seed, device=self.x.device, **settings)
+            network = (source or self).network  # the attacks are made on it
+            return first_falls(self.network, self.x, self.y, lambda _, x, y: made(network, x, y), num_restarts=restarts)
 
         found = runs.remember("attacks", facts | {"source": source and source.facts}, compute, version=3)
         if len(found) != len(self.x):
