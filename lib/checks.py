@@ -30,8 +30,7 @@ def check_count(least, **values):
 
 def check_generator(generator, x):
     """Raise ValueError unless the generator is None or one of PyTorch's on the device of x."""
-    where = generator.device if isinstance(generator, torch.Generator) else None
-    if generator is not None and (where is None or where.type != x.device.type):
+    if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != x.device.type):
         made = f"torch.Generator({str(x.device)!r}).manual_seed(...)"
         raise ValueError(f"generator must be None or {made}, got {generator!r}")
 
