@@ -11,6 +11,7 @@ non-decreasing activation, and this one applies the activation to a quarter of t
 import math
 import pickle
 import zipfile
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -64,11 +65,10 @@ def vgg16(width=8, *, activation="relu", in_channels=3, num_classes=10):
     layers, c_in = [], in_channels
     for factor, convs in ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3)):
         c_out = _channels(width, factor)
-        for i in range(convs):
-            layers += _normed(c_in, c_out, bias=True)
-            layers += [nn.MaxPool2d(2)] if i == convs - 1 else []
-            layers += [_activation(activation)]
+        for _ in range(convs):
+            layers += [*_normed(c_in, c_out, bias=True), _activation(activation)]
             c_in = c_out
+        layers.insert(-1, nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, num_classes))
 
 
@@ -169,14 +169,11 @@ def build(name, *, seed, **settings):
     """
     check_choice("model", name, MODELS)
     here = "meta" if torch.get_default_device().type == "meta" else "cpu"  # whatever device the caller has chosen,
-    before = torch.get_default_dtype()  # and whatever type
-    with torch.random.fork_rng(devices=[]), torch.device(here):
+    with torch.random.fork_rng(devices=[]), torch.device(here), ExitStack() as afterwards:
+        afterwards.callback(torch.set_default_dtype, torch.get_default_dtype())  # and whatever type
+        torch.set_default_dtype(torch.float32)
         torch.random.default_generator.manual_seed(check_count(-(2**63), seed=seed))
-        try:
-            torch.set_default_dtype(torch.float32)
-            return MODELS[name](**settings)
-        finally:
-            torch.set_default_dtype(before)
+        return MODELS[name](**settings)
 
 
 RELEASED = {"lenet": 16, "vgg16": 8, "resnet18": 8}  # width factors of the paper's released networks
