@@ -106,8 +106,7 @@ def pgd(
         def judge(x_adv, y):  # in full precision, as the evaluation will be
             with torch.no_grad():
                 logits = exact_logits_of(x_adv)
-            check_labels(logits, y)
-            return x_adv, logits.argmax(1) != y, LOSSES[loss](logits, y)
+            return x_adv, misclassified(logits, y), LOSSES[loss](logits, y)
 
         if not (eps and num_steps):
             judge(x, y)  # labels and model are looked at even where nothing moves
@@ -173,10 +172,9 @@ def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
 
         def look(inputs, labels):
             logits = logits_of(inputs)
-            check_labels(logits, labels)
-            return -_log_odds(logits, labels), logits.argmax(1) == labels  # the order of probabilities, but not rounded
+            return ~misclassified(logits, labels), -_log_odds(logits, labels)  # ordered as probabilities, not rounded
 
-        best, standing = look(x_adv, y)
+        standing, best = look(x_adv, y)
         for _ in range(num_queries - 1):
             i = standing.nonzero().squeeze(1)
             if eps == 0 or len(i) == 0:
@@ -185,7 +183,7 @@ def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
             step = (1 - 2 * (turn[i] % 2))[:, None] * (2 * eps if norm == "linf" else 0.2)
             moved = x_adv[i].flatten(1).scatter_add(1, where, step.to(x.dtype)).view_as(x[i])
             moved = _into(moved, [t[i] for t in limits], eps, norm)
-            score, right = look(moved, y[i])
+            right, score = look(moved, y[i])
             falls = score < best[i]
             x_adv[i], best[i] = torch.where(falls.view(-1, 1, 1, 1), moved, x_adv[i]), torch.minimum(score, best[i])
             standing[i] = right | ~falls
@@ -230,8 +228,7 @@ def autoattack(
         torch.set_default_dtype(torch.float32)  # pyautoattack makes what it needs in it
         run, image = partial(_Guarded.apply, logits_of, x.dtype), x.float()
         logits = torch.cat([run(part) for part in image.split(batch_size)])
-        check_labels(logits, y)
-        classes, standing = logits.shape[1], logits.argmax(1) == y
+        standing, classes = ~misclassified(logits, y), logits.shape[1]
         for attack in attacks:
             if classes < LEAST_CLASSES[attack]:
                 raise ValueError(f"{attack} needs at least {LEAST_CLASSES[attack]} classes, the model has {classes}")
@@ -288,6 +285,12 @@ class _Guarded(torch.autograd.Function):
         if not torch.isfinite(g).all():  # AutoAttack would take it for an image that stands
             raise ValueError("the gradient of the model's logits is NaN or infinite at some input")
         return None, None, g.float().contiguous()
+
+
+def misclassified(logits, y):
+    """The mask of images (N,) whose label has not the largest logit. Raises ValueError as `check_labels`."""
+    check_labels(logits, y)
+    return logits.argmax(1) != y
 
 
 def input_gradient(logits_of, x_adv, y, loss):

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 import torch
 import torch.nn.functional as F
 
-from .attacks import frozen, pgd
-from .checks import check_count, check_data, check_inputs, check_labels, check_targets
+from .attacks import frozen, misclassified, pgd
+from .checks import check_count, check_data, check_inputs, check_targets
 from .differentiate import alike, as_module, differentiating, own, unchanged
 from .models import ACTIVATIONS, any_layout
 
@@ -47,17 +47,12 @@ def wrong(model, x, y, attack=None, *, batch_size=500):
     if attack is not None:
         check_answers(model, x)
     for a, b in batches:
-        mask = _wrong(predict(model, a), b)
+        mask = misclassified(predict(model, a), b)
         i = (~mask).nonzero().squeeze(1)
         if attack is not None and len(i):
-            mask[i] = _wrong(predict(model, _made(attack, model, a[i], b[i])), b[i])
+            mask[i] = misclassified(predict(model, _made(attack, model, a[i], b[i])), b[i])
         masks.append(mask)
     return torch.cat(masks)
-
-
-def _wrong(logits, y):
-    check_labels(logits, y)
-    return logits.argmax(1) != y
 
 
 def check_answers(model, x):
@@ -146,8 +141,8 @@ def evaluate(model, x, y, *, eps, step_size, num_steps, norm="linf", seed=0, bat
     clean, robust, losses = [], [], []
     for a, b in in_batches(x, y, batch_size):
         logits = predict(model, pgd(model, a, b, **settings))
-        clean.append(_wrong(predict(model, a), b))
-        robust.append(clean[-1] | _wrong(logits, b))
+        clean.append(misclassified(predict(model, a), b))
+        robust.append(clean[-1] | misclassified(logits, b))
         losses.append(F.cross_entropy(logits.double(), b, reduction="none"))
     return {
         "clean_error": share(torch.cat(clean)),
