@@ -26,10 +26,6 @@ def _activation(name):
     return ACTIVATIONS[name]()
 
 
-def _channels(width, factor):
-    return factor * check_count(1, width=width)
-
-
 def _normed(c_in, c_out, size=3, stride=1, bias=False):
     """A convolution that leaves images their size (at stride 1), and its batch normalisation: a list of two layers."""
     return [nn.Conv2d(c_in, c_out, size, stride, padding=size // 2, bias=bias), nn.BatchNorm2d(c_out)]
@@ -41,19 +37,18 @@ def lenet(width=16, *, activation="relu", in_channels=1, image_size=28, num_clas
     Returns a module (B, in_channels, image_size, image_size) in [0, 1] -> logits (B, num_classes).
     Raises ValueError for an unknown activation or a width below 1.
     """
-    c = _channels(width, 2)
-    num_classes, image_size = check_count(1, num_classes=num_classes, image_size=image_size)
+    w, num_classes, image_size = check_count(1, width=width, num_classes=num_classes, image_size=image_size)
     return nn.Sequential(
-        nn.Conv2d(in_channels, c, 5, padding=2),
+        nn.Conv2d(in_channels, 2 * w, 5, padding=2),
         nn.MaxPool2d(2),
         _activation(activation),
-        nn.Conv2d(c, 2 * c, 5, padding=2),
+        nn.Conv2d(2 * w, 4 * w, 5, padding=2),
         nn.MaxPool2d(2),
         _activation(activation),
         nn.Flatten(),
-        nn.Linear(2 * c * (image_size // 4) ** 2, 32 * c),
+        nn.Linear(4 * w * (image_size // 4) ** 2, 64 * w),
         _activation(activation),
-        nn.Linear(32 * c, num_classes),
+        nn.Linear(64 * w, num_classes),
     )
 
 
@@ -62,9 +57,8 @@ def vgg16(width=8, *, activation="relu", in_channels=3, num_classes=10):
 
     Returns a module (B, in_channels, H, W), H and W at least 32, -> logits (B, num_classes).
     """
-    layers, c_in = [], in_channels
-    for factor, convs in ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3)):
-        c_out = _channels(width, factor)
+    layers, c_in, w = [], in_channels, check_count(1, width=width)
+    for c_out, convs in ((4 * w, 2), (8 * w, 2), (16 * w, 3), (32 * w, 3), (32 * w, 3)):
         for _ in range(convs):
             layers += [*_normed(c_in, c_out, bias=True), _activation(activation)]
             c_in = c_out
@@ -97,10 +91,9 @@ def resnet18(width=8, *, activation="relu", in_channels=3, num_classes=10):
 
     Returns a module (B, in_channels, H, W) -> logits (B, num_classes).
     """
-    c_in = _channels(width, 4)
-    layers = [*_normed(in_channels, c_in), _activation(activation)]
-    for factor, stride in ((4, 1), (8, 2), (16, 2), (32, 2)):
-        c_out = _channels(width, factor)
+    w = check_count(1, width=width)
+    layers, c_in = [*_normed(in_channels, 4 * w), _activation(activation)], 4 * w
+    for c_out, stride in ((4 * w, 1), (8 * w, 2), (16 * w, 2), (32 * w, 2)):
         layers += [BasicBlock(c_in, c_out, stride, activation), BasicBlock(c_out, c_out, 1, activation)]
         c_in = c_out
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, num_classes))
