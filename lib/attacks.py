@@ -16,17 +16,7 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch.func import functional_call
 
-from .checks import (
-    NORMS,
-    STARTS,
-    check_choice,
-    check_count,
-    check_eps,
-    check_generator,
-    check_inputs,
-    check_labels,
-    check_logits,
-)
+from .checks import NORMS, STARTS, check_choice, check_count, check_eps, check_inputs, check_labels, check_logits
 from .compute import exact_products, fast_dtype
 from .differentiate import as_module, differentiating, gradient, own, unchanged
 from .fast import as_function
@@ -95,10 +85,9 @@ def pgd(
             (B, C, H, W); labels that do not match; unknown norm, loss or precision; a model that returns NaN,
             infinities or no logits (B, classes), or is of another type than x.
     """
-    x, y, eps = check_inputs(x, y, eps, norm)
+    x, y, eps = check_inputs(x, y, eps, norm, generator)
     step_size = check_eps(step_size, name="step_size", norm=norm)
     num_steps, num_restarts = check_count(0, num_steps=num_steps), check_count(1, num_restarts=num_restarts)
-    check_generator(generator, x)
     check_choice("random_start", random_start, STARTS)
     check_choice("loss", loss, LOSSES)
     with frozen(model, x, precision) as logits_of, frozen(model, x, "full") as exact_logits_of:
@@ -162,9 +151,8 @@ def simba(model, x, y, *, eps, num_queries, norm="linf", generator=None):
     Raises:
         ValueError: as for `pgd`; num_queries below 1.
     """
-    x, y, eps = check_inputs(x, y, eps, norm)
+    x, y, eps = check_inputs(x, y, eps, norm, generator)
     num_queries = check_count(1, num_queries=num_queries)
-    check_generator(generator, x)
     x_adv, size, limits = x.clone(), x[0].numel(), _limits(x, eps, norm)
     order = torch.rand(len(x), size, generator=generator, device=x.device, dtype=torch.float32).argsort(1)
     turn = torch.zeros_like(y)  # each image's own place in its order, two turns (up, down) for each value

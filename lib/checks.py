@@ -28,13 +28,6 @@ def check_count(least, **values):
     return (first, *others) if others else first
 
 
-def check_generator(generator, x):
-    """Raise ValueError unless the generator is None or one of PyTorch's on the device of x."""
-    if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != x.device.type):
-        made = f"torch.Generator({str(x.device)!r}).manual_seed(...)"
-        raise ValueError(f"generator must be None or {made}, got {generator!r}")
-
-
 def check_eps(eps, *, name="eps", norm="linf"):
     """eps as a float. Raises ValueError unless it is a number >= 0 and, for "linf", at most 1."""
     if not isinstance(eps, Real) or isinstance(eps, bool):
@@ -62,10 +55,11 @@ def check_targets(x, y):
         raise ValueError(f"y must be int64 labels of shape ({len(x)},), got {got}")
 
 
-def check_inputs(x, y, eps=0, norm="linf"):
+def check_inputs(x, y, eps=0, norm="linf", generator=None):
     """x and y as constants of ours: detached, contiguous, usable whatever mode they were made in; and eps, a float.
 
-    Raises ValueError unless x is a batch of images in [0, 1], y its labels (int64) and eps a radius of the norm.
+    Raises ValueError unless x is a batch of images in [0, 1], y its labels (int64), eps a radius of the norm, and
+    generator None or one of PyTorch's on the device of x.
     """
     check_choice("norm", norm, NORMS)
     eps = check_eps(eps, norm=norm)
@@ -82,6 +76,9 @@ def check_inputs(x, y, eps=0, norm="linf"):
     check_targets(x, y)
     if y.device != x.device:
         raise ValueError(f"the labels are on {y.device}, and the images on {x.device}")
+    if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != x.device.type):
+        made = f"torch.Generator({str(x.device)!r}).manual_seed(...)"
+        raise ValueError(f"generator must be None or {made}, got {generator!r}")
     # Of no subclass: those of two libraries may refuse to meet.
     return *(own(t).as_subclass(torch.Tensor).contiguous() for t in (x, y)), eps
 
