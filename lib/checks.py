@@ -29,7 +29,8 @@ def check_count(least, **values):
 
 
 def check_eps(eps, *, name="eps", norm="linf"):
-    """eps as a float. Raises ValueError unless it is a number >= 0 and, for "linf", at most 1."""
+    """eps as a float. Raises ValueError unless it is a number >= 0, at most 1 for "linf", and norm one of NORMS."""
+    check_choice("norm", norm, NORMS)
     if not isinstance(eps, Real) or isinstance(eps, bool):
         raise ValueError(f"{name} must be a number, got {type(eps).__name__}")
     if not 0 <= float(eps) <= torch.finfo(torch.float32).max:
@@ -61,7 +62,6 @@ def check_inputs(x, y, eps=0, norm="linf", generator=None):
     Raises ValueError unless x is a batch of images in [0, 1], y its labels (int64), eps a radius of the norm, and
     generator None or one of PyTorch's on the device of x.
     """
-    check_choice("norm", norm, NORMS)
     eps = check_eps(eps, norm=norm)
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.numel():
         raise ValueError(f"x must be a tensor (B, C, H, W) with B >= 1, got {getattr(x, 'shape', type(x).__name__)}")

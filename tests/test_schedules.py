@@ -97,6 +97,7 @@ def test_by_name(name, settings, same):
     (lambda: linear(-0.1, 0.3, 5), "start must be finite and not negative, got -0.1"),
     (lambda: linear(0, 16, 5), "stop is a fraction of the pixel range"),
     (lambda: linear(0, 0.3, 5, clip=2), "clip is a fraction of the pixel range"),
+    (lambda: linear(0, 5, 3, norm="L-inf"), "unknown norm 'L-inf': choose one of linf, l2"),
     (lambda: cosine(0, INFINITY, 5), "stop must be finite"),
     (lambda: cosine(0.4, 0.1, 5), "runs backwards: it starts at 0.4 and stops at 0.1"),
     (lambda: linear(0, 0.3, 0), "runs backwards: epochs must be positive and finite, got 0"),
