@@ -110,14 +110,15 @@ def _named(model):
 
 
 def outputs_of(model, x):
-    """A list (name, output) of what the modules return, a tensor or the first of several, the innermost first."""
+    """A list (name, output) of what the modules return, a tensor or the first of several, the innermost first; but none
+    without numbers."""
     names, run = _named(model), []
     with ExitStack() as hooks:
         for m in names:
             hooks.enter_context(m.register_forward_hook(lambda m, _, out: run.append((names[m], out))))
         model(x.clone())
     run = [(name, out[0] if isinstance(out, tuple) and out else out) for name, out in run]
-    return [(name, out.detach().clone()) for name, out in run if isinstance(out, torch.Tensor)]
+    return [(name, out.detach().clone()) for name, out in run if isinstance(out, torch.Tensor) and out.numel()]
 
 
 def differ(a, b, again):

@@ -470,6 +470,18 @@ def test_a_module_that_is_used_twice_is_named_and_not_fed_its_first_input_again(
         landscape.descent_direction(Twice().eval(), X, Y)
 
 
+def test_a_module_that_returns_nothing():
+    class Empty(Plain):
+        def __init__(self):
+            super().__init__()
+            self.none = nn.Identity()
+
+        def forward(self, x):
+            return super().forward(x) + self.none(x[:, :0]).sum()
+
+    assert torch.isfinite(landscape.descent_direction(Empty().eval(), X, Y)[0]).all()
+
+
 def test_sparse_buffers():
     class Sparse(nn.Module):
         def __init__(self):
