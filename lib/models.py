@@ -195,7 +195,7 @@ def released(path, model, *, width=None):
     if isinstance(path, list | tuple):
         return Ensemble([released(one, model, width=width) for one in path])
     tensors = _tensors(path)
-    width = width or RELEASED.get(model)
+    width = RELEASED.get(model) if width is None else width
     network = build(model, seed=0, width=width)
     states = tensors, network.state_dict()
     got, want = ([*(tuple(t.shape) for t in state.values()), "nothing more"] for state in states)

@@ -262,6 +262,12 @@ def test_what_is_no_released_network(tmp_path, content, message):
         models.released(path, "alexnet")
 
 
+def test_a_width_of_zero_is_not_the_released_one(tmp_path):
+    torch.save(build("lenet", seed=0, width=16).state_dict(), tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="width must be an integer >= 1, got 0"):
+        models.released(tmp_path / "x.ckpt", "lenet", width=0)
+
+
 @pytest.mark.parametrize("checked", [True, False])
 def test_a_damaged_released_network_is_refused(tmp_path, checked):
     """A bit altered anywhere: refused by the file's own checksums, or the network is the same."""
