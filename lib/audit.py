@@ -65,6 +65,10 @@ class Subject:
     y: torch.Tensor
     facts: dict
 
+    def __post_init__(self):
+        if taken := self.facts.keys() & {"attack", "restarts", "seed", "settings", "source"}:
+            raise ValueError(f"facts must not name {', '.join(sorted(taken))}: these are what is asked of the network")
+
     def falls(self, attack, *, restarts=1, seed=0, source=None, **settings):
         """`first_falls` under an attack (`attack_by_name`), run `restarts` times; source: another Subject, on whose
         network the attacks are made."""

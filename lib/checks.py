@@ -3,8 +3,9 @@
 from numbers import Integral, Real
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from .differentiate import own
+from .differentiate import as_module, own
 
 NORMS = ("linf", "l2")
 STARTS = (True, False, "step", "ball")
@@ -81,6 +82,14 @@ def check_inputs(x, y, eps=0, norm="linf", generator=None):
         raise ValueError(f"generator must be None or {made}, got {generator!r}")
     # Of no subclass: those of two libraries may refuse to meet.
     return *(own(t).as_subclass(torch.Tensor).contiguous() for t in (x, y)), eps
+
+
+def check_statistics(model):
+    """Raise ValueError if the model normalises by the statistics of the batch, in evaluation mode, too."""
+    for name, m in as_module(model).named_modules():
+        if isinstance(m, BatchNorm) and m.running_mean is None:
+            what = f"module {name!r} ({type(m).__name__})"
+            raise ValueError(f"{what} has no running statistics: what it makes of one image depends on the others")
 
 
 def check_logits(logits, count):

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.utils import parametrize
 
-from .checks import check_choice, check_count, check_labels, check_targets
+from .checks import check_choice, check_count, check_labels, check_statistics, check_targets
 from .copies import copied, joined, outputs_of
 from .differentiate import as_module, differentiating, gradient, own
 from .fast import channels_last
@@ -342,9 +341,7 @@ def check(model, x, y):
     for name, m in as_module(model).named_modules():
         if m.training and not isinstance(m, CONTAINERS):
             raise ValueError(f"the model is in training mode (module {name or type(m).__name__!r}): call model.eval()")
-        if isinstance(m, BatchNorm) and m.running_mean is None:
-            raise ValueError(f"module {name!r} ({type(m).__name__}) has no running statistics: the loss of one image "
-                             "depends on the others")  # fmt: skip
+    check_statistics(model)
     return own(x).contiguous(), own(y).contiguous()
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .attacks import frozen, misclassified, pgd
-from .checks import check_count, check_data, check_inputs, check_targets
+from .checks import check_count, check_data, check_inputs, check_statistics, check_targets
 from .differentiate import alike, as_module, differentiating, own, unchanged
 from .models import ACTIVATIONS, any_layout
 
@@ -59,6 +59,7 @@ def check_answers(model, x):
     """Raise ValueError if the model answers the first images differently when it is asked again, by more than rounding,
     or in other places of another batch: of one that tosses a coin, keeps a state or mixes images, an attack finds the
     worst of its answers, at the same image."""
+    check_statistics(model)
     if any_layout(as_module(model)):
         return
     few = x[torch.arange(min(10, len(x)))]

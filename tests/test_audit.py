@@ -216,6 +216,8 @@ class TestSubject:
         assert (subject.mask("pgd", restarts=3, **WEAK) == (np.array(falls) <= 3)).all()
         away = subject.mask("pgd", source=subject, **WEAK)
         assert (away == subject.mask("pgd", **WEAK)).all()
+        with pytest.raises(ValueError, match="facts must not name seed"):  # the second of two seeds would be the first
+            audit.Subject(trained, *batch, {"network": "trained", "seed": 1})
         few = audit.Subject(trained, *(t[:7] for t in batch), {"network": "trained"})
         with pytest.raises(ValueError, match="these facts name 40 images, and here are 7"):
             few.mask("fgsm", eps=0.1)

@@ -123,6 +123,9 @@ def test_models_that_do_not_judge_each_image_by_itself_are_refused(kind, digits)
     for function in (robust_error, wrong, audit.first_falls):
         with pytest.raises(ValueError, match="hangs on its place in the batch, or on the other images"):
             function(kind(), x, y, lambda m, x, y: x)
+        unknown = torch.nn.Sequential(torch.nn.BatchNorm2d(1, track_running_stats=False), torch.nn.Flatten())
+        with pytest.raises(ValueError, match=r"module '0' \(BatchNorm2d\) has no running statistics"):
+            function(unknown, x, y, lambda m, x, y: x)
 
 
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
