@@ -137,7 +137,11 @@ def _moves(layer):
 
 
 def _moving(layer, low, high, radius, squares):
-    """As `_carry`, where the layer's parameters move too; `back` adds the squared norm of their gradient to squares."""
+    """As `_carry`, where the layer's parameters move too; `back` adds the squared norm of their gradient to squares.
+
+    With inputs of middle m and half-width s, a weight w and its half-width r: |(w + dw)(m + dm) - w m| is at most
+    (|w| + r) s + r |m|, which is a layer of weight `reach` at s and one of weight `move` at |m|; a bias adds r.
+    """
     own, middle, spread = dict(layer.named_parameters()), (low + high) / 2, (high - low) / 2
     reach = {k: (p.abs() if k == "weight" else 0) + torch.full_like(p, radius) for k, p in own.items()}
     move = {k: torch.full_like(p, radius if k == "weight" else 0) for k, p in own.items()}

@@ -3,6 +3,9 @@
 A measurement works on a copy and leaves the model as it was. What autograd says of a copy is true only if it computes
 with its own parameters, gives each image an answer of its own, and has derivatives that are those of its values.
 Networks of this library's own layers do; any other is asked, on two images.
+
+Curvature, surfaces, curves and certificates work on such copies, since they move the parameters or differentiate by
+them. Attacks and errors ask for the input alone: they take `attacks.frozen`, the model itself with constant parameters.
 """
 
 import copy

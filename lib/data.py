@@ -466,7 +466,8 @@ def _walk(folder):
 
 
 def _once(samples):
-    """Each file once, although several links may lead to it."""
+    """Each file once, although several links may lead to it: by its first path, at the place of its last, since
+    fingerprints hang on the order."""
     return list({(os.path.realpath(file), label): (file, label) for file, label in reversed(samples)}.values())[::-1]
 
 
