@@ -121,8 +121,8 @@ def eps_sep(x, y, *, norm, bias=False):
         raise ValueError(f"eps_sep is for two classes, got {K}")
     x, _ = _centred(x, bias)
     scale = np.abs(x).max() or 1.0
-    # The solver's tolerances are absolute: first at the scale of the largest point, where its t has more digits than the
-    # bound that is proved for its w; if bounds are apart there, at each point's own, where only the bound is to be had.
+    # The solver's tolerances are absolute: first at the scale of the largest point, where its t has more digits than
+    # the bound that is proved for its w; if bounds are apart there, at each point's own, where that bound is taken.
     own = np.linalg.norm(x, axis=1)
     own = np.maximum(own, np.median(own))
     best, spread = 0.0, np.median(np.abs(x - np.median(x, axis=0)).max(1)) or np.median(own)
