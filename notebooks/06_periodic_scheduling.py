@@ -518,8 +518,8 @@ for name, part in grids.items():
     book.answer(f"What does a learning rate beside the best one cost? {name}",
                 f"Robust error over the grid above the least under the same seed: {means}; "
                 f"{cells.judge(cost_rule, *lost.values()).words}.",
-                reviewer="Our own question", n=f"{len(common)} seeds, {len(rates)} rates",
-                source=part["source"].iloc[0])  # fmt: skip
+                n=f"{len(common)} seeds, {len(rates)} rates" + cells.looked(part, "cost", len(common)),
+                reviewer="Our own question", source=part["source"].iloc[0])  # fmt: skip
 
 # %% [markdown]
 # ## Does a verdict hang on one seed?
