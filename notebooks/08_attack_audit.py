@@ -218,8 +218,11 @@ def example(subject, i, name, eps):
     settings = {key: value for key, value in how.items() if key != "attack"}
     attack = audit.attack_by_name(how["attack"], device=x.device, **settings)
     facts = subject.facts | how | {"digit": i}
-    made = runs.remember("examples", facts, lambda: attack(subject.network, x[i : i + 1], y[i : i + 1])[0].tolist())
-    return torch.tensor(made, device=x.device)
+
+    def compute():
+        return attack(subject.network, x[i : i + 1], y[i : i + 1])[0].tolist()
+
+    return torch.tensor(runs.remember("examples", facts, compute, version=audit.VERSION), device=x.device)
 
 
 # %%
