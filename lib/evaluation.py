@@ -40,8 +40,7 @@ def wrong(model, x, y, attack=None, *, batch_size=500):
             It is shown only the images that are classified rightly.
     Raises:
         ValueError: labels that do not match, logits that are not finite, an attack that leaves [0, 1] and what it
-            raises, or a model to attack that answers the same images differently each time, or
-            in another batch.
+            raises, or a model to attack that answers the same images differently each time, or in another batch.
     """
     batches, masks = in_batches(x, y, batch_size), []
     if attack is not None:

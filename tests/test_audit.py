@@ -203,6 +203,32 @@ class TestSigns:
             audit.signs(**arguments | change)
 
 
+OWN = {  # attack: its settings; the mean move of a pixel and the label's mean logit, of a usual network and a sure one
+    "fgsm": ({}, [2.7613608e-04, 1.23372646, 8.2766004e-05, 126.495895]),
+    "pgd": (
+        {"step_size": 0.02, "num_steps": 5, "num_restarts": 2},
+        [2.5803370e-04, 1.22673155, 3.7412953e-04, 126.092241],
+    ),
+    "simba": ({"num_queries": 60}, [1.8778462e-04, 1.33197620, 2.6627080e-04, 133.400890]),
+    "noise": ({}, [7.1494776e-05, 1.33956220, 7.1494776e-05, 133.956220]),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_attacks_of_our_own_find_what_their_version_says(name):
+    """If one is meant to find otherwise: raise `audit.VERSION`, so that what is remembered is not taken for it."""
+    settings, expected = OWN[name]
+    x, found = torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0)).double(), []
+    for scale in (10, 1000):  # at the second the labels' probabilities are 1, up to rounding
+        model = models.build("lenet", seed=0, width=1).double().eval()
+        for parameter in model[-1].parameters():
+            parameter.data *= scale
+        y = predict(model, x).argmax(1)
+        x_adv = audit.attack_by_name(name, eps=0.02, **settings)(model, x, y)
+        found += [(x_adv - x).mean().item(), predict(model, x_adv).gather(1, y[:, None]).mean().item()]
+    assert audit.VERSION == 3 and found == pytest.approx(expected, rel=1e-6)
+
+
 class TestSubject:
     def test_results_are_remembered_by_what_decides_them(self, trained, batch, tmp_path, monkeypatch):
         monkeypatch.setenv("RUNS_DIR", str(tmp_path))
