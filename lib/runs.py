@@ -17,7 +17,7 @@ from . import cluster, compute
 from .files import checksum, folder_from_environment, locked, read_json, write_json
 from .training import VERSION, damage, train
 
-# Dicts: run (its name), what, state ("found", "trained", "remembered", "measured"; of a cell "committed"), made.
+# Dicts: run (its name), what, state ("found", "trained", "remembered", "measured", "committed"), made.
 journal = []
 
 _handed = set()  # names of runs that a cluster has trained for this process, until they are asked for
@@ -40,7 +40,7 @@ def run(config, data, *, wait=True, quiet=False):
     A second process that wants the same run waits for the first, or gets None at once if not `wait`. One whose files
     are damaged is kept beside its place and trained anew. Other arguments and errors as for `training.train`.
     """
-    folder = _folder(config, data)
+    folder = runs_dir() / name(config, data)
     try:
         if damage(folder, config):
             _put_aside(folder, config, wait)
@@ -105,29 +105,32 @@ def ahead(configs, data):
     Data travel by their name, and each worker loads them; what was not loaded by name is left to whoever needs it."""
     if cluster.address() and data.origin:
         shared = shared_dir()
-        folders = {_folder(config, data): config for config in configs}
-        tasks = {f"train {folder.name}": (shared, config, data.origin, data.fingerprint, VERSION)
-                 for folder, config in folders.items() if not (folder / "run.json").exists()}  # fmt: skip
+        names = {name(config, data): config for config in configs}
+        tasks = {f"train {run}": (shared, config, data.origin, data.fingerprint, VERSION)
+                 for run, config in names.items() if not (runs_dir() / run / "run.json").exists()}  # fmt: skip
         cluster.each(_train_there, tasks, "runs")
-        _handed.update(name.removeprefix("train ") for name in tasks)
+        _handed.update(task.removeprefix("train ") for task in tasks)
 
 
 def _train_there(folder, config, *named):
     run(config, cluster.on_worker(folder, *named), quiet=True)
 
 
-def _folder(config, data):
-    return runs_dir() / f"{config.model}-{config.schedule}-{key(config, data)}"
+def name(config, data):
+    """What the run of this config on this data is called, whether there is one or not."""
+    return f"{config.model}-{config.schedule}-{key(config, data)}"
 
 
-def remember(kind, facts, compute_value, *, version=1):
+def remember(kind, facts, compute_value, *, version=1, committed=None):
     """What compute_value() returns, a JSON value: computed once for the same facts, and read again from then on.
 
     Args:
         kind: the folder, inside that of the runs; a plain name, such as "attacks".
-        facts: a JSON dict of all that was asked for. A run is named by `run.folder.name`.
+        facts: a JSON dict of all that was asked for. A run is named by `name`.
         compute_value: a function without arguments. It should be repeatable.
         version: raised by hand when the same facts come to mean another value.
+        committed: None, or the folder of a profile's figures: what stands there is read from it, wherever it was made,
+            and what does not is written into it, too.
     Returns:
         The value as JSON gives it back (tuples are lists), whether computed or read.
     Raises:
@@ -135,17 +138,32 @@ def remember(kind, facts, compute_value, *, version=1):
     """
     if Path(kind).name != kind or kind in ("", ".."):
         raise ValueError(f"kind must be a plain name, got {kind!r}")
-    path = runs_dir() / kind / f"{checksum([facts, version])}.json"
-    with _once(path, path.with_suffix(".lock")) as there:
-        if not there:
-            start = compute.clock()
-            value = compute_value()
-            write_json(path, {"facts": facts, "value": value, "made": compute.made(compute.clock() - start)})
+    if stands(committed, kind, facts, version=version):
+        path, state = _value(committed, kind, facts, version), "committed"
+    else:
+        path = _value(runs_dir(), kind, facts, version)
+        with _once(path, path.with_suffix(".lock")) as there:
+            if not there:
+                start = compute.clock()
+                value = compute_value()
+                write_json(path, {"facts": facts, "value": value, "made": compute.made(compute.clock() - start)})
+        state = "remembered" if there else "measured"
     record = read_json(path)
     if not isinstance(record, dict) or not {"value", "made"} <= record.keys():
         raise ValueError(f"{path} holds no remembered value: delete it, and it is computed again")
-    note(f"{kind}/{path.stem}", kind, "remembered" if there else "measured", record["made"])
+    if committed and state != "committed":
+        write_json(_value(committed, kind, facts, version), record)
+    note(f"{kind}/{path.stem}", kind, state, record["made"])
     return record["value"]
+
+
+def stands(folder, kind, facts, *, version=1):
+    """Whether what is to be remembered is among the committed values in a folder (None: there are none)."""
+    return folder is not None and _value(folder, kind, facts, version).exists()
+
+
+def _value(folder, kind, facts, version):
+    return Path(folder) / kind / f"{checksum([facts, version])}.json"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -254,6 +255,29 @@ def test_remember(folder):
     one.write_text(one.read_text()[:-10])
     with pytest.raises(ValueError, match="is truncated or corrupted"):
         [look(), look(facts={"attack": {"eps": 0.2}}), look(version=2)]
+
+
+def test_committed_values_are_read_wherever_they_were_made_and_new_ones_are_written_beside_them(folder, tmp_path):
+    facts, figures, calls = {"run": "a"}, tmp_path / "figures", []
+
+    def look(**more):
+        return runs.remember("looks", facts, lambda: calls.append(1) or len(calls), **more)
+
+    assert not runs.stands(None, "looks", facts) and not runs.stands(figures, "looks", facts)
+    assert look() == look(committed=figures) == 1 and runs.stands(figures, "looks", facts)
+    shutil.rmtree(folder)  # another machine
+    assert look(committed=figures) == 1 and not folder.exists()
+    assert [entry["state"] for entry in runs.journal[-3:]] == ["measured", "remembered", "committed"]
+    assert not runs.stands(figures, "looks", facts, version=2) and not runs.stands(figures, "looks", {"run": "b"})
+    assert look() == 2 and look(committed=figures) == 1  # each by its own
+    next((figures / "looks").glob("*.json")).write_text("{")
+    with pytest.raises(ValueError, match="is truncated or corrupted"):
+        look(committed=figures)
+
+
+def test_a_run_has_its_name_before_it_is_there(folder):
+    name = runs.name(CONFIG, noise())
+    assert not (folder / name).exists() and runs.run(CONFIG, noise()).folder == folder / name
 
 
 def test_what_cannot_be_remembered_is_said_before_it_is_computed(folder):

@@ -42,7 +42,7 @@ def state(run: dict, job: Job) -> str:
 
 
 def committed(job: Job) -> Counter:
-    """Cells that stand and are not made again, of this profile or of others, by profile and machine."""
+    """Cells and masks that stand and are not made again, of this profile or of others, by profile and machine."""
     own, found = Path(job.env["FIGURES_DIR"]), Counter()
     if "cells.read(" in Path(job.spec["source"]).read_text(encoding="utf-8"):
         for path in own.parent.glob("*/cells/*/[!.]*.json"):
@@ -51,6 +51,9 @@ def committed(job: Job) -> Counter:
                 made = cell["made"]["training"]
                 profile = path.relative_to(own.parent).parts[0]
                 found[f"committed cells of the profile {profile}, made on {made['device']}, {made['date']}"] += 1
+    if job.spec["parameters"].get("keep_masks"):
+        for value in filter(None, map(read_if_whole, own.glob("other-data/[!.]*.json"))):
+            found["committed masks of networks, made on {device}, {date}".format(**value["made"])] += 1
     return found
 
 
