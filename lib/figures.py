@@ -143,7 +143,16 @@ class Book:
         where = row["section"] if row["section"].startswith("Appendix") else f"Section {row['section']}"
         paper = f" The paper ({where}): {row['paper']}." if row["paper"] else ""
         paper = f" (Ours.){paper}" if row.get("ours") else paper
-        display(Markdown(f"**{row['verdict'].capitalize()}**: {claim}.{paper} Measured: {measured}. n: {row['n']}."))
+        verdict, elsewhere = row["verdict"].capitalize(), "".join(f" {text}." for text in self._elsewhere(row))
+        display(Markdown(f"**{verdict}**: {claim}.{paper} Measured: {measured}. n: {row['n']}.{elsewhere}"))
+
+    def _elsewhere(self, row):
+        """How other profiles have judged a claim that is undecided here, by the figures that stand."""
+        ledgers = map(read_if_whole, sorted((ROOT / "figures").glob(f"*/{self.name}.claims.json")))
+        return [f"In the profile `{ledger['profile']}`: **{other['verdict']}** (n: {other['n']})"
+                for ledger in ledgers if row["verdict"] == "undecided" and ledger.get("profile") != self.profile
+                for other in ledger.get("claims", [])
+                if other["claim"] == row["claim"] and other["verdict"] != "undecided"]  # fmt: skip
 
     def answer(self, question, answer, **facts):
         """Add a row to the reviewers' ledger and show it (`claims.answer`: reviewer, n, source, figure)."""
@@ -186,7 +195,8 @@ class Book:
             self.box.update(Markdown(self._answers(seconds, used.values())))
 
     def _answers(self, seconds, used):
-        lines = [f"**{row['verdict'].capitalize()}**: {row['claim']}" for row in self.rows["claims"]]
+        lines = ["; ".join([f"**{row['verdict'].capitalize()}**: {row['claim']}", *self._elsewhere(row)])
+                 for row in self.rows["claims"]]  # fmt: skip
         lines += [f"**{row['reviewer']}**: {row['question']} *Answer*: {row['answer']}" for row in self.rows["answers"]]
         failed = [row["check"] for row in self.rows["checks"] if not row["passed"]]
         if self.rows["checks"]:

@@ -293,6 +293,26 @@ class TestLedgers:
         (row,) = json.loads((folder / "03_toy.claims.json").read_text())["claims"]
         assert row["verdict"] == "undecided" and "seed" in row["why"]
 
+    @pytest.mark.parametrize(("here", "there", "told"), [(None, True, True), (True, False, False), (None, None, False)])
+    def test_a_claim_undecided_here_says_how_another_profile_has_judged_it(
+        self, monkeypatch, tmp_path, here, there, told
+    ):
+        monkeypatch.setattr(figures, "ROOT", tmp_path)
+        for profile, holds in (("large", there), ("quick", False)):  # its own of before is not another's
+            monkeypatch.setenv("FIGURES_DIR", str(tmp_path / "figures" / profile))
+            monkeypatch.setattr(figures, "_profile", lambda *_, profile=profile: (profile, ""))
+            self.add(opened := book(), holds=holds, measured="1", n="9 seeds")
+            opened.close()
+        (tmp_path / "figures" / "other").mkdir()
+        (tmp_path / "figures" / "other" / "03_toy.claims.json").write_text("{")
+        pages = []
+        monkeypatch.setattr(figures, "Markdown", lambda text: pages.append(text) or text)
+        self.add(opened := book(), holds=here, measured="1")
+        opened.close()
+        said = "In the profile `large`: **reproduced** (n: 9 seeds)"
+        assert [said in page for page in pages if "It falls" in page] == [told, told]
+        assert any(f"- **Undecided**: It falls; {said}." in page for page in pages) == told
+
     def test_an_empty_book_is_an_error(self):
         with pytest.raises(ValueError, match="03_toy records no claim"):
             book().close()
