@@ -195,7 +195,7 @@ class Book:
             self.box.update(Markdown(self._answers(seconds, used.values())))
 
     def _answers(self, seconds, used):
-        lines = ["; ".join([f"**{row['verdict'].capitalize()}**: {row['claim']}", *self._elsewhere(row)])
+        lines = [". ".join([f"**{row['verdict'].capitalize()}**: {row['claim']}", *self._elsewhere(row)])
                  for row in self.rows["claims"]]  # fmt: skip
         lines += [f"**{row['reviewer']}**: {row['question']} *Answer*: {row['answer']}" for row in self.rows["answers"]]
         failed = [row["check"] for row in self.rows["checks"] if not row["passed"]]

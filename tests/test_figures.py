@@ -311,7 +311,7 @@ class TestLedgers:
         opened.close()
         said = "In the profile `large`: **reproduced** (n: 9 seeds)"
         assert [said in page for page in pages if "It falls" in page] == [told, told]
-        assert any(f"- **Undecided**: It falls; {said}." in page for page in pages) == told
+        assert any(f"- **Undecided**: It falls. {said}." in page for page in pages) == told
 
     def test_an_empty_book_is_an_error(self):
         with pytest.raises(ValueError, match="03_toy records no claim"):
