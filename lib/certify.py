@@ -273,8 +273,7 @@ def _sequential(layers, low, high, carry=_carry):
 
 def _block(block, low, high):
     r_low, r_high, residual = _carry(block.residual, low, high)
-    every_second = nn.AvgPool2d(1, block.stride)  # what the shortcut sees
-    s_low, s_high, shortcut = _carry(nn.Sequential(every_second, block.shortcut), low, high)
+    s_low, s_high, shortcut = _carry(nn.Sequential(block.every_second, block.shortcut), low, high)
     low, high, activation = _carry(block.activation, r_low + s_low, r_high + s_high)
 
     def back(g_low, g_high):

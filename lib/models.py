@@ -76,14 +76,15 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Identity()
         if stride != 1 or c_in != c_out:
             self.shortcut = nn.Sequential(*_normed(c_in, c_out, size=1))
-        self.stride = stride
+        # A 1 x 1 convolution of stride 2 is one of stride 1 on every second pixel. The latter, because oneDNN's
+        # gradient of the former writes past its memory where channels are fewer than a vector (its issue 6035). By
+        # pooling single pixels, since the derivative of a slice has channels first in memory, whatever they were
+        # before, and the layers that it goes through next are several times slower then.
+        self.every_second = nn.AvgPool2d(1, stride) if stride > 1 else nn.Identity()
         self.activation = _activation(activation)
 
     def forward(self, x):
-        # A 1 x 1 convolution of stride 2 is one of stride 1 on every second pixel. The latter, because oneDNN's
-        # gradient of the former writes past its memory where channels are fewer than a vector (its issue 6035).
-        every_second = x[..., :: self.stride, :: self.stride]
-        return self.activation(self.residual(x) + self.shortcut(every_second))
+        return self.activation(self.residual(x) + self.shortcut(self.every_second(x)))
 
 
 def resnet18(width=8, *, activation="relu", in_channels=3, num_classes=10):

@@ -6,6 +6,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from pyautoattack.autopgd_base import APGDAttack
 from torch import nn
 from torch.nn.utils import prune
 
-from lib import attacks, audit, curvature, landscape, models
-from lib.attacks import autoattack, fgsm, pgd, simba
+from lib import attacks, audit, curvature, fast, landscape, models
+from lib.attacks import as_function, autoattack, fgsm, pgd, simba
 from lib.evaluation import attacked, evaluate, predict, robust_error, unit_activity, wrong
 
 
@@ -912,7 +913,27 @@ class TestFast:
             side = nn.Sequential(*layers)(torch.rand(2, channels, 9, 9)).shape[-1]
         model = nn.Sequential(*layers, nn.Flatten()).double().eval()
         assert models.any_layout(model)
-        check_fast(model, torch.rand(2, channels, 9, 9, dtype=torch.float64))
+        with mock.patch.object(fast, "_places", return_value=data.draw(st.sampled_from([0, 16]))):
+            check_fast(model, torch.rand(2, channels, 9, 9, dtype=torch.float64))
+
+    @pytest.mark.parametrize("kernel, padding", [(3, 1), (5, 2), (1, 0), ((3, 2), (0, 1)), (2, 1), (3, 2), (3, 3)])
+    def test_neighbours_made_at_once_are_those_made_one_by_one(self, kernel, padding, monkeypatch):
+        monkeypatch.setattr(fast, "_places", lambda _weight: 16)
+        torch.manual_seed(0)
+        for c, out in ((1, 8), (3, 8), (8, 8), (8, 16), (16, 8), (4, 3), (16, 1), (9, 20), (20, 9)):
+            layer = nn.Conv2d(c, out, kernel, padding=padding, bias=c != 8).double()
+            few = padding != 3 and (c == 1 or min(c, out) <= 8)  # 3: beyond the kernel
+            assert bool(fast._narrow(layer, layer.weight, layer.bias)) == few
+            for side in (5, 8, 14):
+                check_fast(layer, torch.rand(2, c, side, side + 2, dtype=torch.float64))
+            made = as_function(layer.float())(fast.channels_last(torch.rand(2, c, 8, 8)))
+            assert made.is_contiguous(memory_format=torch.channels_last)
+            assert as_function(layer)(made.new_zeros(0, c, 8, 8)).shape == (0, *made.shape[1:])
+
+    def test_an_image_smaller_than_the_kernel_is_refused_in_the_words_of_pytorch(self, monkeypatch):
+        monkeypatch.setattr(fast, "_places", lambda _weight: 16)
+        with pytest.raises(RuntimeError, match=r"\(2 x 2\). Kernel size: \(5 x 5\)"):
+            as_function(nn.Conv2d(3, 8, 5))(torch.rand(1, 3, 2, 2))
 
     def test_the_low_type_leaves_the_differences_of_large_logits(self, monkeypatch, trained, digits):
         monkeypatch.setattr(attacks, "fast_dtype", lambda _device: torch.bfloat16)

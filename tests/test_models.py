@@ -125,6 +125,18 @@ def test_resnet_is_torchvisions(mode):
     torch.testing.assert_close(getattr(ours, mode)()(x), getattr(theirs, mode)()(x))
 
 
+@pytest.mark.parametrize("side", [7, 8])
+def test_every_second_pixel_is_that_of_a_slice_and_its_derivative_has_channels_last(side):
+    block, x = models.BasicBlock(4, 8, 2, "relu"), torch.rand(2, 4, side, side, requires_grad=True)
+    x = x.contiguous(memory_format=torch.channels_last)
+    seen, sliced = block.every_second(x), x[..., ::2, ::2]
+    assert torch.equal(seen, sliced)
+    direction = torch.randn_like(seen)
+    g, expected = (torch.autograd.grad(out, x, direction, retain_graph=True)[0] for out in (seen, sliced))
+    assert torch.equal(g, expected) and g.is_contiguous(memory_format=torch.channels_last)
+    assert isinstance(models.BasicBlock(4, 4, 1, "relu").every_second, nn.Identity)
+
+
 @pytest.mark.parametrize("channels", [4, 8])
 def test_a_narrow_block_has_its_gradient(channels):
     """A gradient that oneDNN gets wrong here does not only fail: it overwrites memory and ends the process."""
