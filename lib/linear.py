@@ -52,8 +52,8 @@ def in_v(W, x, y, *, eps, norm, b=None):
 def slope(W, x, y, *, eps, norm):
     """One-sided derivative of gamma -> L_eps(gamma W) at gamma = 0: sum_k pi_k (eps ||a_k||_* - a_k.m_k).
 
-    Here pi_k and m_k are frequency and mean of class k, and a_k = w_k less the mean row. Arguments, result and errors
-    as for `margins`.
+    Here pi_k and m_k are frequency and mean of class k, and a_k = w_k less the mean row. Arguments and errors as for
+    `margins`; floats, of the shape of W's leading dimensions.
     """
     W, x, y, _ = _classifier(W, x, y, eps, norm, None)
     pi, means = _moments(x, y, W.shape[-2])
@@ -66,7 +66,8 @@ def slope(W, x, y, *, eps, norm):
 def in_t(W, x, y, *, eps, norm):
     """Whether W is in T_eps: no positive multiple of W has a smaller robust loss than the origin.
 
-    L_eps is convex, so the sign of `slope` decides. Arguments, result and errors as for `margins`.
+    L_eps is convex, so the sign of `slope` decides. Arguments and errors as for `margins`; boolean, of the shape of W's
+    leading dimensions.
     """
     return slope(W, x, y, eps=eps, norm=norm) >= 0
 

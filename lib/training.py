@@ -227,7 +227,7 @@ def train(config, data, *, folder, quiet=False):
         config: TrainConfig.
         data: data.Data.
         folder: the run's own folder; made if missing. Holds checkpoint.safetensors while it runs (replaced after each
-            epoch, in one step), model-<epoch>.safetensors for epoch 0, each period's end and the last, and run.json.
+            epoch, in one step), model-<epoch>.safetensors for the epochs of `config.kept`, made.json and run.json.
         quiet: no line of progress.
     Returns:
         Run. Same config, data, machine and thread count: same weights, bit for bit.
