@@ -217,13 +217,13 @@ finding, common = escape(rows, *arms_at), cells.both(rows, *arms_at, kind="clean
 steady = {"the plateau is left": cells.without_one(escape, rows, *arms_at, seeds=common)}
 robust = inference.difference("robust error, cosine minus constant", margin=margin)
 gain = cells.compare(robust, rows, *arms_at)
-paired = f"{n}, paired, {images} test digits, {attack}"
+paired = f"{n}, paired, {images} test digits, {attack}" + cells.looked(rows, "clean", count)
 book.claim(
     "A rising budget leaves the plateau on which a constant budget stays, at one learning rate",
     section="5", paper="LeNet at eps 0.4 does not train under a constant budget, and does under a rising one",
     measured=f"on the plateau: {', '.join(f'{k} of {count} {cells.spelt(a)}' for a, k in on.items())}; "
     f"{finding.measured}",
-    holds=finding, n=paired + cells.looked(rows, "clean", count), source=digits.source,
+    holds=finding, n=paired, source=digits.source,
 )  # fmt: skip
 
 # %% [markdown]
