@@ -5,7 +5,7 @@ convolution before it, weights are laid out as processors convolve fastest and t
 and convolutions with few channels are done in ways that fill a processor's vectors.
 """
 
-from functools import cache, reduce
+from functools import cache, partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +110,8 @@ def _narrow(layer, weight, bias):
         return None
     turned = weight.flip(2, 3).transpose(0, 1)
     back = _banded(weight, layer.padding) if banded else _in_rows(turned, None, beyond)
+    if layer.in_channels == 1 and not banded:  # other digits than oneDNN's, for little
+        return partial(F.conv2d, weight=weight, bias=bias, padding=layer.padding), back
     return _in_rows(weight, bias, layer.padding), back
 
 
