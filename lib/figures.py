@@ -181,7 +181,8 @@ class Book:
             raise ValueError(f"{self.name} records no claim")
         about = {"notebook": self.name, "title": _title(self.name), "profile": self.profile}
         write_json(self.folder / f"{self.name}.claims.json", about | self.rows)
-        used = {entry["run"]: entry for entry in runs.journal if entry["state"] != "committed"}
+        # As each was first: what was made here is so, though it was found again later.
+        used = {entry["run"]: entry for entry in reversed(runs.journal) if entry["state"] != "committed"}
         uses = [{"run": k, "what": e["what"], "seconds": e["made"]["seconds"]} for k, e in sorted(used.items())]
         own = compute.clock() - self.started
         own -= sum(e["made"]["seconds"] for e in used.values() if e["state"] in ("trained", "measured"))

@@ -269,6 +269,7 @@ class TestLedgers:
     def test_the_time_is_that_of_the_notebook_alone_beside_that_of_what_it_uses(self, folder, monkeypatch, tmp_path):
         """So the sum is the time from nothing, whether the values were made now or found."""
         monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+        monkeypatch.setenv("RUN_ALL_JOURNAL", str(tmp_path / "journal"))
         now = [0.0]
         monkeypatch.setattr(figures.compute, "clock", lambda: now[0])
 
@@ -278,12 +279,14 @@ class TestLedgers:
 
         for state in ("measured", "remembered"):
             with_value = book()
-            runs.remember("values", {"of": 1}, lambda: wait(10))
+            for _ in range(2):  # what is asked for twice was made no less
+                runs.remember("values", {"of": 1}, lambda: wait(10))
             wait(3)
             with_value.answer("Why?", "So.", reviewer="Reviewer 1", n="1", source="none")
             with_value.close()
             use = read_json(folder / "03_toy.uses.json")
             assert (use["seconds"], [run["seconds"] for run in use["runs"]]) == (3, [10]), state
+            assert read_json(tmp_path / "journal").get(state) == 1, state
             (folder / "03_toy.uses.json").unlink()
 
     def test_undecided_says_why(self, folder):
