@@ -181,15 +181,18 @@ class Book:
             raise ValueError(f"{self.name} records no claim")
         about = {"notebook": self.name, "title": _title(self.name), "profile": self.profile}
         write_json(self.folder / f"{self.name}.claims.json", about | self.rows)
-        # As each was first: what was made here is so, though it was found again later.
-        used = {entry["run"]: entry for entry in reversed(runs.journal) if entry["state"] != "committed"}
+        # As each was first: what was made here is so, though it was found again later. Used is what is not committed by
+        # now, so that the next run, which finds it committed, writes the same.
+        first = {entry["run"]: entry for entry in reversed(runs.journal) if entry["state"] != "committed"}
+        last = {entry["run"]: entry["state"] for entry in runs.journal}
+        used = {run: entry for run, entry in first.items() if last[run] != "committed"}
         uses = [{"run": k, "what": e["what"], "seconds": e["made"]["seconds"]} for k, e in sorted(used.items())]
         own = compute.clock() - self.started
-        own -= sum(e["made"]["seconds"] for e in used.values() if e["state"] in ("trained", "measured"))
+        own -= sum(e["made"]["seconds"] for e in first.values() if e["state"] in ("trained", "measured"))
         path = self.folder / f"{self.name}.uses.json"
         _write_record(path, about | {"asked": self.asked, "runs": uses, "seconds": round(max(0, own), 1)})
         if journal := os.environ.get("RUN_ALL_JOURNAL"):  # for the runner's closing table
-            write_json(journal, Counter(entry["state"] for entry in used.values()))
+            write_json(journal, Counter(entry["state"] for entry in first.values()))
         if self.box:
             record = read_json(path)
             seconds = record["seconds"] + sum(run["seconds"] for run in record["runs"])

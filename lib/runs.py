@@ -151,9 +151,10 @@ def remember(kind, facts, compute_value, *, version=1, committed=None):
     record = read_json(path)
     if not isinstance(record, dict) or not {"value", "made"} <= record.keys():
         raise ValueError(f"{path} holds no remembered value: delete it, and it is computed again")
+    note(f"{kind}/{path.stem}", kind, state, record["made"])
     if committed and state != "committed":
         write_json(_value(committed, kind, facts, version), record)
-    note(f"{kind}/{path.stem}", kind, state, record["made"])
+        note(f"{kind}/{path.stem}", kind, "committed", record["made"])
     return record["value"]
 
 

@@ -159,7 +159,7 @@ def measured(config, found, run):
 
     facts = asked_of(config, found)
     value = runs.remember("other-data", facts, compute, committed=kept)
-    if not run:
+    if kept:  # so that of the networks those alone count as used that are asked for below
         runs.note(facts["run"], value["network"], "committed", value["trained"])
     return {kind: np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=len(found.y_test)).astype(bool)
             for kind, text in value["masks"].items()}  # fmt: skip
@@ -352,8 +352,7 @@ for name, block in zip(coloured, axes.reshape(len(coloured), 2, 5)):
         line[0].set(title=f"a {y}", ylabel=name)
         for arm, pair in zip(arms, (line[1:3], line[3:])):
             config = configure(network, arm, near, first)
-            run = trained.get((name, config)) or runs.run(config, sets[name])
-            here = attacked(pair, run.model(), x, y, near)
+            here = attacked(pair, runs.run(config, sets[name]).model(), x, y, near)
             rows.append({"dataset": name, "image": i, "arm": arm} | here)
             pair[0].set_ylabel(arm)
 for ax in axes.flat:

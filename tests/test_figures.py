@@ -289,6 +289,24 @@ class TestLedgers:
             assert read_json(tmp_path / "journal").get(state) == 1, state
             (folder / "03_toy.uses.json").unlink()
 
+    def test_what_is_committed_counts_as_used_only_where_it_is_asked_for_again(self, folder, monkeypatch, tmp_path):
+        """So the run that makes it and the next one write the same."""
+        monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+        monkeypatch.setenv("RUN_ALL_JOURNAL", str(tmp_path / "journal"))
+        told = []
+        for _ in range(2):
+            opened = book()
+            for of in (1, 2):
+                runs.remember("values", {"of": of}, lambda: 0, committed=folder)
+            runs.remember("values", {"of": 2}, lambda: 0)
+            opened.check("sums", holds=True, measured="0")
+            opened.close()
+            told.append(read_json(folder / "03_toy.uses.json")["runs"])
+            (folder / "03_toy.uses.json").unlink()
+            told.append(read_json(tmp_path / "journal"))
+        first, made, second, found = told
+        assert first == second and len(first) == 1 and (made, found) == ({"measured": 2}, {"remembered": 1})
+
     def test_undecided_says_why(self, folder):
         opened = book()
         self.add(opened, holds=inference.trend("x", expect="rises")([[1, 2, 3]]))

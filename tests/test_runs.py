@@ -267,7 +267,7 @@ def test_committed_values_are_read_wherever_they_were_made_and_new_ones_are_writ
     assert look() == look(committed=figures) == 1 and runs.stands(figures, "looks", facts)
     shutil.rmtree(folder)  # another machine
     assert look(committed=figures) == 1 and not folder.exists()
-    assert [entry["state"] for entry in runs.journal[-3:]] == ["measured", "remembered", "committed"]
+    assert [entry["state"] for entry in runs.journal[-4:]] == ["measured", "remembered", "committed", "committed"]
     assert not runs.stands(figures, "looks", facts, version=2) and not runs.stands(figures, "looks", {"run": "b"})
     assert look() == 2 and look(committed=figures) == 1  # each by its own
     next((figures / "looks").glob("*.json")).write_text("{")
