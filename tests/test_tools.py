@@ -830,6 +830,22 @@ def test_a_dry_run_says_what_would_be_trained(toy):
     assert not toy.build.exists()
 
 
+def test_a_dry_run_counts_what_a_readers_own_settings_keep(toy):
+    keeps = 'profile = "quick"\nkeep_cells = {0}\nkeep_masks = {0}'
+    add(toy, "01_a", SHOW + "\nif False:\n    cells.read()", parameters=keeps.format(False))
+    define(toy)
+    made = {"device": "a machine", "date": "2026-01-02"}
+    for place in ("figures/overnight/cells/a/b.json", "build/mine/figures/cells/a/b.json"):
+        write_json(toy.root / place, {"made": {"training": made}})
+    write_json(toy.build / "mine/figures/other-data/c.json", {"made": made})
+    before = "         1 committed cells of the profile overnight, made on a machine, 2026-01-02"
+    assert run(toy, "--dry-run").stdout.splitlines()[1:] == [before]
+    add(toy, "01_a", SHOW + "\nif False:\n    cells.read()", parameters=keeps.format(True))
+    mine = [before.replace("overnight", "mine"), before]
+    mine.append("         1 committed masks of networks, made on a machine, 2026-01-02")
+    assert run(toy, "--dry-run").stdout.splitlines()[2:] == mine
+
+
 def test_a_dry_run_takes_what_is_damaged_for_what_is_to_be_made(toy, tmp_path):
     add(toy, "01_a", SHOW + "\nif False:\n    cells.read()")
     (toy.profiles / "long.yaml").write_text("01_a: {}")

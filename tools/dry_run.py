@@ -43,15 +43,18 @@ def state(run: dict, job: Job) -> str:
 
 def committed(job: Job) -> Counter:
     """Cells and masks that stand and are not made again, of this profile or of others, by profile and machine."""
-    own, found = Path(job.env["FIGURES_DIR"]), Counter()
-    if "cells.read(" in Path(job.spec["source"]).read_text(encoding="utf-8"):
-        for path in own.parent.glob("*/cells/*/[!.]*.json"):
-            kept = not path.is_relative_to(own) or job.spec["parameters"].get("keep_cells")
-            if kept and (cell := read_if_whole(path)):  # one that was cut is made again
+    source, own, found = Path(job.spec["source"]), Path(job.env["FIGURES_DIR"]), Counter()
+    asked = parameters(source) | job.spec["parameters"]
+    if "cells.read(" in source.read_text(encoding="utf-8"):  # which reads those in figures/ wherever its own go
+        folders = {path.parent.name: path for path in source.parents[1].glob("figures/*/cells")}
+        folders[job.env["PROFILE"]] = own / "cells"
+        if not asked.get("keep_cells"):
+            del folders[job.env["PROFILE"]]  # made again, as one is that was cut
+        for profile, folder in folders.items():
+            for cell in filter(None, map(read_if_whole, folder.glob("*/[!.]*.json"))):
                 made = cell["made"]["training"]
-                profile = path.relative_to(own.parent).parts[0]
                 found[f"committed cells of the profile {profile}, made on {made['device']}, {made['date']}"] += 1
-    if job.spec["parameters"].get("keep_masks"):
+    if asked.get("keep_masks"):
         for value in filter(None, map(read_if_whole, own.glob("other-data/[!.]*.json"))):
             found["committed masks of networks, made on {device}, {date}".format(**value["made"])] += 1
     return found
