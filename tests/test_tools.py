@@ -988,6 +988,15 @@ def test_a_reader_that_has_enough_ends_the_run(toy, options):
     assert (done.returncode, done.stderr) == (141, "") and not (toy.notebooks / "done").exists()
 
 
+@pytest.mark.parametrize("place", ["build", "notebooks/01_a.ipynb"])
+def test_a_disk_that_takes_no_files_is_named(toy, place):
+    add(toy, "01_a")
+    path = toy.root / place
+    path.mkdir() if path.suffix else path.touch()  # as unwritable to root as a read-only disk
+    done = run(toy)
+    assert done.returncode == 1 and re.fullmatch(rf"\nrun_all.sh: .*{path}.*\n", done.stderr), done.stderr
+
+
 def test_two_runners_of_one_notebook_at_once_both_end_well(toy):
     """Each waits for the other to be inside the notebook; the last one's stands."""
     add(toy, "01_a", "import os, pathlib, time\npathlib.Path(f'{os.getpid()}.pid').touch()"

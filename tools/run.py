@@ -229,6 +229,11 @@ def status() -> int:
             code = main()
         except KeyboardInterrupt:  # before the first notebook, or after the last
             code = 130
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a disk that is full, or takes no files
+            print(f"\nrun_all.sh: {error}", file=sys.stderr)
+            code = 1
         sys.stdout.flush()
     except BrokenPipeError as error:
         try:
