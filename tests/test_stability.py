@@ -11,8 +11,18 @@ import stability
 
 
 def test_seeds_move_at_any_depth_and_nothing_else_does():
-    values = {"seeds": [0, 1], "eps": 1, "tasks": {"a": {"seeds": [2], "n": 3}}, "p": [{"seeds": [[4, 5]]}]}
-    moved = {"seeds": [100, 101], "eps": 1, "tasks": {"a": {"seeds": [102], "n": 3}}, "p": [{"seeds": [[104, 105]]}]}
+    values = {
+        "seeds": [0, 1],
+        "eps": 1,
+        "tasks": {"a": {"seeds": [2], "n": 3}},
+        "p": [{"seeds": [[4, 5]]}, {"seeds": 2}],
+    }
+    moved = {
+        "seeds": [100, 101],
+        "eps": 1,
+        "tasks": {"a": {"seeds": [102], "n": 3}},
+        "p": [{"seeds": [[104, 105]]}, {"seeds": 2}],
+    }
     assert stability.shifted(values) == moved
 
 

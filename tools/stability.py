@@ -3,7 +3,7 @@
 
     python tools/stability.py [seeds] [avx2] [bfloat16] [compare]        (default: seeds and avx2)
 
-seeds: every parameter called `seeds`, at any depth, has 100 added to it, so that no network is one of the first run.
+seeds: every list called `seeds`, at any depth, has 100 added to its numbers: no network is one of the first run.
 avx2: the same seeds without the instructions and number formats of newer processors, trained anew. bfloat16: in that
 number format.
 compare: run nothing. All of it goes to build/stability; the comparison of all that is there with figures/quick to
@@ -40,12 +40,13 @@ A section is of the ledger as it stood when it was run: claims that were changed
 
 
 def shifted(value, key=""):
-    """A parameter with other seeds: whole numbers under a name `seeds`, at any depth, moved by SHIFT."""
+    """A parameter with other seeds: whole numbers in a list called `seeds`, at any depth, moved by SHIFT. (Outside of a
+    list one says how many seeds there are.)"""
     if isinstance(value, dict):
         return {k: shifted(v, k) for k, v in value.items()}
     if isinstance(value, list):
-        return [shifted(v, key) for v in value]
-    return value + SHIFT if key == "seeds" and type(value) is int else value
+        return [v + SHIFT if key == "seeds" and type(v) is int else shifted(v, key) for v in value]
+    return value
 
 
 def run(layout: Layout, variant: str) -> Path:
