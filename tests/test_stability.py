@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,3 +65,20 @@ def test_variants_that_were_not_run_are_named(ran, tmp_path, monkeypatch):
     found.clear()  # another machine, or an emptied build folder: what was found before stays
     stability.main(["compare"])
     assert (layout.figures / "stability.md").read_text() == text
+
+
+@pytest.mark.parametrize("status", [1, 130])
+def test_a_variant_that_did_not_end_well_is_not_compared(status, tmp_path, monkeypatch):
+    asked, layout = [], stability.Layout(tmp_path)
+    monkeypatch.setattr(stability, "Layout", lambda: layout)
+    monkeypatch.setattr(stability, "definition", lambda layout: {"01_a": {"seeds": [0], "eps": 1}, "recipes": {}})
+    monkeypatch.setattr(stability.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(
+        stability.subprocess,
+        "run",
+        lambda command, **_: asked.append(command[-1]) or SimpleNamespace(returncode=status),
+    )
+    with pytest.raises(SystemExit) as caught:
+        stability.main(["seeds", "avx2"])
+    assert caught.value.code == status and not (tmp_path / "figures").exists()
+    assert [path.read_text() for path in asked] == ["01_a:\n  seeds:\n  - 100\n"]

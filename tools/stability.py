@@ -11,6 +11,7 @@ figures/stability.md, where the section of a variant that is not there stays as 
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -49,8 +50,8 @@ def shifted(value, key=""):
     return value
 
 
-def run(layout: Layout, variant: str) -> Path:
-    """Run all notebooks as the variant says; the folder of their figures. Raises CalledProcessError if one fails."""
+def run(layout: Layout, variant: str) -> int:
+    """Run all notebooks as the variant says; the exit status of that, which has said why if it is not 0."""
     folder, notebooks = layout.build / "stability" / variant, definition(layout)
     del notebooks["recipes"]
     sections = {
@@ -60,8 +61,8 @@ def run(layout: Layout, variant: str) -> Path:
     profile = folder / f"stability-{variant}.yaml"
     write_bytes(profile, yaml.safe_dump(sections).encode())
     env = os.environ | VARIANTS[variant][1] | {"FIGURES_DIR": str(folder / "figures"), "RUNS_DIR": str(folder / "runs")}
-    subprocess.run([sys.executable, layout.root / "tools" / "run.py", "--profile", profile], env=env, check=True)
-    return folder / "figures"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner hears Ctrl-C, too, and says what is kept
+    return subprocess.run([sys.executable, layout.root / "tools" / "run.py", "--profile", profile], env=env).returncode
 
 
 def verdicts(folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
@@ -114,8 +115,8 @@ def main(asked: list[str]) -> None:
         sys.exit(f"unknown: {', '.join(sorted(unknown))}\n\n{__doc__}")
     layout = Layout()
     for variant in asked or ["seeds", "avx2"]:
-        if variant != "compare":
-            run(layout, variant)
+        if variant != "compare" and (status := run(layout, variant)):
+            sys.exit(status)
     page = layout.figures / "stability.md"
     parts, here, left, known = [INTRO], verdicts(layout.figures / "quick"), [], sections(page)
     for variant, (what, _) in VARIANTS.items():
