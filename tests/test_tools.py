@@ -805,6 +805,20 @@ def test_play_goes_to_a_folder_of_its_own(toy):
     assert not list(toy.figures.glob("*/*"))
 
 
+def test_a_profile_of_ours_is_not_what_differs_from_the_quick_one_it_builds_on(toy, capsys):
+    for name in ("01_a", "02_b"):
+        add(toy, name, SHOW)
+    define(toy)
+    add(toy, "01_a", SHOW, parameters='profile = "quick"\nsteps = 4\nrate = 0.1')
+    for name in ("gpu", "tiny"):
+        (toy.profiles / f"{name}.yaml").write_text("01_a: {rate: 0.2}\n02_b: {rate: 0.2}")
+    shutil.copy(toy.profiles / "gpu.yaml", own := toy.root / "my.yaml")
+    said = "01_a differs from the quick profile (steps), so that this is not gpu: take it back, or copy gpu.yaml"
+    assert refuses(toy, capsys, ["--profile", "gpu"], said)
+    for asked, name in (("gpu", "02_b"), ("tiny", "01_a"), (str(own), "01_a")):
+        assert list(runner.selected(toy, asked, [name])) == [name]
+
+
 def test_a_dry_run_says_what_would_be_trained(toy):
     add(toy, "01_a", SHOW)
     add(toy, "02_b", SHOW + "\nif False:\n    cells.read()")

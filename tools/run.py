@@ -2,8 +2,9 @@
 """Run the notebooks, several side by side, each in a process of its own.
 
 The profile "quick" rewrites notebooks/NAME.ipynb and figures/quick/; a notebook whose parameters are not as quick.json
-defines them is run as the profile "mine". Any other profile writes build/PROFILE/NAME.ipynb and figures/PROFILE/, but
-"mine", "tiny" (the tests' size) and a reader's own file all of it under build/PROFILE/, where the logs are, too.
+defines them is run as the profile "mine". Any other profile, which no such notebook is run in, writes
+build/PROFILE/NAME.ipynb and figures/PROFILE/; but "mine", "tiny" (the tests' size) and a reader's own file, which take
+any, write all of it under build/PROFILE/, where the logs are, too.
 FIGURES_DIR and RUNS_DIR (trained models) in the environment replace those folders; DATA_DIR is that of the data.
 """
 
@@ -167,10 +168,14 @@ def selected(layout: Layout, asked: str, notebooks: list[str]) -> dict[str, tupl
         pair = layout.notebooks / f"{name}.py", layout.notebooks / f"{name}.ipynb"
         if edited(*pair, layout.build / profiles.QUICK / f"{name}.py"):
             raise profiles.ProfileError(EDITED.format(name=name))
-    played = profiles.played(layout, names) if profile == profiles.QUICK else {}
-    for name, changes in played.items():
-        print(f"{name} differs from the quick profile ({changes}): all of it goes to build/{profiles.MINE}/")
     private = profile == TINY or profile not in profiles.profile_names(layout)
+    played = {} if private else profiles.played(layout, names)
+    for name, changes in played.items():
+        differs = f"{name} differs from the quick profile ({changes})"
+        if profile != profiles.QUICK:  # which takes what it does not name from there
+            raise profiles.ProfileError(f"{differs}, so that this is not {profile}: take it back, or copy "
+                                        f"{profile}.yaml to a profile of your own, my.yaml, and run that")  # fmt: skip
+        print(f"{differs}: all of it goes to build/{profiles.MINE}/")
     return {name: (profiles.MINE, True, {}) if name in played else (profile, private, sections[name]) for name in names}
 
 
