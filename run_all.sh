@@ -81,13 +81,22 @@ make_venv() {
   local stamp=.venv/made-by-run_all want
   want=$(printf '%s\n' "$root" "$(cat pyproject.toml requirements.lock | cksum)")
   python=$root/.venv/bin/python
-  local usable=no
+  local usable=no held=
   if [ "$(head -n 1 "$stamp" 2>/dev/null)" = "$root" ] && "$python" tools/checkenv.py --python-only >/dev/null 2>&1; then
     if [ "$(cat "$stamp")" = "$want" ] && "$python" tools/checkenv.py --dev >/dev/null 2>&1; then return; fi
     usable=yes
   fi
   trap 'kill $(jobs -p) 2>/dev/null || true; wait; exit 130' INT TERM HUP # a background step does not hear Ctrl-C
   mkdir -p build
+  exec 9>build/setup.lock
+  flock -n 9 2>/dev/null || held=$? # 1: by another; else there is no such command, or a disk that refuses locks
+  if [ "$held" = 1 ]; then
+    echo "run_all.sh: another run_all.sh makes .venv; waiting for it" >&2
+    flock 9
+    exec 9>&-
+    make_venv
+    return
+  fi
   : >"$log"
   if [ $usable = yes ]; then
     echo "run_all.sh: bringing .venv up to date (details: $log)" >&2
@@ -99,6 +108,7 @@ make_venv() {
   python=$root/.venv/bin/python
   install && step "$python" tools/checkenv.py --dev || fail
   echo "$want" >"$stamp"
+  exec 9>&-
   trap - INT TERM HUP
 }
 

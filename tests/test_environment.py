@@ -320,7 +320,9 @@ def test_a_failed_set_up_shows_its_words_and_the_next_start_mends_it(checkout):
     assert checkout.where()[1] == ["venv", *INSTALLS]
 
 
-def test_a_killed_set_up_leaves_nothing_running_and_the_next_start_mends_it(checkout):
+@pytest.fixture
+def slow(checkout):
+    """A set-up that has begun to install."""
     (checkout.folder / "slow").touch()
     process = subprocess.Popen([checkout.folder / "run_all.sh", "--setup"], env=checkout.env, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 20
@@ -328,14 +330,33 @@ def test_a_killed_set_up_leaves_nothing_running_and_the_next_start_mends_it(chec
     while not (calls.exists() and "lock" in calls.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    return process
+
+
+def end(checkout, process):
     family = psutil.Process(process.pid).children(recursive=True)
+    (checkout.folder / "slow").unlink()
     process.terminate()
     assert process.wait(timeout=10) == 130
     assert not family[0].is_running()
     for member in filter(psutil.Process.is_running, family):
         member.kill()  # the stand-in's own sleep
-    (checkout.folder / "slow").unlink()
+
+
+def test_a_killed_set_up_leaves_nothing_running_and_the_next_start_mends_it(checkout, slow):
+    end(checkout, slow)
     assert checkout.where()[1] == ["venv", *INSTALLS]
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="there is nothing to lock with")
+def test_two_set_ups_at_once_do_not_delete_each_others_files(checkout, slow):
+    script = [checkout.folder / "run_all.sh", "--setup"]
+    with subprocess.Popen(script, env=checkout.env, stderr=subprocess.PIPE, text=True) as second:
+        assert second.stderr.readline() == "run_all.sh: another run_all.sh makes .venv; waiting for it\n"
+        assert (checkout.folder / "calls").read_text().split() == ["venv", "lock"]
+        end(checkout, slow)
+        assert "making .venv" in second.stderr.read()
+    assert second.returncode == 0 and checkout.where()[1] == []
 
 
 def test_set_up_with_stdin_closed(checkout):
