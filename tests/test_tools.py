@@ -980,6 +980,12 @@ def test_an_interrupt_leaves_no_kernel_and_no_half_file(long_run, number):
     assert not (layout.notebooks / "02_b.ipynb").exists()
 
 
+def test_an_interrupt_while_the_runner_is_imported_shows_no_traceback(toy, tmp_path):
+    (tmp_path / "jupytext.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
+    done = run(toy, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{TOOLS.parent}"})
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_when_nobody_reads_any_more(long_run, number):
     """As of `| tee`, which Ctrl-C ends, too."""

@@ -18,6 +18,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C ends the imports, which take seconds, in silence; from then on it is ours
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import cluster
 import dry_run
 import gallery
