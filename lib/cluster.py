@@ -63,7 +63,7 @@ def each(function, tasks, desc):
     Raises:
         what the function raised, when it did so TRIES times; ClusterError, FullDisk.
     """
-    found, failed, full, client = {}, [], set(), connect()
+    found, failed, full, futures, client = {}, [], set(), [], connect()
     from distributed import CancelledError, KilledWorker, as_completed
     from distributed.comm import CommClosedError
 
@@ -95,7 +95,8 @@ def each(function, tasks, desc):
                     client.close()
                     client = connect(PATIENCE)
         except KeyboardInterrupt:
-            client.cancel(futures)
+            if client.status != "closed":  # as it is while another scheduler is waited for
+                client.cancel(futures)
             raise
         finally:
             client.close()

@@ -282,6 +282,31 @@ def test_a_worker_of_another_version_of_training_is_refused(two, digits, folder,
     assert not list(folder.glob("*/run.json"))
 
 
+def test_an_interrupt_while_another_scheduler_is_waited_for_is_an_interrupt(monkeypatch):
+    dask = pytest.importorskip("distributed")
+
+    class Gone:
+        dashboard_link, status = "", "running"
+
+        def submit(self, *_args, **_options):
+            raise dask.comm.CommClosedError
+
+        def cancel(self, _futures):
+            raise dask.client.ClosedClientError  # as a closed one does
+
+        def close(self):
+            self.status = "closed"
+
+    def connect(patience=0):
+        if patience:
+            raise KeyboardInterrupt
+        return Gone()
+
+    monkeypatch.setattr(cluster, "connect", connect)
+    with pytest.raises(KeyboardInterrupt):
+        cluster.each(len, {"a": ("b",)}, "tasks")
+
+
 def test_what_fails_on_one_worker_is_tried_on_another(two, tmp_path, monkeypatch):
     monkeypatch.setenv(clusters.VARIABLE, two)
     asked = {"once": (str(tmp_path / "once"), 1, errno.EIO), "full": (str(tmp_path / "full"), 1, errno.ENOSPC)}
