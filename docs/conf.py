@@ -9,6 +9,8 @@ import re
 import subprocess
 from pathlib import Path
 
+from lib.files import git
+
 ROOT = Path(__file__).resolve().parents[1]
 
 project = "On the Loss Landscape of Adversarial Training: a companion"
@@ -46,9 +48,8 @@ html_copy_source = False
 
 def _day(commit):
     """The day of a commit, or nothing where git or the commit is not there."""
-    command = ["git", "-C", ROOT, "show", "-s", "--format=%cs", commit.split()[0]]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return git(ROOT, "show", "-s", "--format=%cs", commit.split()[0]).strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
