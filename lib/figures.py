@@ -271,7 +271,10 @@ def _profile(name, parameters):
     if profile != "quick":
         return (profile, "") if os.environ.get("PROFILE") == profile else ("mine", f"profile = {profile!r}")
     path = ROOT / "notebooks" / "profiles" / "quick.json"
-    defined = read_json(path) if path.exists() else {}
+    try:
+        defined = read_json(path) if path.exists() else {}
+    except ValueError as error:  # without it all of the reader's play would count as quick: not to be deleted
+        raise SettingError(f"{path} is damaged: `git checkout` of it brings it back ({error.__cause__})") from error
     names = differing("parameters cell", parameters, defined[name]) if name in defined else []
     different = [f"{key} = {_short(parameters[key])}" for key in names]
     if name in defined and json.loads(json.dumps(recipes.RECIPES)) != defined["recipes"]:

@@ -204,12 +204,15 @@ class TestParameters:
         shell.showtraceback((caught.type, caught.value, caught.tb))
         assert shown == [str(caught.value)]
 
-    def test_a_name_that_is_new_or_gone_is_named(self, tmp_path, monkeypatch):
+    def test_a_name_that_is_new_or_gone_is_named_and_a_damaged_definition_too(self, tmp_path, monkeypatch):
         monkeypatch.setattr(figures, "ROOT", tmp_path)
         quick = tmp_path / "notebooks" / "profiles" / "quick.json"
         quick.parent.mkdir(parents=True)
         quick.write_text(json.dumps({"03_toy": PARAMETERS | {"old": 1}, "recipes": figures.recipes.RECIPES}))
         with pytest.raises(SettingError, match="'old' is gone"):
+            book()
+        quick.write_text(f"<<<<<<< HEAD\n{quick.read_text()}")
+        with pytest.raises(SettingError, match=r"quick\.json is damaged: `git checkout` of it brings it back"):
             book()
 
     def test_changes_reach_a_recipe_by_name(self, monkeypatch):
