@@ -6,6 +6,7 @@ and convolutions with few channels are done in ways that fill a processor's vect
 """
 
 from functools import cache, partial, reduce
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from .differentiate import own
 from .models import BasicBlock, Ensemble
 
 FRESH = {nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d}  # what they return may be overwritten
+BLOCKS = (4, 4), (2, 4), (1, 4), (1, 2)  # rows and columns that `_in_blocks` makes at once, the first that fit
 
 
 def as_function(layer, low=None):
@@ -105,14 +107,12 @@ def _narrow(layer, weight, bias):
     if not plain or weight.device.type != "cpu" or isinstance(layer.padding, str):
         return None
     beyond = [size - 1 - p for size, p in zip(layer.kernel_size, layer.padding, strict=True)]
-    banded = layer.in_channels == 1 and weight.dtype != torch.bfloat16
-    if min(beyond) < 0 or not (banded or min(weight.shape[:2]) <= _places(weight) / 2):
+    if min(beyond) < 0 or min(weight.shape[:2]) > _places(weight) / 2:
         return None
-    turned = weight.flip(2, 3).transpose(0, 1)
-    back = _banded(weight, layer.padding) if banded else _in_rows(turned, None, beyond)
-    if layer.in_channels == 1 and not banded:  # other digits than oneDNN's, for little
+    back = _in_blocks(weight.flip(2, 3).transpose(0, 1), None, beyond)
+    if layer.in_channels == 1 and weight.dtype == torch.bfloat16:  # other digits than oneDNN's, for little
         return partial(F.conv2d, weight=weight, bias=bias, padding=layer.padding), back
-    return _in_rows(weight, bias, layer.padding), back
+    return _in_blocks(weight, bias, layer.padding), back
 
 
 class _Narrow(torch.autograd.Function):
@@ -131,56 +131,34 @@ class _Narrow(torch.autograd.Function):
 
 def _places(weight):
     """How many channels oneDNN computes at once, as far as that was measured."""
-    known = torch.backends.cpu.get_cpu_capability() == "AVX512" and weight.dtype in (torch.float32, torch.bfloat16)
-    return 16 if known else 0
+    known = weight.dtype in (torch.float32, torch.bfloat16)
+    return {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 0) if known else 0
 
 
-def _in_rows(weight, bias, padding):
-    """A convolution of stride 1 that makes 2 or 4 neighbours of a row at once, as channels, by a kernel that is so much
-    wider: 8 channels leave half of a vector's places empty (it takes 0.6 to 0.8 of the time, on an AMD EPYC). Where
-    channels are last in memory, what comes out lies there as if it had been made one by one."""
-    (k, _, _, columns), places = weight.shape, _places(weight)
+def _in_blocks(weight, bias, padding):
+    """A convolution of stride 1 that makes a block of neighbours at once, as channels, by a kernel so much larger.
+
+    A vector's places are filled with channels, and most stay empty where a few come out (with 8 of 16 it takes 0.6 to
+    0.8 of the time, with one a fifth; on an AMD EPYC). Where channels are last in memory, neighbours of a row are then
+    where they would be, had they been made one by one.
+    """
+    (k, _, rows, columns), places = weight.shape, _places(weight)
 
     @cache
-    def wide(n):
-        out = weight.new_zeros(n, *weight.shape[:3], columns + n - 1)
-        for i in range(n):
-            out[i, ..., i : i + columns] = weight
-        return channels_last(out.flatten(0, 1)), None if bias is None else bias.repeat(n)
+    def larger(a, b):
+        out = weight.new_zeros(a, b, *weight.shape[:2], rows + a - 1, columns + b - 1)
+        for i, j in product(range(a), range(b)):
+            out[i, j, ..., i : i + rows, j : j + columns] = weight
+        return channels_last(out.flatten(0, 2)), None if bias is None else bias.repeat(a * b)
 
     def convolve(x):
-        width = x.shape[3] + 2 * padding[1] - columns + 1
-        n = next((n for n in (4, 2) if n * k <= places and width % n == 0 < width), 1)
-        out = F.conv2d(x, *wide(n), stride=(1, n), padding=padding).permute(0, 2, 3, 1)
-        return out.reshape(*out.shape[:2], width, k).permute(0, 3, 1, 2)
+        h, w = (x.shape[2 + i] + 2 * padding[i] - size + 1 for i, size in enumerate((rows, columns)))
+        a, b = next(((a, b) for a, b in BLOCKS if a * b * k <= places and h % a == w % b == 0 < min(h, w)), (1, 1))
+        out = F.conv2d(x, *larger(a, b), stride=(a, b), padding=padding).permute(0, 2, 3, 1)
+        out = out.reshape(len(x), h // a, w // b, a, b, k).transpose(2, 3)
+        return out.reshape(len(x), h, w, k).permute(0, 3, 1, 2)
 
     return convolve
-
-
-def _banded(weight, padding):
-    """The derivative of a convolution of images of one channel, in them (a third of oneDNN's time).
-
-    A row of the gradient, all its channels, times a banded matrix is what it adds to each of the rows under the kernel.
-    Half a row at a time, since the matrix holds a zero for all that is out of the kernel's reach.
-    """
-    rows, columns = weight.shape[2:]
-
-    def back(g):
-        n, c, h, w = g.shape
-        part = w if w % 2 else w // 2
-        band = g.new_zeros(part, c, rows, part + columns - 1)
-        for i in range(part):
-            band[i, :, :, i : i + columns] = weight[:, 0]
-        pieces = g.permute(0, 2, 3, 1).reshape(-1, part * c) @ band.flatten(0, 1).flatten(1)
-        pieces = pieces.view(n, h, w // part, rows, -1)
-        out = g.new_zeros(n, h + rows - 1, w + columns - 1)
-        for i in range(rows):
-            for j in range(w // part):
-                out[:, i : i + h, j * part : (j + 1) * part + columns - 1] += pieces[:, :, j, i]
-        top, left = padding
-        return out[:, None, top : out.shape[1] - top, left : out.shape[2] - left]
-
-    return back
 
 
 RULES = {
