@@ -53,6 +53,12 @@ find_python() {
 }
 
 new_venv() {
+  if [ -d .venv ] && [ ! -e .venv/made-by-run_all ] && [ ! -e build/venv-begun ]; then # the reader's own
+    rm -rf build/venv-before
+    mv .venv build/venv-before
+    echo "run_all.sh: .venv was not made by run_all.sh, and does not fit or is not active: it is build/venv-before now" >&2
+  fi
+  touch build/venv-begun
   rm -rf .venv
   if command -v uv >/dev/null && step uv venv --seed --python "${PYTHON:-$range}" .venv; then return; fi
   find_python
@@ -108,6 +114,7 @@ make_venv() {
   python=$root/.venv/bin/python
   install && step "$python" tools/checkenv.py --dev || fail
   echo "$want" >"$stamp"
+  rm -f build/venv-begun
   exec 9>&-
   trap - INT TERM HUP
 }
@@ -115,7 +122,7 @@ make_venv() {
 # Sets `python`: the active one if it fits, else that of .venv, made if need be. Arguments go to checkenv.py.
 choose_python() {
   local reason=''
-  if [ "${VIRTUAL_ENV-}" != "$root/.venv" ]; then
+  if [ "${VIRTUAL_ENV-}" != "$root/.venv" ] || ! [ -e .venv/made-by-run_all ] && ! [ -e build/venv-begun ]; then
     if reason=$(python tools/checkenv.py "$@" 2>/dev/null); then
       python=$(python -c 'import sys; print(sys.executable)') # not a shim, which may choose by folder
       return

@@ -287,6 +287,20 @@ def test_a_half_made_environment_is_made_again(checkout, damage):
     assert checkout.where() == (ours, ["venv", *INSTALLS])
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_readers_own_environment_is_used_if_it_is_active_and_fits_and_else_it_is_kept(checkout, fits):
+    ours, _ = checkout.where()
+    venv = checkout.folder / ".venv"
+    (venv / "made-by-run_all").unlink()
+    (venv / "mine").touch()
+    checkout.env |= {"VIRTUAL_ENV": str(venv), "PATH": f"{venv / 'bin'}:{checkout.env['PATH']}"}
+    if not fits:
+        next(venv.rglob("here.pth")).unlink()
+    assert checkout.where() == (ours, [] if fits else ["venv", *INSTALLS])
+    assert (venv / "mine").exists() == fits and (checkout.folder / "build/venv-before/mine").exists() != fits
+    assert checkout.where() == (ours, [])
+
+
 def test_a_package_that_was_removed_is_installed_again(checkout):
     ours, _ = checkout.where()
     (link,) = (checkout.folder / ".venv").rglob("here.pth")
