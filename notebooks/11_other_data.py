@@ -115,9 +115,9 @@ book.save(fig, "11_images", pd.DataFrame(drawn), source=sources, caption="The fi
 # after one pair of its networks, on MNIST, had not stalled; the second after three of its seeds had left CIFAR-10
 # undecided, which asked for a fourth. LeNet was read before, too: at this size with three seeds, which once left
 # MNIST-M undecided, before the fourth; in the profile overnight with four, which left CIFAR-10 undecided, before the
-# fifth. There both networks have eight by now: so many would decide whether a rising budget moves the eps from which
-# they stall, said the answer to that at five and at four, and eight were set before the others were trained.) These
-# sets are chosen by the constant arm's own networks, so that one which stalled by chance counts for the rising arm.
+# fifth. There eight seeds of each were set then, before the others were trained: so many would decide whether a rising
+# budget moves the eps from which they stall, said the answer to that at five and at four.) These sets are chosen by the
+# constant arm's own networks, so that one which stalled by chance counts for the rising arm.
 #
 # Two answers read the same networks otherwise, by rules that were added after the data had been seen: at how many
 # budgets of the grid a network guesses, on the same sets; and the clean error at each eps at which at least three in
