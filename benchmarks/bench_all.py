@@ -68,7 +68,7 @@ def collect():
     for name in SCRIPTS:
         if (path := HERE / f"{name}.json").exists():
             record = read_json(path)
-            machine = "{device}, {vector_unit}".format(**record["hardware"])
+            machine = "{device}, {vector_unit}, {precision}".format(**record["hardware"])
             found += [(cells.spelt(what), *row, machine) for what, *row in rows(name, record)]
     return found
 
