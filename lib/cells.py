@@ -21,7 +21,7 @@ import pandas as pd
 
 from . import audit, cluster, compute, inference, recipes, runs, training
 from .evaluation import wrong
-from .files import as_json, checksum, read_if_whole, read_json, write_json
+from .files import ROOT, as_json, checksum, read_if_whole, read_json, write_json
 from .models import Ensemble
 
 NAMES = {"lenet": "LeNet", "vgg": "VGG16", "vgg16": "VGG16", "resnet": "ResNet18", "resnet18": "ResNet18",
@@ -46,7 +46,7 @@ QUESTIONS = {
 PAPER = ("eps 8/255", "eps 0.4")  # how the titles of rows end that the paper has, too
 FEWEST = 3  # of fewer seeds no interval is given,
 WIDE = 0.1  # and none that decides nothing and reaches further than this to each side
-FIGURES = Path(__file__).resolve().parents[1] / "figures"
+FIGURES = ROOT / "figures"
 ARM = ("schedule", "schedule_stop", "restarts", "lr", "seed")  # by these settings the cells of one row may differ
 
 

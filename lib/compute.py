@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .checks import check_choice
-from .files import git
+from .files import ROOT, git
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "matplotlib", "seaborn", "pandas")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -104,7 +104,7 @@ def made(seconds):
 @cache
 def commit():
     """The commit of this checkout, "with changes" if lib has any; "unknown" without git."""
-    ours = Path(__file__).resolve().parents[1], "--git-dir=.git"  # of a copy without .git, no repository around it
+    ours = ROOT, "--git-dir=.git"  # of a copy without .git, no repository around it
     try:
         head, changes = git(*ours, "rev-parse", "--short=12", "HEAD"), git(*ours, "status", "--porcelain", "lib")
         return head.strip() + (" with changes" if changes.strip() else "")

@@ -28,9 +28,8 @@ import torch
 from PIL import ExifTags, Image
 
 from .checks import check_count
-from .files import folder_from_environment, locked
+from .files import ROOT, folder_from_environment, locked
 
-ROOT = Path(__file__).resolve().parents[1]
 MNIST_SHA256 = {  # of the unpacked files
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",

@@ -23,10 +23,9 @@ from IPython.display import Image as Shown
 from PIL import Image, ImageChops
 
 from . import claims, compute, recipes, runs
-from .files import as_json, checksum, folder_from_environment, read_if_whole, read_json, write_bytes, write_json
+from .files import ROOT, as_json, checksum, folder_from_environment, read_if_whole, read_json, write_bytes, write_json
 from .settings import SettingError, differing
 
-ROOT = Path(__file__).resolve().parents[1]
 WIDTH, DPI = 7, 200  # inches at most, pixels per inch
 SCHEDULE_COLOURS = dict(zip(("constant", "linear", "cosine", "cosine_misread"),
                             (sns.color_palette("colorblind")[i] for i in (0, 1, 2, 4)), strict=True))  # fmt: skip

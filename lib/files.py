@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 
 from .settings import SettingError
 
+ROOT = Path(__file__).resolve().parents[1]  # of this checkout
+
 
 def folder_from_environment(name, default):
     """The folder that the variable `name` gives, with ~ and ~user as a shell expands them; default if unset or empty.

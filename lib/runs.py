@@ -14,7 +14,7 @@ from filelock import Timeout
 from tqdm import tqdm
 
 from . import cluster, compute
-from .files import checksum, folder_from_environment, locked, read_json, write_json
+from .files import ROOT, checksum, folder_from_environment, locked, read_json, write_json
 from .training import VERSION, damage, train
 
 # Dicts: run (its name), what, state ("found", "trained", "remembered", "measured", "committed"), made.
@@ -25,7 +25,7 @@ _handed = set()  # names of runs that a cluster has trained for this process, un
 
 def runs_dir():
     """Where the runs are: RUNS_DIR, by default runs/ beside lib/."""
-    return folder_from_environment("RUNS_DIR", Path(__file__).parents[1] / "runs")
+    return folder_from_environment("RUNS_DIR", ROOT / "runs")
 
 
 def shared_dir():

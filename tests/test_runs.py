@@ -325,7 +325,7 @@ def test_a_record_names_the_commit_of_this_project_alone(tmp_path, monkeypatch):
         return head.stdout.strip()
 
     def said(folder):
-        monkeypatch.setattr(compute, "__file__", str(folder / "lib" / "compute.py"))
+        monkeypatch.setattr(compute, "ROOT", folder)
         return compute.commit.__wrapped__()
 
     own = commit(tmp_path / "project")
