@@ -364,14 +364,14 @@ def looked(rows, question, seeds):
     return f"; read before with {', '.join(before)}" if before else ""
 
 
-def judge(rule, a, b, *, unless=""):
+def judge(rule, a, b):
     """What a rule of `inference.difference` finds of shares of errors; an interval that says nothing is left away: of
     fewer than `FEWEST` seeds, which decide nothing, and an undecided one that reaches further than `WIDE`."""
-    found = rule(a, b, unless=unless)
+    found = rule(a, b)
     if not (why := _no_interval(found, a, b)):
         return found
     measured = re.sub(r" \[.*?\]", "", found.measured, count=1)
-    return replace(found, outcome="undecided", holds=None, measured=measured, why=unless or why)
+    return replace(found, outcome="undecided", holds=None, measured=measured, why=why)
 
 
 def _no_interval(found, a, b):
