@@ -14,7 +14,6 @@ import torch
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
-from torch.func import functional_call
 
 from .checks import NORMS, STARTS, check_choice, check_count, check_eps, check_inputs, check_labels, check_logits
 from .compute import exact_products, fast_dtype
@@ -380,39 +379,42 @@ LOSSES = {"ce": _log_odds, "margin": _margin}
 def frozen(model, x, precision="auto"):
     """The model as a function of its input alone: evaluation mode, constant parameters.
 
-    Yields a function x -> logits (B, classes) in x's type. The parameters enter as detached copies, so no flag of the
-    model has to be touched; only the mode is, and it is put back (one thread at a time: they may share the model).
-    Models made of nothing but this library's own layers
-    (`models.any_layout`) are evaluated by `fast`, with "auto" in bfloat16 where this machine gains by it; any other
-    sees what it would see without us.
+    Yields a function x -> logits (B, classes) in x's type. While it is in use detached copies stand in for the model's
+    parameters and buffers, so no flag of the model has to be touched; they and the mode are put back (one thread at a
+    time: they may share the model). Models made of nothing but this library's own layers (`models.any_layout`) are
+    evaluated by `fast`, with "auto" in bfloat16 where this machine gains by it; any other sees what it would see
+    without us.
 
     Raises ValueError for what is no nn.Module, an unknown precision, a model of another type or device than x; the
     function, for an output that is not logits.
     """
     model = as_module(model)
     check_choice("precision", precision, ("auto", "full"))
-    with ONE_THREAD, unchanged(model):
+    with ONE_THREAD, unchanged(model), ExitStack() as afterwards:
         try:
             model.eval()  # first: some models put weights together, or fill buffers, when their mode changes
         except NotImplementedError as error:  # torch.export's
             raise ValueError(f"{type(model).__name__} has no evaluation mode: {error}") from error
-        constants = {id(t): _constant(t) for _, t in model.named_parameters()}  # as `parameters` may be another's
-        constants = {id(t): own(t).clone() for t in model.buffers()} | constants  # some models count in their buffers
-        tensors = {k: constants[id(t)] for k, t in (*model.named_parameters(), *model.named_buffers())}
+        slots = [held for m in model.modules() for held in (m._parameters, m._buffers)]
+        tensors = [t for held in slots for _, t in held.items() if t is not None]
         kind = "{0.dtype} on {0.device}".format
-        others = {kind(t) for t in tensors.values() if t.is_floating_point()} - {kind(x)}
+        others = {kind(t) for t in tensors if t.is_floating_point()} - {kind(x)}
         mismatch = f"a model of {' and '.join(sorted(others))} does not take images of {kind(x)}"
         if ours := any_layout(model):
             if others:
                 raise ValueError(mismatch)
             low = fast_dtype(x.device) if precision == "auto" and x.dtype == torch.float32 else None
             fast = as_function(model, low)
+        else:
+            constants = {id(t): _constant(t) for t in tensors}
+            afterwards.callback(_swap, slots, {id(constants[id(t)]): t for t in tensors})
+            _swap(slots, constants)
 
         def logits_of(inputs):
             try:
                 with exact_products() if precision == "full" else nullcontext():
                     # Some models write to what they get.
-                    logits = fast(inputs) if ours else functional_call(model, tensors, inputs.clone())
+                    logits = fast(inputs) if ours else model(inputs.clone())
             except RuntimeError as error:
                 if not others or isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -427,10 +429,22 @@ def frozen(model, x, precision="auto"):
 ONE_THREAD = RLock()
 
 
-def _constant(p):
-    """A parameter as a constant of ours, which the model's forward cannot tell from its own."""
-    constant = torch.nn.Parameter(own(p), p.requires_grad) if isinstance(p, torch.nn.Parameter) else own(p)
-    vars(constant).update(vars(p))
+def _swap(slots, others):
+    """Put others, by the ids of what they stand in for, into the places of a model's tensors. By their places, since by
+    names PyTorch's `functional_call` does not find its way back from a module that has two."""
+    for held in slots:
+        for name, t in list(held.items()):
+            if id(t) in others:
+                held[name] = others[id(t)]
+
+
+def _constant(t):
+    """A parameter or buffer as a constant of ours, which the model's forward cannot tell from its own. Buffers are
+    copied, since some models count in them."""
+    if not isinstance(t, torch.nn.Parameter):
+        return own(t).clone()
+    constant = torch.nn.Parameter(own(t), t.requires_grad)
+    vars(constant).update(vars(t))
     return constant
 
 

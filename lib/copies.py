@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 import torch
 
-from .differentiate import as_module, differentiating, gradient
+from .differentiate import as_module, differentiating, gradient, held
 from .evaluation import predict
 from .fast import channels_last
 from .models import any_layout
@@ -28,7 +28,7 @@ def copied(model, x=None, name="the model", *, order=0):
     own parameters, that mixes the inputs of a batch, or whose derivatives up to this order (1 or 2) are not autograd's.
     """
     model = as_module(model)
-    kept = {f"{inner}.{name}".lstrip("."): t for inner, m in model.named_modules() for name, t in _held(m)
+    kept = {f"{inner}.{name}".lstrip("."): t for inner, m in model.named_modules() for name, t in held(m)
             if not t.is_leaf}  # fmt: skip
     cut = {id(t): t.detach().clone() for t in kept.values()}
     with torch.inference_mode(False):
@@ -51,14 +51,6 @@ def copied(model, x=None, name="the model", *, order=0):
             if order:
                 _check_derivatives(result, x[:2], order)
     return result
-
-
-def _held(module):
-    """(name, tensor) of all that a module holds by itself: as attributes, or in dicts and lists that are attributes."""
-    for name, held in vars(module).items():
-        entries = held.items() if isinstance(held, dict) else enumerate(held if isinstance(held, (list, tuple)) else [])
-        several = [(f"{name}[{key!r}]", t) for key, t in entries]
-        yield from ((n, t) for n, t in [(name, held), *several] if isinstance(t, torch.Tensor))
 
 
 @differentiating()

@@ -98,23 +98,41 @@ def alike(a, b):
     return torch.equal(*(t.detach().to_dense().nan_to_num() for t in (a, b)))
 
 
+def held(module):
+    """(name, tensor) of all that a module holds by itself: as attributes, or in dicts and lists that are attributes."""
+    for name, value in vars(module).items():
+        entries = (
+            value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, (list, tuple)) else [])
+        )
+        several = [(f"{name}[{key!r}]", t) for key, t in entries]
+        yield from ((n, t) for n, t in [(name, value), *several] if isinstance(t, torch.Tensor))
+
+
+def _put_back(entries, before):
+    for key in set(entries.keys()) - before.keys():
+        del entries[key]
+    for key, value in before.items():
+        if key not in entries or entries[key] is not value:
+            entries[key] = value
+
+
 INTERNAL = set(vars(torch.nn.Module()))
-
-
-def _plain(module):
-    """A module's own attributes that are tensors, None or dicts: what it keeps beside parameters and buffers."""
-    return {k: dict(v) if isinstance(v, dict) else v for k, v in vars(module).items()
-            if k not in INTERNAL and (v is None or isinstance(v, (torch.Tensor, dict)))}  # fmt: skip
 
 
 @contextmanager
 def unchanged(model):
-    """Afterwards modes, flags and tensors that are plain attributes (a pruned weight) of the model are as before,
-    whatever was done inside, and what it has kept there meanwhile is gone. Modes are put back by the modules' own
-    `train`, which may do more than set a flag (layers of low rank merge their weights)."""
+    """Afterwards modes, flags and tensors that are attributes (a pruned weight) of the model are as before, whatever
+    was done inside. What a module has kept there meanwhile is gone, and with it what else the module has set, such as a
+    note that it has. Modes are put back by the modules' own `train`, which may do more than set a flag (layers of low
+    rank merge their weights)."""
     modes = [(m, m.training) for m in model.modules()]
-    plain = [(vars(m), _plain(m)) for m in model.modules()]
     flags = [(p, p.requires_grad) for _, p in model.named_parameters()]
+    before = []
+    for m in model.modules():
+        mine = {k: v for k, v in vars(m).items() if k not in INTERNAL}
+        dicts = [(d, dict(d.items())) for d in (m._buffers, m._parameters)]
+        caches = {k: dict(v) for k, v in mine.items() if isinstance(v, dict)}
+        before.append((m, mine, dicts, caches, [t for _, t in held(m)]))
     try:
         yield
     finally:
@@ -126,11 +144,13 @@ def unchanged(model):
         for p, flag in flags:
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
-        for attributes, before in plain:
-            for name, value in before.items():
-                now = attributes.get(name)
-                if isinstance(value, torch.Tensor) or isinstance(now, torch.Tensor):
-                    attributes[name] = value
-                elif isinstance(value, dict) and isinstance(now, dict):
-                    for key in [key for key, t in now.items() if key not in value and isinstance(t, torch.Tensor)]:
+        for module, mine, dicts, caches, tensors in before:
+            if {id(t) for _, t in held(module)} != {id(t) for t in tensors}:
+                _put_back(vars(module), {k: v for k, v in vars(module).items() if k in INTERNAL} | mine)
+            for entries, were in dicts:
+                _put_back(entries, were)
+            for name, were in caches.items():
+                now = vars(module).get(name)
+                for key in list(now if isinstance(now, dict) else ()):
+                    if key not in were and isinstance(now[key], torch.Tensor):
                         del now[key]

@@ -1,11 +1,12 @@
 """Whatever the caller brings (a state of autograd, a memory layout, a kind of module or number), the answer is the one
 for plain contiguous tensors and an ordinary network, or a ValueError that names the cause."""
 
+import copy
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from functools import partial
+from functools import cached_property, partial
 from unittest import mock
 
 import numpy as np
@@ -411,6 +412,94 @@ def test_models_that_keep_what_they_computed(in_dict, used):
                 model(X)
         with pytest.raises(ValueError, match=r"keeps what it has computed from its parameters|still computes with "):
             measure(model, X, Y)
+
+
+def _as_attribute(model):
+    if not hasattr(model, "weights"):
+        model.weights = model.scale * 1.0
+    return model.weights
+
+
+def _as_cached(model):
+    return model.cached
+
+
+def _as_pair(model):
+    if model.pair is None:
+        model.pair = (model.scale * 0.5, model.scale * 0.5)
+    return sum(model.pair)
+
+
+def _as_buffer(model):
+    if not model.ready:
+        model.register_buffer("late", model.scale * 1.0)
+        model.ready = True
+    return model.late
+
+
+def _in_place_of_one(model):
+    if not model.ready:
+        model.empty = model.scale * 1.0
+        model.ready = True
+    return model.empty
+
+
+def _by_a_flag(model):
+    if not model.ready:
+        model.plain, model.ready = model.scale * 1.0, True
+    return model.plain
+
+
+def _in_a_new_dict(model):
+    if not hasattr(model, "several"):
+        model.several = {"scale": model.scale * 1.0}
+    return model.several["scale"]
+
+
+class Late(nn.Module):
+    """It makes something of its parameters when it is first run, keeps it in some way, and may note that it has."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.scale, self.f, self.made = nn.Parameter(torch.linspace(0.5, 1.5, 128)), nn.Linear(128, 5), made
+        self.register_buffer("empty", torch.zeros(0))
+        self.pair, self.plain, self.ready = None, None, False
+
+    @cached_property
+    def cached(self):
+        return self.scale * 1.0
+
+    def forward(self, x):
+        return self.f(x.flatten(1) * self.made(self))
+
+
+LATE = [_as_attribute, _as_cached, _as_pair, _as_buffer, _in_place_of_one, _by_a_flag, _in_a_new_dict]
+
+
+@every_function
+@pytest.mark.parametrize("made", LATE)
+def test_models_that_make_something_when_they_are_first_run(function, made):
+    """What they note goes with what they keep: a note alone left the attack, and then its owner, without the rest."""
+    torch.manual_seed(0)
+    model, names = Late(made).eval(), [*Late(made).state_dict()]
+    expected = copy.deepcopy(model)
+    expected.made = lambda model: model.scale
+    before = dict(vars(model))
+    same(function(expected, X, Y), function(model, X, Y))
+    assert vars(model) == before and [*model.state_dict()] == names
+    nn.functional.cross_entropy(model(X), Y).backward()
+    assert model.scale.grad is not None and model.scale.grad.any()
+
+
+@every_function
+def test_modules_with_two_names_keep_their_parameters(function):
+    """An optimiser would have moved those that were the model's, without a word."""
+    torch.manual_seed(0)
+    model = Twice().eval()
+    before = [(m, name, p) for m in model.modules() for name, p in m._parameters.items()]
+    function(model, X, Y)
+    assert all(m._parameters[name] is p for m, name, p in before)
+    torch.testing.assert_close(predict(model, X), predict(network("views"), X))
 
 
 @pytest.mark.parametrize("in_dict", [False, True])
@@ -1011,6 +1100,19 @@ class Labelled(Views):
         return super().forward(x) * (self.f.weight.scale / 2)
 
 
+class Twice(Views):
+    """One module under two names, with a weight that a third has, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.again, self.tied = self.f, nn.Linear(4 * 64, 5)
+        self.tied.weight = self.f.weight
+
+    def forward(self, x):
+        h = self.relu(self.c(x)).flatten(1)
+        return (self.f(h) + self.again(h) + self.tied(h) - self.tied.bias + self.f.bias) / 3
+
+
 class Again(Views):
     """It gives the same tensor again and again, as captured graphs do."""
 
@@ -1028,7 +1130,10 @@ def test_models_that_compute_as_the_textbooks_does(function, kind):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = kind().eval()
+    places = [p for m in model.modules() for p in (*m._parameters.values(), *m._buffers.values())]
     same(function(network("views"), X, Y), function(model, X, Y))
+    after = [p for m in model.modules() for p in (*m._parameters.values(), *m._buffers.values())]
+    assert all(a is b for a, b in zip(places, after, strict=True))
     same(predict(network("views"), X), predict(model, X, batch_size=3))
 
 
