@@ -439,11 +439,13 @@ def _swap(slots, others):
 
 
 def _constant(t):
-    """A parameter or buffer as a constant of ours, which the model's forward cannot tell from its own. Buffers are
-    copied, since some models count in them."""
-    if not isinstance(t, torch.nn.Parameter):
-        return own(t).clone()
-    constant = torch.nn.Parameter(own(t), t.requires_grad)
+    """A parameter or buffer as a constant of ours, which the model's forward cannot tell from its own: of its class and
+    with its attributes. Buffers are copied, since some models count in them."""
+    constant = own(t) if isinstance(t, torch.nn.Parameter) else own(t).clone()
+    if type(constant) is not type(t):
+        constant = constant.as_subclass(type(t))
+    if isinstance(t, torch.nn.Parameter):
+        constant.requires_grad_(t.requires_grad)
     vars(constant).update(vars(t))
     return constant
 

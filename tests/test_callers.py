@@ -1100,6 +1100,37 @@ class Labelled(Views):
         return super().forward(x) * (self.f.weight.scale / 2)
 
 
+class Named(nn.Parameter):
+    """A class of parameters with a method of its own."""
+
+    def doubled(self):
+        return self * 2
+
+
+class Subclassed(Views):
+    def __init__(self):
+        super().__init__()
+        self.f.weight = Named(self.f.weight.data / 2)
+
+    def forward(self, x):
+        return nn.functional.linear(self.relu(self.c(x)).flatten(1), self.f.weight.doubled(), self.f.bias)
+
+
+class Noted(Views):
+    """A buffer with an attribute, and one that has to be a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        one = torch.ones(())
+        one.by = 2.0
+        self.register_buffer("one", one)
+        self.two = nn.Buffer(torch.full((), 2.0))
+
+    def forward(self, x):
+        assert isinstance(self.two, nn.Buffer)
+        return super().forward(x) * (self.one * self.one.by / self.two)
+
+
 class Twice(Views):
     """One module under two names, with a weight that a third has, too."""
 
@@ -1125,7 +1156,7 @@ class Again(Views):
 
 
 @every_function
-@pytest.mark.parametrize("kind", [Asks, Half, Labelled, Again])
+@pytest.mark.parametrize("kind", [Asks, Half, Labelled, Subclassed, Noted, Again])
 def test_models_that_compute_as_the_textbooks_does(function, kind):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
