@@ -106,8 +106,7 @@ def pgd(
             for step in range(num_steps):
                 g, wrong = input_gradient(logits_of, x_adv, y, LOSSES[loss])
                 if step == 0 and not g.any() and _cut_off(logits_of, x_adv):
-                    cut = "no gradient leads from the model's output to its input (no_grad, detach, whole numbers)"
-                    warnings.warn(f"{cut}: images stay where they start, which proves nothing", stacklevel=3)
+                    warnings.warn(CUT.format(type(as_module(model)).__name__), stacklevel=4)
                 if stop_early and wrong.any():
                     wrong[wrong.clone()] = judge(x_adv[wrong], y[wrong])[1]
                     out[i[wrong]] = x_adv[wrong]
@@ -193,7 +192,7 @@ def autoattack(
         seed: of everything random. The global generators are afterwards as they were before.
         batch_size: images attacked together. The result depends on it, since a batch shares its random numbers.
     Returns:
-        x_adv as for `pgd`; images that withstand every attack come back unchanged.
+        x_adv as for `pgd`, with its warning; images that withstand every attack come back unchanged.
     Raises:
         ValueError: as for `pgd`; an unknown attack, or too few classes for it ("apgd-dlr" needs 3, "apgd-t" 4).
     """
@@ -221,6 +220,7 @@ def autoattack(
                 raise ValueError(f"{attack} needs at least {LEAST_CLASSES[attack]} classes, the model has {classes}")
         if eps == 0:
             return x_adv
+        cut = standing.any() and set(attacks) != {"square"} and _cut_off(logits_of, x)
         ball = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed, "device": x.device}
         plain = {"n_iter": num_steps, "n_restarts": num_restarts}
         targeted = {"n_iter": num_steps, "n_restarts": 1, "n_target_classes": min(9, classes - 1)}
@@ -247,6 +247,8 @@ def autoattack(
                     found = _into(found, [t[i] for t in limits], eps, norm)
                     fell = logits_of(found).argmax(1) != y[i]
                     x_adv[i[fell]], standing[i[fell]] = found[fell], False
+    if cut:  # here, where warnings are the caller's again
+        warnings.warn(CUT.format(type(as_module(model)).__name__), stacklevel=3)
     return x_adv
 
 
@@ -295,6 +297,13 @@ def input_gradient(logits_of, x_adv, y, loss):
     return g, logits.detach().argmax(1) != y
 
 
+CUT = (
+    "{}: no gradient leads from the model's output to its input (no_grad, detach, whole numbers), so that attacks by "
+    "gradients leave images where they start, which proves nothing"
+)
+
+
+@torch.enable_grad()
 def _cut_off(logits_of, x):
     """Whether logits depend on the input, and autograd does not know it; asked of the first image and its negative."""
     leaf = x[:1].clone().requires_grad_()

@@ -365,13 +365,23 @@ class Bits(Cut):
         return self.f((x.flatten(1) > 0.5).float())
 
 
-@pytest.mark.parametrize("kind, cut", [(Unaware, True), (Bits, True), (lambda _: Cut(False), False)])
-def test_pgd_says_when_it_has_nothing_to_follow(kind, cut):
+CUT = {"pgd": PGD, "fgsm": partial(fgsm, eps=0.1)} | {
+    name: partial(autoattack, eps=0.1, attacks=name, num_steps=2, num_queries=3) for name in attacks.LEAST_CLASSES
+}
+
+
+@pytest.mark.parametrize("attack", CUT)
+@pytest.mark.parametrize("kind, cut", [(Unaware, True), (Bits, True), (lambda _: Cut(False), False), (Cut, False)])
+def test_attacks_say_when_they_have_nothing_to_follow(kind, cut, attack):
     """A model of no_grad or whole numbers was reported as robust, without a word; a constant one is."""
+    model = kind(True).eval()
+    y = predict(model, X).argmax(1)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        pgd(kind(True).eval(), X, Y, eps=0.1, step_size=0.1, num_steps=1)
-    assert any("no gradient leads from the model's output" in str(w.message) for w in said) == cut
+        CUT[attack](model, X, y)
+    said = [w for w in said if "no gradient leads from the model's output" in str(w.message)]
+    assert bool(said) == (cut and attack != "square") and all(type(model).__name__ in str(w.message) for w in said)
+    assert all(w.filename in (__file__, attacks.__file__) for w in said)  # not in the machinery between
 
 
 class Caches(nn.Module):
