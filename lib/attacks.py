@@ -213,7 +213,7 @@ def autoattack(
         afterwards.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)  # pyautoattack makes what it needs in it
         run, image = partial(_Guarded.apply, logits_of, x.dtype), x.float()
-        logits = torch.cat([run(part) for part in image.split(batch_size)])
+        logits = torch.cat([logits_of(part) for part in x.split(batch_size)])
         standing, classes = ~misclassified(logits, y), logits.shape[1]
         for attack in attacks:
             if classes < LEAST_CLASSES[attack]:
@@ -264,9 +264,10 @@ class _Guarded(torch.autograd.Function):
         with torch.set_grad_enabled(ctx.needs_input_grad[2]):
             ctx.x = x.detach().to(dtype).requires_grad_(ctx.needs_input_grad[2])
             ctx.logits = logits_of(ctx.x)
-        if not torch.isfinite(ctx.logits).all():
-            raise ValueError("the model returned NaN or infinite logits")
-        return ctx.logits.detach().to(torch.float32, copy=True)
+        logits = ctx.logits.detach().to(torch.float32, copy=True)
+        if not torch.isfinite(logits).all():
+            raise ValueError("the model returned NaN or infinite logits, or such as are beyond float32")
+        return logits
 
     @staticmethod
     def backward(ctx, g):
@@ -388,11 +389,11 @@ LOSSES = {"ce": _log_odds, "margin": _margin}
 def frozen(model, x, precision="auto"):
     """The model as a function of its input alone: evaluation mode, constant parameters.
 
-    Yields a function x -> logits (B, classes) in x's type. While it is in use detached copies stand in for the model's
-    parameters and buffers, so no flag of the model has to be touched; they and the mode are put back (one thread at a
-    time: they may share the model). Models made of nothing but this library's own layers (`models.any_layout`) are
-    evaluated by `fast`, with "auto" in bfloat16 where this machine gains by it; any other sees what it would see
-    without us.
+    Yields a function x -> logits (B, classes) in x's type, or their own if that is finer. While it is in use detached
+    copies stand in for the model's parameters and buffers, so no flag of the model has to be touched; they and the mode
+    are put back (one thread at a time: they may share the model). Models made of nothing but this library's own layers
+    (`models.any_layout`) are evaluated by `fast`, with "auto" in bfloat16 where this machine gains by it; any other
+    sees what it would see without us.
 
     Raises ValueError for what is no nn.Module, an unknown precision, a model of another type or device than x; the
     function, for an output that is not logits.
@@ -429,8 +430,8 @@ def frozen(model, x, precision="auto"):
                     raise
                 raise ValueError(f"{mismatch}: {error}") from error  # models may cast by themselves, so only now
             check_logits(logits, len(inputs))
-            # A copy, since some models give the same tensor again.
-            return logits.to(x.dtype if x.dtype.is_floating_point else logits.dtype, copy=not ours)
+            finer = torch.promote_types(x.dtype, logits.dtype) if x.dtype.is_floating_point else logits.dtype
+            return logits.to(finer, copy=not ours)  # a copy, since some models give the same tensor again
 
         yield logits_of
 

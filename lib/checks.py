@@ -93,10 +93,13 @@ def check_statistics(model):
 
 
 def check_logits(logits, count):
-    """Raise ValueError unless a model's output is a tensor (count, classes): neither tuple, dict nor other object."""
+    """Raise ValueError unless a model's output is a tensor (count, classes): neither tuple, dict nor other object, and
+    of plain numbers."""
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != count:
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"{type(logits).__name__}: unpack it first"
         raise ValueError(f"the model must return logits ({count}, classes), got {got}")
+    if logits.is_complex() or logits.layout != torch.strided:
+        raise ValueError(f"the model must return logits, one real number each, got {logits.dtype}, {logits.layout}")
 
 
 def check_labels(logits, y):

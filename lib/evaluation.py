@@ -20,7 +20,8 @@ ROUNDING = 1e-6  # by so much an attack may leave [0, 1]: there and back to norm
 
 @differentiating()
 def predict(model, x, *, batch_size=500):
-    """Logits (N, classes) of the model in evaluation mode, without gradient, in x's type if that is a floating one.
+    """Logits (N, classes) of the model in evaluation mode, without gradient, in x's type, or their own if that is finer
+    or x holds whole numbers.
 
     Raises ValueError for no inputs at all, and for a model that returns no logits.
     """

@@ -343,6 +343,22 @@ def test_outputs_that_are_no_logits(function, wrap):
         function(Wraps(wrap).eval(), X, Y)
 
 
+@every_function
+@pytest.mark.parametrize("wrap", [torch.fft.fft, lambda z: z.to_sparse()])
+def test_logits_that_are_no_real_numbers(function, wrap):
+    with pytest.raises(ValueError, match="the model must return logits, one real number each, got torch"):
+        function(Wraps(wrap).eval(), X, Y)
+
+
+@every_function
+def test_logits_of_a_finer_type_keep_their_differences(function):
+    """In the images' type they were all alike: the model was reported to give the first class always."""
+    model = Wraps(lambda z: z.double() * 1e-9 + 1e3).eval()
+    best = network()(X).argmax(1)
+    assert torch.equal(predict(model, X).argmax(1), best) and not wrong(model, X, best).any()
+    assert function(model, X, best) is not None
+
+
 class Cut(nn.Module):
     """Nothing goes back to the input, and a parameter is not used."""
 
