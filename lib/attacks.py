@@ -426,6 +426,9 @@ def frozen(model, x, precision="auto"):
                     # Some models write to what they get.
                     logits = fast(inputs) if ours else model(inputs.clone())
             except RuntimeError as error:
+                if "does not require grad" in str(error) and not torch.is_grad_enabled():
+                    what = "the model differentiates in its own forward, and gradients are off, as where it is used"
+                    raise ValueError(f"{what}: let it switch them on (torch.enable_grad): {error}") from error
                 if not others or isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise ValueError(f"{mismatch}: {error}") from error  # models may cast by themselves, so only now

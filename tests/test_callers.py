@@ -5,6 +5,7 @@ import copy
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from fractions import Fraction
 from functools import cached_property, partial
 from unittest import mock
@@ -357,6 +358,33 @@ def test_logits_of_a_finer_type_keep_their_differences(function):
     best = network()(X).argmax(1)
     assert torch.equal(predict(model, X).argmax(1), best) and not wrong(model, X, best).any()
     assert function(model, X, best) is not None
+
+
+class Energy(Wraps):
+    """It moves the image along a gradient of its own first."""
+
+    def __init__(self, switches):
+        super().__init__(torch.tanh)
+        self.switches = switches
+
+    def forward(self, x):
+        with torch.enable_grad() if self.switches else nullcontext():
+            x = x if x.requires_grad else x.requires_grad_()
+            (g,) = torch.autograd.grad(super().forward(x).logsumexp(1).sum(), x, create_graph=True)
+            return super().forward(x + 0.1 * g)
+
+
+@every_function
+def test_models_that_differentiate_in_their_forward(function):
+    """They are as sure of gradients as in use, or told how to be: where they only are used, PyTorch's are off."""
+    function(Energy(True).eval(), X, Y)
+    model = Energy(False).eval()
+    expected = model(X.clone())
+    try:
+        function(model, X, Y)
+    except ValueError as error:
+        assert "let it switch them on (torch.enable_grad)" in str(error)
+    assert torch.equal(model(X.clone()), expected)
 
 
 class Cut(nn.Module):
