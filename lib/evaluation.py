@@ -128,7 +128,7 @@ def _made(attack, model, x, y):
     low, high = made.detach().aminmax()
     if not (low >= -ROUNDING and high <= 1 + ROUNDING):
         raise ValueError(f"an attack must stay in [0, 1], got values from {low:.9g} to {high:.9g}")
-    return made if low >= 0 and high <= 1 else made.clamp(0, 1)
+    return own(made if low >= 0 and high <= 1 else made.clamp(0, 1))
 
 
 def evaluate(model, x, y, *, eps, step_size, num_steps, norm="linf", seed=0, batch_size=500):

@@ -753,6 +753,11 @@ def test_wrappers_of_parallel_training_and_torchscript():
         predict(torch.jit.trace(model, X), X)
 
 
+def test_an_attack_that_leaves_its_graph_on_what_it_returns():
+    found = attacked(network(), X, Y, lambda m, x, y: (x + 0 * m(x).sum()).clamp(0, 1))
+    assert torch.equal(found, X) and not found.requires_grad
+
+
 def test_an_attack_that_leaves_the_model_in_another_state():
     def rude(model, x, y):
         model.train()
