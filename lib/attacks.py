@@ -257,7 +257,9 @@ LEAST_CLASSES = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "fab": 2, "fab-t": 2,
 
 class _Guarded(torch.autograd.Function):
     """A model as pyautoattack needs it, whatever it is: float32 in and out, logits that are finite and its own to
-    overwrite, gradients that are contiguous, zero where there are none, and end in nobody's `.grad` but its own."""
+    overwrite, gradients that are contiguous, zero where there are none, and end in nobody's `.grad` but its own. Of
+    equal logits the first stays the largest, as it is to `argmax`: Square takes a tie for a fall, and goes no further,
+    and those of a coarse type are often equal."""
 
     @staticmethod
     def forward(ctx, logits_of, dtype, x):
@@ -267,7 +269,9 @@ class _Guarded(torch.autograd.Function):
         logits = ctx.logits.detach().to(torch.float32, copy=True)
         if not torch.isfinite(logits).all():
             raise ValueError("the model returned NaN or infinite logits, or such as are beyond float32")
-        return logits
+        first = logits.argmax(1, keepdim=True)
+        tied = (logits == logits.gather(1, first)).scatter(1, first, False)
+        return torch.where(tied, logits.nextafter(logits.new_tensor(float("-inf"))), logits)
 
     @staticmethod
     def backward(ctx, g):

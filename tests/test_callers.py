@@ -950,6 +950,22 @@ def test_autoattack_on_degenerate_logits(attack, norm, logits):
         assert torch.equal(found[stands], X[stands]) and not found.isnan().any()
 
 
+@pytest.mark.parametrize(
+    "coarse", [lambda z: z.round(), lambda z: (z + 9).bfloat16(), lambda z: z - z, lambda z: z > 9]
+)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("count", [1, 6])
+def test_square_goes_on_while_an_image_stands(count, norm, coarse):
+    """It took a tie for a fall and stopped there, though of equal logits the first is the answer."""
+    model, calls = Wraps(coarse).eval(), []
+    x = X[:count]
+    y = predict(model, x).argmax(1)
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = autoattack(model, x, y, eps=0.01, norm=norm, attacks="square", num_queries=50)
+    handle.remove()
+    assert len(calls) >= 50 or wrong(model, found, y).all()
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 5, 5), (2, 1, 5, 9), (1, 2, 12, 6), (2, 1, 1, 1), (2, 1, 3, 3), (2, 1, 1, 7)])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("attack", attacks.LEAST_CLASSES)
