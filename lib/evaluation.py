@@ -41,7 +41,8 @@ def wrong(model, x, y, attack=None, *, batch_size=500):
             It is shown only the images that are classified rightly.
     Raises:
         ValueError: labels that do not match, logits that are not finite, an attack that leaves [0, 1] and what it
-            raises, or a model to attack that answers the same images differently each time, or in another batch.
+            raises, or a model to attack that answers the same images differently each time, or in another batch, or
+            that seeds PyTorch's generator.
     """
     batches, masks = in_batches(x, y, batch_size), []
     if attack is not None:
@@ -63,7 +64,16 @@ def check_answers(model, x):
     if any_layout(as_module(model)):
         return
     few = x[torch.arange(min(10, len(x)))]
-    first, *again = (predict(model, few).double() for _ in range(8))
+    answers, ends = [], []
+    with torch.random.fork_rng(devices=[]):
+        for _ in range(8):
+            torch.rand(1, device="cpu")  # the generator's states differ then, unless the model sees to it
+            answers.append(predict(model, few).double())
+            ends.append(torch.get_rng_state())
+    if torch.equal(*ends[:2]):
+        what = "the model seeds PyTorch's generator, from which attacks draw, too: their starts would all be the same"
+        raise ValueError(f"{what}. Let it draw from a torch.Generator of its own")
+    first, *again = answers
     apart = (first.amax(0) - first.amin(0) if len(few) > 1 else first.abs()).max()  # what a mask puts in is alike
     if any(((a - first).abs() > 1e-3 * apart + 1e-5 * first.abs()).any() for a in again):
         raise ValueError("the model answers the same images differently when it is asked again: fix what it draws")

@@ -128,6 +128,30 @@ def test_models_that_do_not_judge_each_image_by_itself_are_refused(kind, digits)
             function(unknown, x, y, lambda m, x, y: x)
 
 
+@pytest.mark.parametrize("draws", [True, False])
+def test_models_that_seed_the_generator_are_refused(draws, digits):
+    """Of an attack's restarts all but the first were the same. One that puts the generator back is like any other."""
+
+    class Seeds(nn.Module):
+        def forward(self, x):
+            torch.manual_seed(3)
+            return (x + 0.1 * torch.randn(x.shape[1:]) * draws).flatten(1)[:, 300:304].cumsum(1)
+
+    class Forks(Seeds):
+        def forward(self, x):
+            with torch.random.fork_rng():
+                return super().forward(x)
+
+    x, y, state = digits.x_test[:20], torch.zeros(20, dtype=torch.int64), torch.get_rng_state()
+    for function in (robust_error, wrong, audit.first_falls):
+        with pytest.raises(ValueError, match="the model seeds PyTorch's generator, from which attacks draw, too"):
+            function(Seeds(), x, y, lambda m, x, y: x)
+        assert function(Forks(), x, y, lambda m, x, y: x) is not None
+    torch.set_rng_state(state)
+    wrong(Forks(), x, y, lambda m, x, y: x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
 def test_models_that_compute_in_a_coarse_type_are_not(low, trained, digits):
     class Coarse(nn.Module):
