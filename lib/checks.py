@@ -71,6 +71,10 @@ def check_inputs(x, y, eps=0, norm="linf", generator=None):
     if x.dtype not in (torch.float32, torch.float64):  # coarser types round x + eps by more than a small eps
         advice = "convert it, and the model" if x.is_floating_point() else "divide by 255 first"
         raise ValueError(f"x must be float32 or float64 with pixels in [0, 1], got {x.dtype}: {advice}")
+    try:
+        x.new_empty(0, dtype=torch.float64)
+    except (TypeError, RuntimeError) as error:  # Apple's GPUs; the last digit of eps is kept in it
+        raise ValueError(f"{x.device} has no float64, in which attacks keep to eps: take the CPU ({error})") from error
     low, high = x.aminmax()
     if not (low >= 0 and high <= 1):
         raise ValueError(f"x must lie in [0, 1], got values from {low:.9g} to {high:.9g}")

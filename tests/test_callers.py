@@ -1417,6 +1417,22 @@ def test_full_precision_is_full_whatever_was_chosen_for_products():
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("error", [TypeError, RuntimeError])
+@pytest.mark.parametrize("name", ["pgd", "fgsm", "simba", "autoattack", "wrong", "first_falls"])
+def test_devices_without_float64_are_refused_by_that_name(name, error):
+    class There(torch.Tensor):
+        """Images where there is none, as on Apple's GPUs."""
+
+        @classmethod
+        def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+            if function in (torch.Tensor.double, torch.Tensor.new_empty):
+                raise error("Cannot convert a MPS Tensor to float64")
+            return super().__torch_function__(function, kinds, args, kwargs or {})
+
+    with pytest.raises(ValueError, match="has no float64, in which attacks keep to eps: take the CPU"):
+        FUNCTIONS[name](network("views"), X.as_subclass(There), Y)
+
+
 def test_a_seed_for_all_devices_is_taken_back_on_all(monkeypatch):
     forked, fork = [], torch.random.fork_rng
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: forked.append(list(devices)) or fork(devices=[]))
