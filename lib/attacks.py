@@ -421,6 +421,7 @@ def frozen(model, x, precision="auto"):
             fast = as_function(model, low)
         else:
             constants = {id(t): _constant(t) for t in tensors}
+            may_learn = any(isinstance(v, torch.optim.Optimizer) for m in model.modules() for v in vars(m).values())
             afterwards.callback(_swap, slots, {id(constants[id(t)]): t for t in tensors})
             _swap(slots, constants)
 
@@ -437,6 +438,9 @@ def frozen(model, x, precision="auto"):
                     raise
                 raise ValueError(f"{mismatch}: {error}") from error  # models may cast by themselves, so only now
             check_logits(logits, len(inputs))
+            if not ours and may_learn and any(p.grad is not None for _, p in model.named_parameters()):
+                what = "the model learns while it is used, by an optimiser that it holds, which constants do not follow"
+                raise ValueError(f"{what}: give it as it is after a step")
             finer = torch.promote_types(x.dtype, logits.dtype) if x.dtype.is_floating_point else logits.dtype
             return logits.to(finer, copy=not ours)  # a copy, since some models give the same tensor again
 

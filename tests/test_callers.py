@@ -387,6 +387,30 @@ def test_models_that_differentiate_in_their_forward(function):
     assert torch.equal(model(X.clone()), expected)
 
 
+class Learns(Wraps):
+    """It adapts to each batch, by an optimiser of its own; or it only holds one."""
+
+    def __init__(self, steps):
+        super().__init__(torch.tanh)
+        self.optimizer, self.steps = torch.optim.SGD(self.parameters(), lr=0.1), steps
+
+    def forward(self, x):
+        for _ in range(self.steps):
+            with torch.enable_grad():
+                super().forward(x.detach()).square().sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return super().forward(x)
+
+
+@every_function
+def test_models_that_learn_while_they_are_used(function):
+    """Their optimiser had the parameters, and the attack constants: the answers were of a model that does not learn."""
+    same(function(Wraps(torch.tanh).eval(), X, Y), function(Learns(0).eval(), X, Y))
+    with pytest.raises(ValueError, match="the model learns while it is used, by an optimiser that it holds"):
+        function(Learns(1).eval(), X, Y)
+
+
 class Cut(nn.Module):
     """Nothing goes back to the input, and a parameter is not used."""
 
