@@ -116,17 +116,20 @@ def attacked(model, x, y, attack, *, batch_size=500):
     return torch.cat([_made(attack, model, a, b) for a, b in in_batches(x, y, batch_size)])
 
 
-def _put_back(buffer, before):
-    if not alike(buffer, before):  # some cannot be written to
-        buffer.detach().copy_(before)
+def _put_back(t, before):
+    if t.dtype != before.dtype:  # a parameter stays itself when its model is cast
+        t.data = before
+    elif not alike(t, before):  # some cannot be written to
+        t.detach().copy_(before)
 
 
 def _made(attack, model, x, y):
-    """What an attack makes of copies; what it does to the model's modes, flags, gradients and buffers is undone."""
+    """What an attack makes of copies; what it does to the model's modes, flags, gradients, parameters and buffers is
+    undone."""
     inner = as_module(model)
     with ExitStack() as afterwards:
-        for _, b in inner.named_buffers():
-            afterwards.callback(_put_back, b, own(b).clone())
+        for _, t in (*inner.named_parameters(), *inner.named_buffers()):
+            afterwards.callback(_put_back, t, own(t).clone())
         for _, p in inner.named_parameters():
             afterwards.callback(setattr, p, "grad", p.grad)
             p.grad = None

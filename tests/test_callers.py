@@ -1366,6 +1366,32 @@ def test_what_an_attack_of_the_readers_does_to_the_model_is_undone(batch):
     assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight)) and model[-1].weight.grad is None
 
 
+@torch.no_grad()
+def _perturbs(model):
+    for p in model.parameters():
+        p.add_(1)
+
+
+def _replaces(model):
+    model.f.weight = nn.Parameter(torch.zeros_like(model.f.weight))
+    model.register_buffer("more", torch.ones(3))
+    model.c.bias = None
+
+
+@pytest.mark.parametrize(
+    "does", [_perturbs, _replaces, lambda m: m.half(), lambda m: m.double(), lambda m: m.to("meta")]
+)
+@pytest.mark.parametrize("use", [robust_error, audit.first_falls])
+def test_an_attack_that_changes_the_models_numbers_breaks_nothing(use, does):
+    """What it had made of the model was judged, and stayed."""
+    model = network("views")
+    y, before = predict(model, X).argmax(1), {k: (t, t.clone()) for k, t in model.state_dict(keep_vars=True).items()}
+    found = use(model, X, y, lambda m, x, y: (does(m), x)[1])
+    assert found == 0 if use is robust_error else found == [2] * 6
+    after = model.state_dict(keep_vars=True)
+    assert after.keys() == before.keys() and all(after[k] is t and torch.equal(t, v) for k, (t, v) in before.items())
+
+
 def test_hooks_on_all_modules_are_seen():
     def clamp(module, _, out):
         return out.clamp(-0.1, 0.1) if isinstance(module, nn.Linear) else None
