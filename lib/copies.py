@@ -28,7 +28,7 @@ def copied(model, x=None, name="the model", *, order=0):
     own parameters, that mixes the inputs of a batch, or whose derivatives up to this order (1 or 2) are not autograd's.
     """
     model = as_module(model)
-    kept = {f"{inner}.{name}".lstrip("."): t for inner, m in model.named_modules() for name, t in held(m)
+    kept = {f"{inner}.{name}".lstrip("."): t for inner, m in model.named_modules() for name, t in held(vars(m))
             if not t.is_leaf}  # fmt: skip
     cut = {id(t): t.detach().clone() for t in kept.values()}
     with torch.inference_mode(False):

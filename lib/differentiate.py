@@ -98,14 +98,22 @@ def alike(a, b):
     return torch.equal(*(t.detach().to_dense().nan_to_num() for t in (a, b)))
 
 
-def held(module):
-    """(name, tensor) of all that a module holds by itself: as attributes, or in dicts and lists that are attributes."""
-    for name, value in vars(module).items():
-        entries = (
-            value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, (list, tuple)) else [])
-        )
-        several = [(f"{name}[{key!r}]", t) for key, t in entries]
-        yield from ((n, t) for n, t in [(name, value), *several] if isinstance(t, torch.Tensor))
+def held(attributes):
+    """(name, tensor) of all that there is in attributes, a dict: by itself, or in dicts and lists."""
+    for name, value in attributes.items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, (dict, list, tuple)):
+            entries = value.items() if isinstance(value, dict) else enumerate(value)
+            yield from ((f"{name}[{key!r}]", t) for key, t in entries if isinstance(t, torch.Tensor))
+
+
+def _own_attributes(module):
+    return {k: v for k, v in vars(module).items() if k not in INTERNAL}
+
+
+def _tensors(module):
+    return [*module._buffers.values(), *(t for _, t in held(_own_attributes(module)))]
 
 
 def _put_back(entries, before):
@@ -129,10 +137,9 @@ def unchanged(model):
     flags = [(p, p.requires_grad) for _, p in model.named_parameters()]
     before = []
     for m in model.modules():
-        mine = {k: v for k, v in vars(m).items() if k not in INTERNAL}
-        dicts = [(d, dict(d.items())) for d in (m._buffers, m._parameters)]
+        mine, dicts = _own_attributes(m), [(d, dict(d.items())) for d in (m._buffers, m._parameters)]
         caches = {k: dict(v) for k, v in mine.items() if isinstance(v, dict)}
-        before.append((m, mine, dicts, caches, [t for _, t in held(m)]))
+        before.append((m, mine, dicts, caches, _tensors(m)))
     try:
         yield
     finally:
@@ -145,7 +152,7 @@ def unchanged(model):
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
         for module, mine, dicts, caches, tensors in before:
-            if {id(t) for _, t in held(module)} != {id(t) for t in tensors}:
+            if {id(t) for t in _tensors(module)} != {id(t) for t in tensors}:
                 _put_back(vars(module), {k: v for k, v in vars(module).items() if k in INTERNAL} | mine)
             for entries, were in dicts:
                 _put_back(entries, were)
