@@ -130,9 +130,9 @@ INTERNAL = set(vars(torch.nn.Module()))
 @contextmanager
 def unchanged(model):
     """Afterwards modes, flags and tensors that are attributes (a pruned weight) of the model are as before, whatever
-    was done inside. What a module has kept there meanwhile is gone, and with it what else the module has set, such as a
-    note that it has. Modes are put back by the modules' own `train`, which may do more than set a flag (layers of low
-    rank merge their weights)."""
+    was done inside. What a module has kept there meanwhile is gone, and with it what else it and those around it have
+    set, such as a note that it has. Modes are put back by the modules' own `train`, which may do more than set a flag
+    (layers of low rank merge their weights)."""
     modes = [(m, m.training) for m in model.modules()]
     flags = [(p, p.requires_grad) for _, p in model.named_parameters()]
     before = []
@@ -151,8 +151,9 @@ def unchanged(model):
         for p, flag in flags:
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
-        for module, mine, dicts, caches, tensors in before:
-            if {id(t) for t in _tensors(module)} != {id(t) for t in tensors}:
+        keep = {m for m, *_, tensors in before if {id(t) for t in _tensors(m)} != {id(t) for t in tensors}}
+        for module, mine, dicts, caches, _ in before:
+            if keep and not keep.isdisjoint(module.modules()):
                 _put_back(vars(module), {k: v for k, v in vars(module).items() if k in INTERNAL} | mine)
             for entries, were in dicts:
                 _put_back(entries, were)

@@ -528,6 +528,19 @@ def _by_a_flag(model):
     return model.plain
 
 
+def _in_a_child(model):
+    if not model.ready:
+        model.child.late, model.ready = model.scale * 1.0, True
+    return model.child.late
+
+
+def _in_a_childs_buffer(model):
+    if not model.ready:
+        model.child.register_buffer("late", model.scale * 1.0)
+        model.ready = True
+    return model.child.late
+
+
 def _in_a_new_dict(model):
     if not hasattr(model, "several"):
         model.several = {"scale": model.scale * 1.0}
@@ -541,7 +554,7 @@ class Late(nn.Module):
         super().__init__()
         self.scale, self.f, self.made = nn.Parameter(torch.linspace(0.5, 1.5, 128)), nn.Linear(128, 5), made
         self.register_buffer("empty", torch.zeros(0))
-        self.pair, self.plain, self.ready = None, None, False
+        self.pair, self.plain, self.ready, self.child = None, None, False, nn.Identity()
 
     @cached_property
     def cached(self):
@@ -551,7 +564,10 @@ class Late(nn.Module):
         return self.f(x.flatten(1) * self.made(self))
 
 
-LATE = [_as_attribute, _as_cached, _as_pair, _as_buffer, _in_place_of_one, _by_a_flag, _in_a_new_dict]
+LATE = [
+    _as_attribute, _as_cached, _as_pair, _as_buffer, _in_place_of_one, _by_a_flag, _in_a_child, _in_a_childs_buffer,
+    _in_a_new_dict,
+]  # fmt: skip
 
 
 @every_function
