@@ -60,7 +60,7 @@ class Hessian:
         self.dtype, self.device = dtype, x.device
         own_type = next((p.dtype for p in as_module(model).parameters() if p.is_floating_point()), dtype)
         few = x[:2].to(own_type) if x.is_floating_point() else x[:2]
-        self._model, self._count = copied(model, few, order=2).to(dtype), len(x)
+        self._model, self._count = _in_type(copied(model, few, order=2), dtype), len(x)
         self.size = sum(p.numel() for p in self._model.parameters())
         x = x.to(dtype) if x.is_floating_point() else x  # names of words, say
         batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
@@ -116,6 +116,13 @@ class Hessian:
         runs = zip(*(outputs_of(self._model, x) for _ in range(2)), strict=True)
         changed = [name for (name, a), (_, b) in runs if not torch.equal(a, b)]
         return changed[0] if changed else "a backward pass that is not repeatable"
+
+
+def _in_type(model, dtype):
+    """The model in this floating type; complex buffers in the complex one of its length, since `to` would leave them
+    their real parts alone."""
+    return model._apply(lambda t: t.to(dtype.to_complex() if t.is_complex() else dtype)
+                        if t.is_complex() or t.is_floating_point() else t)  # fmt: skip
 
 
 class Eigenpairs(NamedTuple):

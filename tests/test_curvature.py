@@ -714,3 +714,29 @@ def test_models_that_mix_the_images_of_a_batch_are_refused(how):
     named = r"layer 'layer.self_attn' \(MultiheadAttention\)" if how == "attention" else r"layer 'last' \(Linear\)"
     with pytest.raises(ValueError, match=f"{named} mixes the images of a batch"):
         trace(model, x, y, **DOUBLE)
+
+
+class Filter(nn.Module):
+    """A filter in frequency space, a complex buffer, before a linear layer."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.linear = nn.Linear(16, 3)
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("filter", torch.randn(4, 3, dtype=torch.complex128, generator=generator).to(dtype))
+
+    def forward(self, x):
+        return self.linear(torch.fft.irfft2(torch.fft.rfft2(x.squeeze(1)) * self.filter).flatten(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("own, complex_type", [
+    (torch.float32, torch.complex64), (torch.float64, torch.complex64), (torch.float64, torch.complex128),
+])  # fmt: skip
+def test_complex_buffers_keep_their_imaginary_parts(dtype, own, complex_type):
+    model, (x, y) = Filter(complex_type), data()
+    model, x = (model.double() if own == torch.float64 else model).eval(), x.to(own)
+    exact = torch.linalg.eigvalsh(dense(model, x, y)).flip(0)[:3].to(dtype)
+    found = top_eigenpairs(model, x, y, 3, dtype=dtype).values
+    torch.testing.assert_close(found, exact, rtol=2e-4, atol=1e-5)
+    assert model.filter.dtype == complex_type
