@@ -4,6 +4,7 @@ from numbers import Integral, Real
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.parameter import is_lazy
 
 from .differentiate import as_module, own
 
@@ -86,6 +87,17 @@ def check_inputs(x, y, eps=0, norm="linf", generator=None):
         raise ValueError(f"generator must be None or {made}, got {generator!r}")
     # Of no subclass: those of two libraries may refuse to meet.
     return *(own(t).as_subclass(torch.Tensor).contiguous() for t in (x, y)), eps
+
+
+def check_parameters(model):
+    """Raise ValueError, naming it, if a parameter is not of real floating-point numbers, or (lazy) has none yet."""
+    for name, p in as_module(model).named_parameters():
+        if is_lazy(p):
+            raise ValueError(f"parameter {name!r} has no numbers yet: run the model once")
+        if not p.is_floating_point():
+            what = "complex" if p.is_complex() else f"of {p.dtype}"
+            raise ValueError(f"parameter {name!r} is {what}: those here are real floating-point ones (a constant is a "
+                             "buffer)")  # fmt: skip
 
 
 def check_statistics(model):

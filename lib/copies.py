@@ -13,6 +13,7 @@ from contextlib import ExitStack
 
 import torch
 
+from .checks import check_parameters
 from .differentiate import as_module, differentiating, gradient, held
 from .evaluation import predict
 from .fast import channels_last
@@ -28,6 +29,7 @@ def copied(model, x=None, name="the model", *, order=0):
     own parameters, that mixes the inputs of a batch, or whose derivatives up to this order (1 or 2) are not autograd's.
     """
     model = as_module(model)
+    check_parameters(model)
     kept = {f"{inner}.{name}".lstrip("."): t for inner, m in model.named_modules() for name, t in held(vars(m))
             if not t.is_leaf}  # fmt: skip
     cut = {id(t): t.detach().clone() for t in kept.values()}
@@ -84,7 +86,7 @@ def _check_kept(result, fresh, x):
     fresh.train().eval()  # what the given model has kept already
     generator, before = torch.Generator().manual_seed(0), [p.clone() for p in result.parameters()]
     for p, q, number in zip(result.parameters(), fresh.parameters(), before, strict=True):
-        if p.is_floating_point():
+        if p.numel():
             q.data.copy_(p.data.copy_(number + 0.1 * (number.std(correction=0) + number.abs().mean()) *
                                       torch.randn(p.shape, generator=generator).to(p)))  # fmt: skip
     runs = zip(*(outputs_of(m, x) for m in (result, result, fresh)), strict=False)

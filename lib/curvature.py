@@ -19,7 +19,7 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student
 from torch.nn.utils import parametrize
 
-from .checks import check_choice, check_count, check_labels, check_statistics, check_targets
+from .checks import check_choice, check_count, check_labels, check_parameters, check_statistics, check_targets
 from .copies import copied, joined, outputs_of
 from .differentiate import as_module, differentiating, gradient, own
 from .fast import channels_last
@@ -58,7 +58,7 @@ class Hessian:
         batch_size, (x, y) = check_count(1, batch_size=batch_size), check(model, x, y)
         kept_batches = check_count(0, kept_batches=kept_batches)
         self.dtype, self.device = dtype, x.device
-        own_type = next((p.dtype for p in as_module(model).parameters() if p.is_floating_point()), dtype)
+        own_type = next(as_module(model).parameters()).dtype
         few = x[:2].to(own_type) if x.is_floating_point() else x[:2]
         self._model, self._count = _in_type(copied(model, few, order=2), dtype), len(x)
         self.size = sum(p.numel() for p in self._model.parameters())
@@ -331,20 +331,18 @@ def _signs(hessian, generator):
 def check(model, x, y):
     """x and y as constants of ours, contiguous.
 
-    Raises ValueError for no data, bytes in place of pixels, labels that do not match, no parameters or complex ones,
-    and a model whose loss is no function of the parameters alone: in training mode, or with batch normalisation by the
-    statistics of the batch.
+    Raises ValueError for no data, bytes in place of pixels, labels that do not match, no parameters or others than
+    `check_parameters` takes, and a model whose loss is no function of the parameters alone: in training mode, or with
+    batch normalisation by the statistics of the batch.
     """
     check_targets(x, y)
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"x must be a tensor, got {type(x).__name__}, on disk: x[torch.arange(n)] holds n of them")
     if x.dtype == torch.uint8:
         raise ValueError("x holds bytes: divide them by 255 first")
+    check_parameters(model)
     if not any(p.numel() for p in as_module(model).parameters()):
         raise ValueError("the model has no parameters, of which its loss would be a function: give one that has some")
-    for name, p in as_module(model).named_parameters():
-        if p.is_complex():
-            raise ValueError(f"parameter {name!r} is complex: the Hessian here is that of real ones")
     for name, m in as_module(model).named_modules():
         if m.training and not isinstance(m, CONTAINERS):
             raise ValueError(f"the model is in training mode (module {name or type(m).__name__!r}): call model.eval()")

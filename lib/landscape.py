@@ -22,7 +22,7 @@ from scipy.special import comb
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .checks import check_choice, check_count, check_data, check_labels
+from .checks import check_choice, check_count, check_data, check_labels, check_parameters
 from .copies import copied, differ
 from .curvature import check, loss_gradient, seeded, top_eigenpairs
 from .differentiate import alike, as_module, differentiating, own
@@ -40,6 +40,7 @@ def random_directions(model, num, *, seed=0):
         (num, P). Step 1 along it changes each filter by its own length.
     """
     num, generator = check_count(1, num=num), seeded(seed)
+    check_parameters(model)
     return torch.stack([_filter_normalised(model, generator) for _ in range(num)])
 
 
@@ -50,7 +51,7 @@ def _filter_normalised(model, generator):
         if p.dim() < 2:
             d.zero_()
         else:
-            rows, own = d.view(len(d), -1), p.detach().reshape(len(d), -1)
+            rows, own = d.flatten(1), p.detach().flatten(1)  # views of d, also where it has no numbers
             rows *= own.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True)
         pieces.append(d.reshape(-1))
     return torch.cat(pieces)

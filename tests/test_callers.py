@@ -666,6 +666,48 @@ def test_a_module_that_returns_nothing():
     assert torch.isfinite(landscape.descent_direction(Empty().eval(), X, Y)[0]).all()
 
 
+class Beside(nn.Module):
+    """A network with a parameter that it hardly uses."""
+
+    def __init__(self, parameter):
+        super().__init__()
+        self.inner, self.beside = nn.Sequential(nn.Flatten(), nn.Linear(128, 5)), parameter
+
+    def forward(self, x):
+        return self.inner(x) + self.beside.sum()
+
+
+MEASURES = {
+    "top_eigenpairs": lambda m: curvature.top_eigenpairs(m, X, Y, 1).values,
+    "random_directions": lambda m: landscape.random_directions(m, 2),
+    "descent_direction": lambda m: landscape.descent_direction(m, X, Y),
+    "surface": lambda m: landscape.surface(m, torch.zeros(1, 645), [0.0], X, Y).loss,
+    "connect": lambda m: landscape.connect(m, m, X, Y, epochs=1).points,
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+@pytest.mark.parametrize("beside, message", [
+    (nn.Parameter(torch.arange(3), requires_grad=False), r"'beside' is of torch\.int64"),
+    (nn.Parameter(torch.ones(3, dtype=torch.bool), requires_grad=False), r"'beside' is of torch\.bool"),
+    (nn.Parameter(torch.ones(3, dtype=torch.complex64)), "'beside' is complex"),
+    (nn.UninitializedParameter(), "'beside' has no numbers yet: run the model once"),
+])  # fmt: skip
+def test_parameters_that_are_no_real_floating_point_numbers_are_named(measure, beside, message):
+    with pytest.raises(ValueError, match=f"parameter {message}"):
+        measure(Beside(beside).eval())
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (2, 0, 3, 3)])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_parameters_without_numbers_change_nothing(measure, shape):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Beside(nn.Parameter(torch.zeros(shape))).eval()
+    np.testing.assert_allclose(measure(model), measure(model.inner), rtol=1e-4, atol=1e-6)
+
+
 def test_sparse_buffers():
     class Sparse(nn.Module):
         def __init__(self):
