@@ -30,6 +30,13 @@ def check_count(least, **values):
     return (first, *others) if others else first
 
 
+def check_seed(seed):
+    """seed as a plain integer. Raises ValueError unless it is one of 64 bits: PyTorch takes no others."""
+    if (seed := check_count(-(2**63), seed=seed)) >= 2**64:
+        raise ValueError(f"seed must be below 2**64, got {seed}")
+    return seed
+
+
 def check_eps(eps, *, name="eps", norm="linf"):
     """eps as a float. Raises ValueError unless it is a number >= 0, at most 1 for "linf", and norm one of NORMS."""
     check_choice("norm", norm, NORMS)

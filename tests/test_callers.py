@@ -666,6 +666,26 @@ def test_a_module_that_returns_nothing():
     assert torch.isfinite(landscape.descent_direction(Empty().eval(), X, Y)[0]).all()
 
 
+SEEDED = {
+    "autoattack": lambda seed: autoattack(network(), X, Y, eps=0.1, attacks=("square",), num_queries=3, seed=seed),
+    "attack_by_name": lambda seed: audit.attack_by_name("pgd", eps=0.1, step_size=0.04, num_steps=1, seed=seed),
+    "evaluate": lambda seed: evaluate(network(), X, Y, eps=0.1, step_size=0.04, num_steps=1, seed=seed),
+    "trace": lambda seed: curvature.trace(network(), X, Y, num_probes=2, seed=seed),
+    "random_directions": lambda seed: landscape.random_directions(network(), 1, seed=seed),
+    "connect": lambda seed: landscape.connect(network("views"), network("views", 1), X, Y, epochs=1, seed=seed),
+    "build": lambda seed: models.build("lenet", seed=seed, width=1),
+}
+
+
+@pytest.mark.parametrize("function", SEEDED.values(), ids=SEEDED)
+def test_seeds_of_64_bits_are_taken_and_others_refused(function):
+    for seed in (-(2**63), np.int64(-1), np.uint64(2**64 - 1), 2**63):
+        function(seed)
+    for seed in (np.random.SeedSequence(0).spawn(1)[0].entropy + 2**100, 2**64, -(2**63) - 1, 0.0, "0", None, True):
+        with pytest.raises(ValueError, match="seed must be"):
+            function(seed)
+
+
 class Beside(nn.Module):
     """A network with a parameter that it hardly uses."""
 
