@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .checks import check_choice, check_count, check_data, check_labels, check_parameters, check_seed
 from .copies import copied, differ
-from .curvature import check, loss_gradient, seeded, top_eigenpairs
+from .curvature import DTYPES, check, loss_gradient, seeded, top_eigenpairs
 from .differentiate import alike, as_module, differentiating, own
 from .evaluation import attacked, predict, share
 
@@ -151,8 +151,14 @@ def flat(model):
 
 @differentiating()
 def move(model, theta):
-    """Put the model at the point theta (P,): its own parameters get these numbers, and keep their type and layout."""
+    """Put the model at the point theta (P,): its own parameters get these numbers, and keep their type and layout.
+
+    Raises ValueError for parameters of a type that rounds the steps of a surface or of training away.
+    """
     parameters = list(model.parameters())
+    if coarse := [p.dtype for p in parameters if p.dtype not in DTYPES]:
+        raise ValueError(f"parameters of {coarse[0]} do not move by less than their rounding: convert model and images "
+                         "to float32 or float64")  # fmt: skip
     for p, piece in zip(parameters, own(theta).split([p.numel() for p in parameters]), strict=True):
         p.data.copy_(piece.view_as(p))
 

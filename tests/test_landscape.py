@@ -607,6 +607,34 @@ def test_images_of_another_type_than_the_model():
                 call(images)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("which", [slice(None), slice(2, None)])
+def test_parameters_that_do_not_move_by_small_steps_are_refused(dtype, which):
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(16, 4), nn.Linear(4, 4), nn.Linear(4, 3)])
+
+        def forward(self, x):
+            x = x.flatten(1)
+            for part in self.parts:
+                x = part(x.to(part.weight.dtype))
+            return x.float()
+
+    model, (x, y) = Part().eval(), data()
+    for part in model.parts[which]:
+        part.to(dtype)
+    x = x.to(model.parts[0].weight.dtype)
+    for call in (
+        lambda: surface(model, random_directions(model, 1), [0, 1e-3], x, y),
+        lambda: scatter(model, flat(model), [1e-3], x, y, lambda m, x, y: x),
+        lambda: connect(model, model, x, y, epochs=1),
+        lambda: Curve(model, model).model(0.5),
+    ):
+        with pytest.raises(ValueError, match=f"parameters of {dtype} do not move by less than their rounding"):
+            call()
+
+
 def test_one_image_has_no_variance():
     a, b = (nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.BatchNorm1d(3)).double().eval() for _ in range(2))
     x, y = data()
