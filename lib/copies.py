@@ -10,6 +10,7 @@ them. Attacks and errors ask for the input alone: they take `attacks.frozen`, th
 
 import copy
 from contextlib import ExitStack
+from itertools import chain
 
 import torch
 
@@ -25,8 +26,9 @@ def copied(model, x=None, name="the model", *, order=0):
 
     Tensors that it keeps with a graph (an activation, a normalised weight) are cut off from it. torch.compile's
     wrapper is left out. Raises ValueError, naming the module, for what cannot be copied; and, where x (inputs) are
-    given to try it, for inputs of another type than the model, and a copy that computes with something else than its
-    own parameters, that mixes the inputs of a batch, or whose derivatives up to this order (1 or 2) are not autograd's.
+    given to try it, for inputs of another type than the model, parameters that are one in memory alone, and a copy that
+    computes with something else than its own parameters, that mixes the inputs of a batch, or whose derivatives up to
+    this order (1 or 2) are not autograd's.
     """
     model = as_module(model)
     check_parameters(model)
@@ -44,6 +46,7 @@ def copied(model, x=None, name="the model", *, order=0):
             for p in result.parameters():
                 p.data = channels_last(p.data)
         if x is not None:
+            _check_memory(model)
             predict(result, x[:2])  # for its refusal of inputs of another type
         if x is not None and not any_layout(result):  # our layers need no more
             made = {name: cut[id(t)] for name, t in kept.items() if t.is_floating_point()}
@@ -53,6 +56,18 @@ def copied(model, x=None, name="the model", *, order=0):
             if order:
                 _check_derivatives(result, x[:2], order)
     return result
+
+
+def _check_memory(model):
+    """Raise ValueError if a parameter begins where another, or a buffer, does: they are changed together, and are one,
+    but autograd and a copy take them for two."""
+    names = {}
+    for name, t in chain(model.named_parameters(), model.named_buffers()):
+        if t.layout == torch.strided and (place := t.data_ptr()):
+            first, other = names.setdefault(place, (name, t))
+            if other is not t and isinstance(other, torch.nn.Parameter):
+                raise ValueError(f"{name} and {first} share their memory but are two tensors: make them one parameter "
+                                 "(a.weight = b.weight), or two of their own")  # fmt: skip
 
 
 @differentiating()

@@ -728,6 +728,35 @@ def test_parameters_without_numbers_change_nothing(measure, shape):
     np.testing.assert_allclose(measure(model), measure(model.inner), rtol=1e-4, atol=1e-6)
 
 
+def _tied(how):
+    """Two layers whose weights are one in memory (how: a function of the first) or as a parameter (how None)."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(128, 128), nn.Softplus(), nn.Linear(128, 128), nn.Linear(128, 5))
+    first, second = model[1], model[3]
+    if how is None:
+        second.weight = first.weight
+    else:
+        how(first, second)
+    return model.eval()
+
+
+IN_MEMORY = {
+    "data": lambda a, b: setattr(b.weight, "data", a.weight.data),
+    "another parameter": lambda a, b: setattr(b, "weight", nn.Parameter(a.weight)),
+    "transposed": lambda a, b: setattr(b, "weight", nn.Parameter(a.weight.t())),
+    "a part": lambda a, b: setattr(b, "bias", nn.Parameter(a.weight.detach()[0])),
+    "a buffer": lambda a, b: b.register_buffer("teacher", a.weight.data),
+}
+
+
+@pytest.mark.parametrize("measure", [curvature.trace, landscape.descent_direction])
+@pytest.mark.parametrize("how", IN_MEMORY.values(), ids=IN_MEMORY)
+def test_parameters_that_are_one_in_memory_alone_are_refused(measure, how):
+    with pytest.raises(ValueError, match=r"3\.(weight|bias|teacher) and 1\.weight share their memory"):
+        measure(_tied(how), X, Y)
+    measure(_tied(None), X, Y)
+    measure(_tied(lambda a, b: b.weight.data.copy_(a.weight.data)), X, Y)
+
+
 def test_sparse_buffers():
     class Sparse(nn.Module):
         def __init__(self):
