@@ -174,9 +174,19 @@ def by_seed(values):
     return np.array([[values[condition, seed] for condition in conditions] for seed in seeds], float)
 
 
+def _numbers(values):
+    """Values as floats; what a masked array hides is NaN, as NumPy would bring it to light again. Raises ValueError for
+    complex ones, of which it would take the real parts."""
+    if np.ma.isMaskedArray(values):
+        values = values.astype(float).filled(np.nan)
+    if np.iscomplexobj(values):
+        raise ValueError("values must be real, and there are complex ones")
+    return np.asarray(values, float)
+
+
 def _settled(values):
     """Values to twelve digits, so that those that are equal up to rounding are equal, and have one rank."""
-    return np.vectorize(lambda x: float(f"{x:.12g}"), otypes=[float])(np.asarray(values, float))
+    return np.vectorize(lambda x: float(f"{x:.12g}"), otypes=[float])(_numbers(values))
 
 
 def _page(v):
@@ -317,7 +327,7 @@ def interval(a, b):
 
 
 def _differences(a, b):
-    a, b = (np.asarray(v, float) for v in (a, b))
+    a, b = (_numbers(v) for v in (a, b))
     if a.shape != b.shape or not a.size or a.ndim not in (1, 2):
         raise ValueError(f"pairs need two arrays (seeds, images) or (seeds,) of one shape, got {a.shape} and {b.shape}")
     if not np.isfinite([a, b]).all():
@@ -483,7 +493,7 @@ def exact(what, *, tolerance):
     def test(error):
         if np.size(error) == 0:
             return Finding("undecided", None, "nothing", "there was nothing to compare")
-        worst = float(np.max(np.abs(np.asarray(error, float))))
+        worst = float(np.max(np.abs(_numbers(error))))
         return Finding("holds" if worst <= tolerance else "fails", worst <= tolerance,
                        f"largest error {worst:.3g} of {np.size(error):,}, {tolerance:g} allowed")  # fmt: skip
 

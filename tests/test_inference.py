@@ -349,6 +349,32 @@ def test_exact():
     assert rule([]).holds is None
 
 
+RULES = {
+    "trend": lambda v: trend("x", expect="rises")(v),
+    "difference": lambda v: difference("x", margin=0.1)(v, np.zeros(v.shape)),
+    "difference, second": lambda v: difference("x", margin=0.1)(np.zeros(v.shape), v),
+    "interval": lambda v: interval(v, np.zeros(v.shape)),
+    "exact": lambda v: exact("x", tolerance=1.0)(v),
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.filterwarnings("error")
+def test_values_that_numpy_would_change_are_not_taken(rule):
+    values = np.arange(24.0).reshape(8, 3) / 24
+    rule(values)
+    assert rule(values) == rule(np.ma.array(values)) == rule(np.ma.array(values, mask=False))
+    with pytest.raises(ValueError, match="complex"):
+        rule(values + 1j)
+    for dtype in (float, int, bool):
+        hidden = np.ma.array(values.astype(dtype), mask=values == 0.5)
+        if rule is RULES["exact"]:
+            assert rule(hidden).holds is False  # as for NaN
+        else:
+            with pytest.raises(ValueError, match="NaN"):
+                rule(hidden)
+
+
 def test_together():
     yes, no, open_ = Finding("a", True, "1"), Finding("b", False, "2"), Finding("undecided", None, "3", "few")
     part = Finding("a, by less", "partly", "4")
