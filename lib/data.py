@@ -21,6 +21,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -133,15 +134,15 @@ class Data:
             if isinstance(t, Images):
                 h.update(f"files as shown, size {t.size}".encode() + t.contents())
             else:  # anew at each call, because PyTorch does not count what is changed by NumPy or as `.data`
-                h.update(t.detach().cpu().contiguous().numpy())
+                h.update(t.detach().cpu().contiguous().view(torch.uint8).numpy())  # NumPy has no bfloat16
         return h.hexdigest()[:16]
 
     def first(self, n_train=None, n_test=None):
         """The first images of both parts (all when None), named so in the source. Raises ValueError for more than
         there are, or less than one."""
         for n, part in ((n_train, self.y_train), (n_test, self.y_test)):
-            if n is not None and not 1 <= n <= len(part):
-                raise ValueError(f"cannot take {n} of {len(part)} images")
+            if n is not None and not _takes(n, len(part)):
+                raise ValueError(f"cannot take {n!r} of {len(part)} images")
         part = self.x_train[:n_train], self.y_train[:n_train], self.x_test[:n_test], self.y_test[:n_test]
         if len(part[0]) == len(self.x_train) and len(part[2]) == len(self.x_test):
             return self
@@ -151,31 +152,39 @@ class Data:
     def set_aside(self, n):
         """Training images to choose by (a learning rate, say), so that no test image has a part in the choice: the
         last n take the place of the test part, and the source says so. Raises ValueError unless some are left."""
-        if not 1 <= n < len(self.y_train):
-            raise ValueError(f"cannot set aside {n} of {len(self.y_train)} training images")
+        if not _takes(n, len(self.y_train) - 1):
+            raise ValueError(f"cannot set aside {n!r} of {len(self.y_train)} training images")
         parts = self.x_train[:-n], self.y_train[:-n], self.x_train[-n:], self.y_train[-n:]
         return Data(*parts, f"{self.source}, {n:,} training images set aside", self._then("set_aside", n))
 
     def more(self, n_train, n):
-        """The first training images, and as the test part n images beside them: all test images, then the training
-        images after the first. Raises ValueError for more than there are, or less than one."""
+        """The first training images (all when None), and as the test part n images beside them: all test images, then
+        the training images after the first. Raises ValueError for more than there are, or less than one."""
+        n_train = len(self.y_train) if n_train is None else n_train
         few, rest = self.first(n_train), (self.x_train[n_train:], self.y_train[n_train:])
-        if not 1 <= n <= len(self.y_test) + len(rest[1]):
-            raise ValueError(f"cannot take {n} of {len(self.y_test)} test images and {len(rest[1])} training images")
+        if not _takes(n, len(self.y_test) + len(rest[1])):
+            raise ValueError(f"cannot take {n!r} of {len(self.y_test)} test images and {len(rest[1])} training images")
         x_test, y_test = (_joined(*parts) for parts in zip((self.x_test, self.y_test), rest, strict=True))
         source = f"{self.source}, {n_train:,} training images and {n:,} of those after them and of the test images"
         return Data(few.x_train, few.y_train, x_test[:n], y_test[:n], source, self._then("more", n_train, n))
 
     def rgb(self):
         """Grey images as networks for small colour images take them: three equal channels, a black border up to
-        32 x 32. Colour images stay as they are."""
+        32 x 32. Colour images stay as they are. Raises ValueError for images of two channels, or of more than three."""
         if self.x_train.shape[1] == 3:
             return self
+        if self.x_train.shape[1] != 1:
+            raise ValueError(f"images of {self.x_train.shape[1]} channels are neither grey nor RGB")
         x_train, x_test = _rgb(self.x_train), _rgb(self.x_test)
         return Data(x_train, self.y_train, x_test, self.y_test, f"{self.source}, in three channels", self._then("rgb"))
 
     def _then(self, *step):
         return (*self.origin, step) if self.origin else ()
+
+
+def _takes(n, there):
+    """Whether n is a number of images that can be taken of so many."""
+    return isinstance(n, Integral) and not isinstance(n, bool) and 1 <= n <= there
 
 
 def _joined(a, b):

@@ -144,10 +144,21 @@ class TestMnist5k:
             with pytest.raises(ValueError, match=f"cannot take {n_train} of 4000 images"):
                 digits.more(n_train, 1)
 
+        assert torch.equal(digits.more(None, 7).x_test, digits.x_test[:7])
+
     @pytest.mark.parametrize("n_train, n_test", [(0, 1), (4001, 1), (1, 1001), (-3, None)])
     def test_first_refuses_more_than_there_is(self, digits, n_train, n_test):
         with pytest.raises(ValueError, match=r"cannot take -?\d+ of \d+ images"):
             digits.first(n_train, n_test)
+
+    @pytest.mark.parametrize("n", [2.0, 2.5, True, "3", float("nan")])
+    def test_numbers_of_images_are_whole(self, digits, n):
+        for call in (digits.first, lambda n: digits.first(None, n), digits.set_aside, lambda n: digits.more(n, 1),
+                     lambda n: digits.more(1, n)):  # fmt: skip
+            with pytest.raises(ValueError, match=f"cannot (take|set aside) {n!r} of"):
+                call(n)
+        for part in (digits.first(np.int64(3), np.uint8(2)), digits.first(3, 2)):
+            assert part.fingerprint == digits.first(3, 2).fingerprint
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -212,6 +223,20 @@ class TestMnist:
         monkeypatch.setattr(data, "MNIST_SHA256", real)
         with pytest.raises(DataCorrupted):
             load("mnist")
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_that_are_neither_grey_nor_rgb_are_not_made_so(channels):
+    x, y = torch.zeros(3, channels, 28, 28), torch.arange(3)
+    with pytest.raises(ValueError, match=f"images of {channels} channels are neither grey nor RGB"):
+        data.Data(x, y, x, y, "made here").rgb()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8])
+def test_pixels_of_any_type_have_a_fingerprint(dtype):
+    x, y = torch.zeros(3, 1, 2, 2, dtype=dtype), torch.arange(3)
+    found = {data.Data(t, y, x, y, "made here").fingerprint for t in (x, x.mT, x + 1)}
+    assert len(found) == 2
 
 
 def test_rgb_repeats_the_channel_inside_a_border(digits):
