@@ -17,6 +17,7 @@ import socket
 import stat
 import warnings
 import zlib
+from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -380,7 +381,8 @@ def image_folder(path, *, title=None, size=None, held_bytes=HELD_BYTES):
 
     Images are taken as a viewer shows them: upright (EXIF), in 8-bit RGB, transparent places on white; but colour
     profiles are not applied. What file managers and notebooks leave (HIDDEN) is passed over; so are images of other
-    kinds, with a warning (counted, the first one named).
+    kinds and those beside the classes, with a warning (counted, the first one named). There is one, too, where links
+    lead to an image from several classes.
 
     Args:
         path: the folder.
@@ -422,9 +424,10 @@ def _part(folder, size):
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     try:
-        classes = [name for name in _visible(os.listdir(folder)) if _is_folder(folder / name)]
+        names = _visible(os.listdir(folder))
+        classes = [name for name in names if _is_folder(folder / name)]
         every = [(file, k) for k, name in enumerate(classes) for file in _walk(folder / name)]
-        samples = _once([(file, k) for file, k in every if file.lower().endswith(IMG_EXTENSIONS)])
+        samples, several = _once([(file, k) for file, k in every if file.lower().endswith(IMG_EXTENSIONS)])
         rest = [file for file, _ in every if not file.lower().endswith(IMG_EXTENSIONS)]
         for file in rest:
             _is_folder(file)
@@ -434,9 +437,12 @@ def _part(folder, size):
     except (OSError, ValueError) as error:
         what = DataCorrupted if folder.parent.is_dir() else DataNotFound
         raise what(f"{folder} should hold <class>/*.png or *.jpg: {_line(error)}") from error
-    if others := [file for file in rest if Path(file).suffix.lower() in Image.registered_extensions()]:
-        what = f"{len(others)} files in {folder} are of kinds that are not read here, the first is {others[0]}"
-        warnings.warn(what, stacklevel=4)
+    others = [file for file in rest if Path(file).suffix.lower() in Image.registered_extensions()]
+    alone = [name for name in names if name.lower().endswith(IMG_EXTENSIONS) and name not in classes]
+    for found, what in ((others, "are of kinds that are not read here"), (alone, "are in no class, and not read"),
+                        (several, "are in several classes, by links, and read for each")):  # fmt: skip
+        if found:
+            warnings.warn(f"{len(found)} files in {folder} {what}, the first is {found[0]}", stacklevel=4)
     files, labels = zip(*(samples[i] for i in _order(samples)), strict=True)
     return Images(files, size), torch.tensor(labels), classes
 
@@ -475,8 +481,9 @@ def _walk(folder):
 
 def _once(samples):
     """Each file once, although several links may lead to it: by its first path, at the place of its last, since
-    fingerprints hang on the order."""
-    return list({(os.path.realpath(file), label): (file, label) for file, label in reversed(samples)}.values())[::-1]
+    fingerprints hang on the order. And the files that links lead to from several classes."""
+    found = {(os.path.realpath(file), label): (file, label) for file, label in reversed(samples)}
+    return list(found.values())[::-1], [file for file, n in Counter(real for real, _ in found).items() if n > 1]
 
 
 def _order(samples):

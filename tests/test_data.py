@@ -900,7 +900,16 @@ class TestAsShown:
             (path / "train" / name / "up").symlink_to("..")
         calls, whole = itertools.count(), os.scandir  # what a walk of each path would make more than 2 ** 40 of
         monkeypatch.setattr(os, "scandir", lambda *args: whole(*args) if next(calls) < 100 else pytest.fail("no end"))
-        assert len(image_folder(path).y_train) == 8  # a link to the other class is a link to its images
+        with pytest.warns(UserWarning, match="4 files in .*train are in several classes, by links, and read for each"):
+            assert len(image_folder(path).y_train) == 8  # a link to the other class is a link to its images
+
+    def test_images_of_no_class_are_counted_and_named(self, tmp_path):
+        path = make_images(tmp_path / "photos")
+        whole = load(path)
+        for name in ("left.PNG", "other.jpg", ".hidden.png", "notes.txt"):
+            (path / "train" / name).write_bytes(b"")
+        with pytest.warns(UserWarning, match="2 files in .*train are in no class, and not read, the first is left.PNG"):
+            assert load(path).fingerprint == whole.fingerprint
 
     def test_a_folder_the_name_of_which_is_no_text(self, tmp_path):
         path = make_images(tmp_path / os.fsdecode(b"caf\xe9"), size=(24, 16), classes=("a", "b"), n=2)
