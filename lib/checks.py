@@ -135,3 +135,9 @@ def check_labels(logits, y):
         raise ValueError(f"labels run from {low} to {high}, but the model has {logits.shape[1]} classes")
     if not torch.isfinite(logits).all():
         raise ValueError("the model returned NaN or infinite logits")
+
+
+def check_no_probabilities(logits):
+    """Raise ValueError for what a softmax has made, whose loss would be of a softmax of that."""
+    if ((logits >= 0) & (logits < 1)).all() and ((logits.double().sum(1) - 1).abs() < 1e-3).all():
+        raise ValueError("the model returns probabilities, and the loss takes the softmax of logits: leave out its own")

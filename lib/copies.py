@@ -14,7 +14,7 @@ from itertools import chain
 
 import torch
 
-from .checks import check_parameters
+from .checks import check_no_probabilities, check_parameters
 from .differentiate import as_module, differentiating, gradient, held
 from .evaluation import predict
 from .fast import channels_last
@@ -26,9 +26,9 @@ def copied(model, x=None, name="the model", *, order=0):
 
     Tensors that it keeps with a graph (an activation, a normalised weight) are cut off from it. torch.compile's
     wrapper is left out. Raises ValueError, naming the module, for what cannot be copied; and, where x (inputs) are
-    given to try it, for inputs of another type than the model, parameters that are one in memory alone, and a copy that
-    computes with something else than its own parameters, that mixes the inputs of a batch, or whose derivatives up to
-    this order (1 or 2) are not autograd's.
+    given to try it, for inputs of another type than the model, probabilities in place of logits, parameters that are
+    one in memory alone, and a copy that computes with something else than its own parameters, that mixes the inputs of
+    a batch, or whose derivatives up to this order (1 or 2) are not autograd's.
     """
     model = as_module(model)
     check_parameters(model)
@@ -47,7 +47,7 @@ def copied(model, x=None, name="the model", *, order=0):
                 p.data = channels_last(p.data)
         if x is not None:
             _check_memory(model)
-            predict(result, x[:2])  # for its refusal of inputs of another type
+            check_no_probabilities(predict(result, x[:2]))  # and for its refusal of inputs of another type
         if x is not None and not any_layout(result):  # our layers need no more
             made = {name: cut[id(t)] for name, t in kept.items() if t.is_floating_point()}
             _check_copy(result, dict(model.named_parameters()) | made, x[:2])

@@ -757,6 +757,22 @@ def test_parameters_that_are_one_in_memory_alone_are_refused(measure, how):
     measure(_tied(lambda a, b: b.weight.data.copy_(a.weight.data)), X, Y)
 
 
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+@pytest.mark.parametrize("last", [lambda z: z.softmax(1), lambda z: z.double().softmax(1).to(z),
+                                  lambda z: z.abs() / z.abs().sum(1, keepdim=True)])  # fmt: skip
+def test_probabilities_are_no_logits(measure, last):
+    class Ends(nn.Sequential):
+        def forward(self, x):
+            return last(super().forward(x))
+
+    model = Ends(nn.Flatten(), nn.Linear(128, 5)).eval()
+    if measure is MEASURES["random_directions"]:
+        measure(model)  # which are of its parameters alone
+        return
+    with pytest.raises(ValueError, match="returns probabilities, and the loss takes the softmax of logits"):
+        measure(model)
+
+
 def test_sparse_buffers():
     class Sparse(nn.Module):
         def __init__(self):
