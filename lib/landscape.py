@@ -116,7 +116,8 @@ def surface(model, directions, steps, x, y, *, attack=None, adversary="none", ba
     check_choice("adversary", adversary, ("none", "frozen", "rerun"))
     if (attack is None) != (adversary == "none"):
         raise ValueError(f"adversary {adversary!r} {'needs an' if attack is None else 'takes no'} attack")
-    theta, directions = flat(model), torch.as_tensor(directions)
+    theta = flat(model)
+    directions = torch.as_tensor(directions, device=theta.device)
     if directions.dim() != 2 or len(directions) not in (1, 2) or directions.shape[1] != len(theta):
         raise ValueError(f"directions must be (1 or 2, {len(theta)}), got {tuple(directions.shape)}")
     steps = list(steps) if np.iterable(steps) else []
@@ -194,7 +195,7 @@ def scatter(model, direction, distances, x, y, attack, *, symmetric=False, batch
     """
     x, y = check(model, x, y)
     theta, moved, distances = flat(model), copied(model, x, order=1), np.atleast_1d(distances).tolist()
-    direction = torch.as_tensor(direction).to(theta)
+    direction = torch.as_tensor(direction, device=theta.device).to(theta)
     if not 0 < direction.norm() < math.inf or direction.numel() != len(theta):
         raise ValueError(f"direction must be ({len(theta)},) of positive, finite length, got {tuple(direction.shape)}")
     batch_size, _ = check_count(1, batch_size=batch_size, distances=len(distances))
@@ -245,7 +246,8 @@ class Curve:
             owner = self.ends[0].get_submodule(name.rpartition(".")[0])
             if not isinstance(owner, BatchNorm) and not alike(a, b):
                 raise ValueError(f"start and end differ in the buffer {name!r}: no curve leads from one to the other")
-        first, bends = flat(start), [torch.as_tensor(b) for b in bends]
+        first = flat(start)
+        bends = [torch.as_tensor(b, device=first.device) for b in bends]
         if any(b.shape != first.shape for b in bends):
             raise ValueError(f"bends must be (m, {len(first)}), got {[tuple(b.shape) for b in bends]}")
         self.points = torch.stack([first, *(b.to(first) for b in bends), flat(end)])

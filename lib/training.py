@@ -432,7 +432,7 @@ def augment(x, generator, border=4):
     """Random crop out of a border of black pixels, and a horizontal flip for one image in two: x (B, C, H, W)."""
     b, _, h, w = x.shape
     top, left = torch.randint(2 * border + 1, (2, b, 1), generator=generator, device=x.device)
-    flip = torch.rand(b, 1, generator=generator, device=x.device) < 0.5
+    flip = torch.rand(b, 1, generator=generator, device=x.device, dtype=torch.float32) < 0.5
     columns = torch.arange(w, device=x.device)
     columns = torch.where(flip, columns.flip(0), columns) + left
     rows = torch.arange(h, device=x.device) + top

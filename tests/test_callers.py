@@ -1554,12 +1554,26 @@ def test_out_of_memory_is_said_as_it_is():
         autoattack(Full().eval(), X.repeat(8, 1, 1, 1), torch.arange(48) % 5, eps=0.1)
 
 
-def test_another_default_device_than_the_images():
-    model, y = network("views"), predict(network("views"), X).argmax(1)
-    for function in FUNCTIONS.values():
-        expected = function(model, X, y)
+@pytest.mark.parametrize("kind", ["ours", "views"])
+@pytest.mark.parametrize("function", (FUNCTIONS | DERIVED).values(), ids=FUNCTIONS | DERIVED)
+def test_another_default_device_than_the_images(function, kind):
+    model, y = network(kind), predict(network(kind), X).argmax(1)
+    expected = function(model, X, y)
+    with torch.device("meta"):
+        found = function(model, X, y)
+    same(expected, found)
+
+
+def test_another_default_device_than_the_parameters():
+    model, other, direction = network(), network(seed=1), landscape.random_directions(network(), 1)
+    for function in (
+        lambda m, x, y: landscape.surface(m, direction, [0.0, 0.5], x, y),
+        lambda m, x, y: landscape.scatter(m, direction[0], [0.1], x, y, partial(PGD, random_start=False)),
+        lambda m, x, y: landscape.along(landscape.Curve(m, other, [direction[0]]), [0, 0.5], x, y, x_statistics=x),
+    ):
+        expected = function(model, X, Y)
         with torch.device("meta"):
-            same(expected, function(model, X, y))
+            np.testing.assert_array_equal(function(model, X, Y), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

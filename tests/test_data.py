@@ -225,6 +225,29 @@ class TestMnist:
             load("mnist")
 
 
+@pytest.mark.parametrize("choice", [
+    lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.bfloat16),
+    lambda: torch.set_default_device("meta"),
+])  # fmt: skip
+def test_neither_default_type_nor_device_changes_a_data_set(tmp_path, choice):
+    path = make_images(tmp_path / "photos", size=(24, 16), n=3)
+
+    def every():
+        disk = image_folder(path, held_bytes=0)
+        return [load("mnist5k").first(40, 9).rgb().fingerprint, load("mnistm").fingerprint, load(path).fingerprint,
+                image_folder(path, size=8).fingerprint, disk.fingerprint, disk.x_train[[1, 0]].tolist(),
+                [x.tolist() for x in disk.x_test.split(2)], tuple(disk.x_train.shape)]  # fmt: skip
+
+    expected = every()
+    choice()
+    try:
+        found = every()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert found == expected
+
+
 @pytest.mark.parametrize("channels", [2, 4])
 def test_images_that_are_neither_grey_nor_rgb_are_not_made_so(channels):
     x, y = torch.zeros(3, channels, 28, 28), torch.arange(3)

@@ -442,6 +442,18 @@ def test_divergence_is_an_error_that_names_the_run(tmp_path, eps, reason):
         train(config, stripes(100), folder=tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_type_of_numbers_does_not_matter(tmp_path, dtype):
+    config, images = replace(RUNS["sgd"], epochs=2, restarts=()), stripes()
+    train(config, images, folder=tmp_path / "as usual")
+    torch.set_default_dtype(dtype)
+    try:
+        train(config, images, folder=tmp_path / "other")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert bits(tmp_path / "as usual") == bits(tmp_path / "other")
+
+
 @pytest.mark.parametrize("shape", [(40, 3, 6, 9), (40, 1, 5, 5)])
 def test_augment_is_crop_and_flip_image_by_image(shape):
     x = torch.rand(shape)
