@@ -8,6 +8,7 @@ reached by two ways is one. A measurement works on a deep copy of the model, whi
 """
 
 import math
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from .checks import (
     check_statistics,
     check_targets,
 )
+from .compute import exact_products
 from .copies import copied, joined, outputs_of
 from .differentiate import as_module, differentiating, gradient, own
 from .fast import channels_last
@@ -38,6 +40,14 @@ DTYPES = (torch.float32, torch.float64)
 
 
 CONTAINERS = torch.nn.ModuleDict, torch.nn.ModuleList, parametrize.ParametrizationList  # their mode means nothing
+
+
+@contextmanager
+def measuring(**how):
+    """`differentiating`, and with `exact_products`: rounded ones make a Hessian that is not symmetric, and steps on a
+    surface that are not the ones asked for."""
+    with differentiating(**how), exact_products():
+        yield
 
 
 class Hessian:
@@ -60,7 +70,7 @@ class Hessian:
             that differ when repeated (with the layer whose output differs, where there is one), and as for `copied`.
     """
 
-    @differentiating(twice=True)
+    @measuring(twice=True)
     def __init__(self, model, x, y, *, batch_size=500, kept_batches=4, dtype=torch.float32):
         check_choice("dtype", dtype, DTYPES)
         batch_size, (x, y) = check_count(1, batch_size=batch_size), check(model, x, y)
@@ -81,7 +91,7 @@ class Hessian:
         self._kept = [self._gradient(*batch) for batch in batches[:kept_batches]]
         self._others = batches[kept_batches:]
 
-    @differentiating(twice=True)
+    @measuring(twice=True)
     def __call__(self, v):
         """H v, a tensor (P,), for v (P,). Raises ValueError for another shape."""
         v = torch.as_tensor(v, device=self.device)
@@ -141,7 +151,7 @@ class Eigenpairs(NamedTuple):
     residuals: torch.Tensor
 
 
-@differentiating()
+@measuring()
 def top_eigenpairs(model, x, y, k=20, *, num_smallest=0, tolerance=5e-4, seed=0, **operator):
     """The k algebraically largest eigenvalues of the Hessian and their eigenvectors, by Lanczos.
 
@@ -259,7 +269,7 @@ class Density(NamedTuple):
     weights: np.ndarray
 
 
-@differentiating()
+@measuring()
 def spectral_density(model, x, y, *, num_probes=5, num_steps=60, width=None, grid=None, seed=0, **operator):
     """The density of all P eigenvalues, by stochastic Lanczos quadrature (Ghorbani et al. 2019, arXiv:1901.10159).
 
@@ -305,7 +315,7 @@ def _quadrature(hessian, start, num_steps, generator):
     return nodes, vectors[0] ** 2
 
 
-@differentiating()
+@measuring()
 def trace(model, x, y, *, num_probes=30, seed=0, **operator):
     """The trace of the Hessian and the standard error of the estimate (Hutchinson 1990): mean of v'Hv over signs v.
 

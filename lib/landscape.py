@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .checks import check_choice, check_count, check_data, check_labels, check_parameters, check_seed
 from .copies import copied, differ
-from .curvature import DTYPES, check, loss_gradient, seeded, top_eigenpairs
+from .curvature import DTYPES, check, loss_gradient, measuring, seeded, top_eigenpairs
 from .differentiate import alike, as_module, differentiating, own
 from .evaluation import attacked, predict, share
 
@@ -66,7 +66,7 @@ def eigen_directions(model, x, y, num, **settings):
     return vectors * _length(model)
 
 
-@differentiating()
+@measuring()
 def descent_direction(model, x, y, *, batch_size=500):
     """Minus the gradient of the mean loss at (x, y), made as long as a filter-normalised direction. Returns (1, P).
 
@@ -94,7 +94,7 @@ class Surface(NamedTuple):
     error: np.ndarray
 
 
-@differentiating()
+@measuring()
 def surface(model, directions, steps, x, y, *, attack=None, adversary="none", batch_size=500):
     """Loss and error at theta + sum_i a_i d_i, for all a_i in `steps`: a line for one direction, a plane for two.
 
@@ -179,7 +179,7 @@ class Scatter(NamedTuple):
     cosine: np.ndarray
 
 
-@differentiating()
+@measuring()
 def scatter(model, direction, distances, x, y, attack, *, symmetric=False, batch_size=500):
     """How far adversarial gradients and perturbations move with the parameters (Liu et al. 2020, Section 4.2).
 
@@ -258,7 +258,7 @@ class Curve:
             raise ValueError(f"t must lie in [0, 1], got {t}")
         return self.points.new_tensor(KINDS[self.kind](float(t), len(self.points) - 1))
 
-    @differentiating()
+    @measuring()
     def check(self, x):
         """Raise ValueError, naming a setting that differs, unless the start with the numbers of the end is the end."""
         (a, b), (start, end) = self.ends, (copied(m) for m in self.ends)
@@ -276,7 +276,7 @@ class Curve:
                 + "".join(found[:1])
             )
 
-    @differentiating()
+    @measuring()
     def model(self, t, x_statistics=None):
         """The model at t, in evaluation mode.
 
@@ -368,7 +368,7 @@ def _polygon(t, n):
 KINDS = {"bezier": _bezier, "polygon": _polygon}
 
 
-@differentiating()
+@measuring()
 @_at_least_two()
 def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs=10, lr=1e-3, batch_size=128, seed=0):
     """Train the bends of a curve between two models so that the expected loss along it is small.
@@ -409,7 +409,7 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
     return curve
 
 
-@differentiating()
+@measuring()
 def along(curve, steps, x, y, *, attack=None, x_statistics=None, batch_size=500):
     """Loss and error at the points t of `steps` of a curve, under an attack made anew at each point if one is given.
 

@@ -1620,6 +1620,46 @@ def test_devices_without_float64_are_refused_by_that_name(name, error):
         FUNCTIONS[name](network("views"), X.as_subclass(There), Y)
 
 
+@pytest.mark.parametrize("function", MOVING.values(), ids=MOVING)
+def test_what_is_measured_is_of_full_precision_whatever_was_chosen_for_products(function):
+    backends = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul, torch.backends.mkldnn.conv
+    seen, before = set(), torch.get_float32_matmul_precision()
+
+    class Looks(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, g):  # in the first derivative and, as a part of it, in the second
+            seen.update(kind.fp32_precision for kind in backends)
+            return g.clone()
+
+    class Looking(Views):
+        def forward(self, x):
+            seen.update(kind.fp32_precision for kind in backends)
+            return Looks.apply(super().forward(x))
+
+    model = Looking().eval()
+    model.load_state_dict(network("views").state_dict())
+    with mock.patch.object(landscape, "_check_alike", lambda *ends, leaves=True: None):  # one that looks, and another
+        expected = function(model, X, Y)
+        seen.clear()
+        try:
+            torch.set_float32_matmul_precision("medium")
+            found = function(model, X, Y)
+        finally:
+            torch.set_float32_matmul_precision(before)
+    assert seen == {"ieee"}
+    if isinstance(found, landscape.Curve):
+        found, expected = found.points, expected.points
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_a_seed_for_all_devices_is_taken_back_on_all(monkeypatch):
     forked, fork = [], torch.random.fork_rng
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: forked.append(list(devices)) or fork(devices=[]))
