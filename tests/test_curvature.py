@@ -514,6 +514,13 @@ def test_probes_and_steps_out_of_range():
 
 
 @pytest.mark.parametrize("measure", [top_eigenpairs, spectral_density, trace])
+@np.errstate(all="raise")
+def test_a_caller_may_have_numpy_raise(measure):
+    model, x, y = network("mlp")
+    measure(model, x, y, **({"k": 3} if measure is top_eigenpairs else {"num_probes": 2}))
+
+
+@pytest.mark.parametrize("measure", [top_eigenpairs, spectral_density, trace])
 def test_seeds_of_numpy_are_numbers(measure):
     model, x, y = network("mlp")
     settings = ({"k": 1} if measure is top_eigenpairs else {"num_probes": 2}) | DOUBLE
