@@ -15,17 +15,7 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 
-from .checks import (
-    NORMS,
-    STARTS,
-    check_choice,
-    check_count,
-    check_eps,
-    check_inputs,
-    check_labels,
-    check_logits,
-    check_seed,
-)
+from .checks import NORMS, STARTS, check_choice, check_count, check_eps, check_inputs, check_labels, check_logits
 from .compute import exact_products, fast_dtype
 from .differentiate import as_module, differentiating, gradient, own, unchanged
 from .fast import as_function
@@ -210,7 +200,7 @@ def autoattack(
     num_steps, num_restarts, num_queries, batch_size = check_count(
         1, num_steps=num_steps, num_restarts=num_restarts, num_queries=num_queries, batch_size=batch_size
     )
-    seed = check_seed(seed)
+    seed = check_count(-(2**63), seed=seed)
     attacks = (attacks,) if isinstance(attacks, str) else tuple(attacks)
     unknown = [a for a in attacks if a not in LEAST_CLASSES]
     if unknown or not attacks:

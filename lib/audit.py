@@ -17,7 +17,7 @@ from torch import nn
 
 from . import runs
 from .attacks import LEAST_CLASSES, LOSSES, autoattack, fgsm, frozen, input_gradient, pgd, simba
-from .checks import check_choice, check_count, check_seed
+from .checks import check_choice, check_count
 from .differentiate import differentiating
 from .evaluation import attacked, check_answers, in_batches, wrong
 
@@ -103,7 +103,7 @@ def attack_by_name(name, *, seed=0, device="cpu", **settings):
     settings: those of the attack. Raises ValueError for an unknown name.
     """
     check_choice("attack", name, ("pgd", "fgsm", "simba", "noise", *LEAST_CLASSES))
-    seed = check_seed(seed)
+    seed = check_count(-(2**63), seed=seed)
     if name in LEAST_CLASSES:
         return partial(autoattack, attacks=(name,), seed=seed, **settings)
     if name == "fgsm":

@@ -21,20 +21,15 @@ def check_choice(what, value, choices):
 def check_count(least, **values):
     """The values as plain integers (a tuple, if several), since those of numpy overflow and are refused by PyTorch.
 
-    Raises ValueError unless all are whole numbers of at least `least`.
+    Raises ValueError unless all are whole numbers of at least `least`, and of 64 bits, as PyTorch takes them.
     """
     for name, value in values.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        if value >= 2**64:
+            raise ValueError(f"{name} must be below 2**64, got {value}")
     first, *others = map(int, values.values())
     return (first, *others) if others else first
-
-
-def check_seed(seed):
-    """seed as a plain integer. Raises ValueError unless it is one of 64 bits: PyTorch takes no others."""
-    if (seed := check_count(-(2**63), seed=seed)) >= 2**64:
-        raise ValueError(f"seed must be below 2**64, got {seed}")
-    return seed
 
 
 def check_eps(eps, *, name="eps", norm="linf"):
@@ -42,7 +37,7 @@ def check_eps(eps, *, name="eps", norm="linf"):
     check_choice("norm", norm, NORMS)
     if not isinstance(eps, Real) or isinstance(eps, bool):
         raise ValueError(f"{name} must be a number, got {type(eps).__name__}")
-    if not 0 <= float(eps) <= torch.finfo(torch.float32).max:
+    if not 0 <= eps <= torch.finfo(torch.float32).max:
         raise ValueError(f"{name} must be finite and not negative, got {eps}")
     if norm == "linf" and eps > 1:
         raise ValueError(f"{name} is a fraction of the pixel range, so at most 1: write 8/255, not 8 (got {eps})")

@@ -20,15 +20,7 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student
 from torch.nn.utils import parametrize
 
-from .checks import (
-    check_choice,
-    check_count,
-    check_labels,
-    check_parameters,
-    check_seed,
-    check_statistics,
-    check_targets,
-)
+from .checks import check_choice, check_count, check_labels, check_parameters, check_statistics, check_targets
 from .compute import exact_products
 from .copies import copied, joined, outputs_of
 from .differentiate import as_module, differentiating, gradient, own
@@ -338,7 +330,7 @@ def trace(model, x, y, *, num_probes=30, seed=0, **operator):
 
 def seeded(seed):
     """A generator on the CPU with this seed, an integer of any kind. Raises ValueError for anything else."""
-    return torch.Generator().manual_seed(check_seed(seed))
+    return torch.Generator().manual_seed(check_count(-(2**63), seed=seed))
 
 
 def _signs(hessian, generator):

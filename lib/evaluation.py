@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .attacks import frozen, misclassified, pgd
-from .checks import check_count, check_data, check_inputs, check_seed, check_statistics, check_targets
+from .checks import check_count, check_data, check_inputs, check_statistics, check_targets
 from .differentiate import alike, as_module, differentiating, own, unchanged
 from .models import ACTIVATIONS, any_layout
 
@@ -150,7 +150,7 @@ def evaluate(model, x, y, *, eps, step_size, num_steps, norm="linf", seed=0, bat
     Returns:
         {"clean_error", "robust_error", "robust_loss"}, floats; the loss, over all images, in nats.
     """
-    generator = torch.Generator(x.device).manual_seed(check_seed(seed))
+    generator = torch.Generator(x.device).manual_seed(check_count(-(2**63), seed=seed))
     settings = {"eps": eps, "step_size": step_size, "num_steps": num_steps, "norm": norm, "generator": generator}
     clean, robust, losses = [], [], []
     for a, b in in_batches(x, y, batch_size):

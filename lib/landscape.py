@@ -22,7 +22,7 @@ from scipy.special import comb
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .checks import check_choice, check_count, check_data, check_labels, check_parameters, check_seed
+from .checks import check_choice, check_count, check_data, check_labels, check_parameters
 from .copies import copied, differ
 from .curvature import DTYPES, check, loss_gradient, measuring, seeded, top_eigenpairs
 from .differentiate import alike, as_module, differentiating, own
@@ -388,7 +388,7 @@ def connect(start, end, x, y, *, attack=None, kind="bezier", num_bends=1, epochs
     check(start, x, y)
     x, y = check(end, x, y)
     num_bends, epochs, batch_size = check_count(1, num_bends=num_bends, epochs=epochs, batch_size=batch_size)
-    seed = check_seed(seed)
+    seed = check_count(-(2**63), seed=seed)
     a, b = flat(start), flat(end)
     curve = Curve(start, end, [a + i / (num_bends + 1) * (b - a) for i in range(1, num_bends + 1)], kind)
     bends = torch.nn.Parameter(curve.points[1:-1])  # of the same memory: a step of the optimizer moves the curve

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from .checks import check_choice, check_count, check_logits, check_seed
+from .checks import check_choice, check_count, check_logits
 
 ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus, "elu": nn.ELU}
 
@@ -166,7 +166,7 @@ def build(name, *, seed, **settings):
     with torch.random.fork_rng(devices=[]), torch.device(here), ExitStack() as afterwards:
         afterwards.callback(torch.set_default_dtype, torch.get_default_dtype())  # and whatever type
         torch.set_default_dtype(torch.float32)
-        torch.random.default_generator.manual_seed(check_seed(seed))
+        torch.random.default_generator.manual_seed(check_count(-(2**63), seed=seed))
         return MODELS[name](**settings)
 
 

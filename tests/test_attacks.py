@@ -453,6 +453,7 @@ class TestBadInput:
         ({"eps": -0.1}, "eps must be finite and not negative, got -0.1"),
         ({"eps": float("nan")}, "eps must be finite and not negative, got nan"),
         ({"eps": float("inf")}, "eps must be finite and not negative, got inf"),
+        ({"eps": 10**400}, "eps must be finite and not negative, got 1000"),
         ({"eps": 8}, "write 8/255, not 8"),
         ({"eps": True}, "eps must be a number, got bool"),
         ({"eps": "8/255"}, "eps must be a number, got str"),
