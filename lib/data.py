@@ -30,7 +30,7 @@ import torch
 from PIL import ExifTags, Image
 
 from .checks import check_count
-from .files import ROOT, folder_from_environment, locked
+from .files import ROOT, as_path, folder_from_environment, locked
 
 MNIST_SHA256 = {  # of the unpacked files
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -228,8 +228,8 @@ def load(name, *, fallback=None):
     try:
         if name in LOADERS:
             return replace(LOADERS[name](), origin=(name,))
-        if Path(name).expanduser().is_dir() or os.sep in str(name):
-            path = Path(name).expanduser().absolute()
+        if as_path(name).is_dir() or os.sep in str(name):
+            path = as_path(name).absolute()
             return replace(image_folder(path), origin=(str(path),))
         raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(LOADERS)}, or the path of a folder")
     except DataNotFound as error:
@@ -410,7 +410,7 @@ def image_folder(path, *, title=None, size=None, held_bytes=HELD_BYTES):
             up when it is decoded.
         ValueError: fewer than two classes, or classes that differ between train and test; a size below 1.
     """
-    path = Path(path)
+    path = as_path(path)
     size = size if size is None else check_count(1, size=size)
     (x_train, y_train, classes), (x_test, y_test, others) = (_part(path / part, size) for part in ("train", "test"))
     if classes != others or len(classes) < 2:

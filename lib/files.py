@@ -27,6 +27,11 @@ def folder_from_environment(name, default):
     return Path(folder)
 
 
+def as_path(path):
+    """The path that someone has typed: ~ at its beginning is the home folder, as it is to a shell."""
+    return Path(os.path.expanduser(path))
+
+
 def git(folder, *arguments):
     """What git says of the repository that a folder is in, whichever one GIT_DIR and the like name.
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .checks import check_choice, check_count, check_logits
+from .files import as_path
 
 ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus, "elu": nn.ELU}
 
@@ -215,6 +216,7 @@ def released(path, model, *, width=None):
 
 def _tensors(path):
     """The tensors in a file of `torch.save`, by their names, whichever of the usual dicts holds them."""
+    path = as_path(path)
     try:
         with open(path, "rb") as file:
             start = file.read(60)

@@ -31,7 +31,7 @@ from .compute import clock, device, exact_products, made
 from .differentiate import differentiating
 from .evaluation import evaluate, in_batches, predict
 from .fast import channels_last
-from .files import as_json, read_json, write_bytes, write_json
+from .files import as_json, as_path, read_json, write_bytes, write_json
 
 # What a run of a config means. Raised by hand when training changes its meaning, so that runs made before are left
 # alone; tests/test_training.py notices when it should be.
@@ -235,7 +235,7 @@ def train(config, data, *, folder, quiet=False):
         ValueError: a loss that is not finite (the run diverged), a corrupted file that cannot be made again, or a
             folder that belongs to another config.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if (folder / "run.json").exists():
         return read(folder, config, data)
     state = _State(config, data)

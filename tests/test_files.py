@@ -4,13 +4,18 @@ import errno
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from lib import data, files, runs
 from lib.files import checksum, folder_from_environment, read_json, write_bytes, write_json
+from lib.models import build, released
+from lib.training import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,6 +41,22 @@ def test_the_tilde_is_the_home_folder_for_each(monkeypatch, tmp_path, name, fold
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(name, "~/mine")
     assert folder() == tmp_path / "mine"
+
+
+def test_the_tilde_is_the_home_folder_in_a_path_that_is_typed(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    digits = data.load("mnist5k").first(20, 4)
+    config = TrainConfig(model="lenet", width=1, eps=0.1, step_size=0.1, num_steps=1, epochs=1)
+    train(config, digits, folder="~/my run")
+    torch.save(build("lenet", seed=0, width=1).state_dict(), "lenet.ckpt")
+    released(["~/lenet.ckpt", Path("~/lenet.ckpt")], "lenet", width=1)
+    for k, part in product((0, 1), ("train", "test")):
+        where = tmp_path / "photos" / part / str(k) / "0.png"
+        where.parent.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(where)
+    assert len(data.load("~/photos").y_train) == len(data.image_folder("~/photos").y_test) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lenet.ckpt", "my run", "photos"]
 
 
 @pytest.mark.parametrize("function", ["open", "fsync", "replace"])

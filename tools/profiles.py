@@ -13,7 +13,6 @@ profile, so that no result carries the name of a size it did not have; an empty 
 import ast
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import yaml
 from jupytext.config import load_jupytext_config
 from layout import Layout
 
-from lib.files import read_json, write_json
+from lib.files import as_path, read_json, write_json
 from lib.settings import PLAIN, differing, fit, kind
 from lib.settings import SettingError as ProfileError
 
@@ -178,7 +177,7 @@ def find(layout: Layout, asked: str) -> tuple[str, Path]:
     Raises:
         ProfileError: neither, or a file with the name of another profile.
     """
-    names, path = profile_names(layout), Path(os.path.expanduser(asked))
+    names, path = profile_names(layout), as_path(asked)
     ours = {name: layout.profiles / f"{name}.yaml" for name in names}
     if asked in names:
         return asked, ours[asked]
