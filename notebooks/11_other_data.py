@@ -256,8 +256,7 @@ def at_each(network, name):
 DIGITS = {cells.spelt(name) for name in ("mnist5k", "mnist", "mnistm")}
 places = {(network, name): f"{network} on {name}" for network, name in product(recipe_of, sets)}
 stalls = {place: {arm: guessing(*place, arm) for arm in arms} for place in places}
-findings, often = ({network: {} for network in recipe_of} for _ in range(2))
-moved, single = {}, {}
+findings, moved, single, often = {network: {} for network in recipe_of}, {}, {}, {}
 for network in recipe_of:
     names, nothing = judged(network)
     for place in ((network, name) for name in names):
@@ -267,7 +266,7 @@ for network in recipe_of:
         each = at_each(*place)
         single |= {f"{places[place]} at {cells.budget(eps)}": found for eps, found in each.items()}
         if each:
-            often[network][place[1]] = findings[network][places[place]]
+            often[places[place]] = findings[network][places[place]]
 asked = {text: found for of_sets in findings.values() for text, found in of_sets.items()}
 pd.DataFrame([{"network": place[0], "dataset": place[1], **stalls[place],
                "cosine - constant": asked[text].measured if text in asked else "not asked: nothing stalls"}
@@ -325,8 +324,7 @@ most = f"at least {inference.THROUGH:.0%} of the networks with a constant budget
 book.answer(
     "And where a constant budget stalls for most seeds, not for one by chance?",
     f"In clean error over the grid, on the sets on which at some eps {most}: "
-    + "; ".join(f"{network} on {', '.join(found)}: {(both := inference.together(found)).outcome}{both.because}"
-                if found else f"{network} on none" for network, found in often.items()) + ".",
+    + ("; ".join(f"{text}: {finding.outcome}{finding.because}" for text, finding in often.items()) or "none") + ".",
     reviewer="Our own question", n=f"{n}, {count}", source=sources,
 )  # fmt: skip
 book.answer(
