@@ -108,6 +108,9 @@ def held(attributes):
             yield from ((f"{name}[{key!r}]", t) for key, t in entries if isinstance(t, torch.Tensor))
 
 
+INTERNAL = set(vars(torch.nn.Module()))
+
+
 def _own_attributes(module):
     return {k: v for k, v in vars(module).items() if k not in INTERNAL}
 
@@ -116,15 +119,12 @@ def _tensors(module):
     return [*module._buffers.values(), *(t for _, t in held(_own_attributes(module)))]
 
 
-def _put_back(entries, before):
+def _restore(entries, before):
     for key in set(entries.keys()) - before.keys():
         del entries[key]
     for key, value in before.items():
         if key not in entries or entries[key] is not value:
             entries[key] = value
-
-
-INTERNAL = set(vars(torch.nn.Module()))
 
 
 @contextmanager
@@ -154,9 +154,9 @@ def unchanged(model):
         keep = {m for m, *_, tensors in before if {id(t) for t in _tensors(m)} != {id(t) for t in tensors}}
         for module, mine, dicts, caches, _ in before:
             if keep and not keep.isdisjoint(module.modules()):
-                _put_back(vars(module), {k: v for k, v in vars(module).items() if k in INTERNAL} | mine)
+                _restore(vars(module), {k: v for k, v in vars(module).items() if k in INTERNAL} | mine)
             for entries, were in dicts:
-                _put_back(entries, were)
+                _restore(entries, were)
             for name, were in caches.items():
                 now = vars(module).get(name)
                 for key in list(now if isinstance(now, dict) else ()):

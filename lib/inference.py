@@ -86,8 +86,8 @@ def together(findings):
         (verdict,) = holds
     if verdict is None:
         return Finding("undecided", None, measured, why)
-    if verdict == "partly":  # which holds, and which does not
-        measured = "; ".join(f"{name}: {f.outcome}, {f.measured}" for name, f in findings.items())
+    if verdict == "partly":  # which holds, which does not, and what would decide the rest
+        measured = "; ".join(f"{name}: {f.outcome}, {f.measured}{f.because}" for name, f in findings.items())
     return Finding(", ".join(dict.fromkeys(f.outcome for f in findings.values())), verdict, measured)
 
 

@@ -14,6 +14,7 @@ from dataclasses import fields, replace
 
 from . import data
 from .checks import check_eps
+from .files import as_path
 from .settings import OWN, SettingError, exactly
 from .training import TrainConfig
 
@@ -66,7 +67,7 @@ def _count(value, least=1):
 
 # What those have to be that no TrainConfig looks at:
 FITTING = {
-    "dataset": (lambda name: name in data.LOADERS or os.sep in name or os.path.isdir(os.path.expanduser(name)),
+    "dataset": (lambda name: name in data.LOADERS or os.sep in name or as_path(name).is_dir(),
                 f"one of {', '.join(data.LOADERS)}, or the path of a folder, such as ./photographs"),
     "images": (lambda pair: len(pair) == 2 and all(n is None or _count(n) for n in pair),
                "two whole numbers of at least 1, or null for all"),

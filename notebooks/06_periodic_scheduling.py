@@ -483,7 +483,7 @@ def ranges(part):
     if trains.all():
         return found, said + found.measured
     rest = range_rule(cosine[trains], constant[trains]) if trains.any() else None
-    others = f"; over the other {trains.sum()}: {rest.outcome}, {rest.measured}" if rest else ""
+    others = f"; over the other {trains.sum()}: {rest.outcome}, {rest.measured}{rest.because}" if rest else ""
     none = f"none under {(cosine == 0).sum()} (cosine) and {(constant == 0).sum()} (constant) of {len(trains)} seeds"
     return found, f"{said}{found.measured}; {none}{others}"
 

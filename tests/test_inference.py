@@ -385,6 +385,7 @@ def test_together():
     assert together({"x": yes, "y": open_}).why == "y: few"
     assert together({"x": no, "y": open_}).holds is None  # it may yet hold in part
     assert together({"x": yes, "y": part}).holds == together({"x": part, "y": open_}).holds == "partly"
+    assert together({"x": yes, "y": no, "z": open_}).measured == "x: a, 1; y: b, 2; z: undecided, 3; few"
     with pytest.raises(ValueError, match="no findings"):
         together({})
 
