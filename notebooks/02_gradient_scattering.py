@@ -307,16 +307,10 @@ book.save(
 
 # %%
 for name, text, paper in (
-    (
-        "loss",
-        "The adversarial loss is Lipschitz in the parameters, with the constant of the loss",
-        "the adversarial loss has the Lipschitz constant of the loss",
-    ),
-    (
-        "gradient",
-        "Gradients differ by at most L_tt times the distance plus 2 eps L_tx",
-        "gradients differ by at most L_tt times the distance, and 2 eps L_tx",
-    ),
+    ("loss", "The adversarial loss is Lipschitz in the parameters, with the constant of the loss",
+     "the adversarial loss has the Lipschitz constant of the loss"),
+    ("gradient", "Gradients differ by at most L_tt times the distance plus 2 eps L_tx",
+     "gradients differ by at most L_tt times the distance, and 2 eps L_tx"),
 ):
     book.claim(
         text, section="3.2, Proposition 2", paper=paper, holds=rules["bound"](np.maximum(used[name] - 1, 0)),
