@@ -394,7 +394,7 @@ def image_folder(path, *, title=None, size=None, held_bytes=HELD_BYTES):
     Images are taken as a viewer shows them: upright (EXIF), in 8-bit RGB, transparent places on white; but colour
     profiles are not applied. What file managers and notebooks leave (HIDDEN) is passed over; so are images of other
     kinds and those beside the classes, with a warning (counted, the first one named). There is one, too, where links
-    lead to an image from several classes.
+    lead to an image from several classes, or from train/ and test/.
 
     Args:
         path: the folder.
@@ -412,9 +412,14 @@ def image_folder(path, *, title=None, size=None, held_bytes=HELD_BYTES):
     """
     path = as_path(path)
     size = size if size is None else check_count(1, size=size)
-    (x_train, y_train, classes), (x_test, y_test, others) = (_part(path / part, size) for part in ("train", "test"))
+    (x_train, y_train, classes, learned), (x_test, y_test, others, tested) = (
+        _part(path / part, size) for part in ("train", "test")
+    )
     if classes != others or len(classes) < 2:
         raise ValueError(f"{path} needs the same two or more classes in train and test, got {[classes, others]!a}")
+    if both := learned & tested:
+        warnings.warn(f"{len(both)} files in {path / 'test'} are those of train, by links: errors in them say "
+                      f"nothing of new images, the first is {min(both)}", stacklevel=3)  # fmt: skip
     files = (*x_train.files, *x_test.files)
     sizes = _read(_shown_size, files, strict=False)
     if size is None and len(set(sizes)) > 1:
@@ -432,14 +437,14 @@ def image_folder(path, *, title=None, size=None, held_bytes=HELD_BYTES):
 
 
 def _part(folder, size):
-    """Images, labels and class names of train/ or test/."""
+    """Images, labels and class names of train/ or test/, and where the images really are."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     try:
         names = _visible(os.listdir(folder))
         classes = [name for name in names if _is_folder(folder / name)]
         every = [(file, k) for k, name in enumerate(classes) for file in _walk(folder / name)]
-        samples, several = _once([(file, k) for file, k in every if file.lower().endswith(IMG_EXTENSIONS)])
+        samples, several, places = _once([(file, k) for file, k in every if file.lower().endswith(IMG_EXTENSIONS)])
         rest = [file for file, _ in every if not file.lower().endswith(IMG_EXTENSIONS)]
         for file in rest:
             _is_folder(file)
@@ -456,7 +461,7 @@ def _part(folder, size):
         if found:
             warnings.warn(f"{len(found)} files in {folder} {what}, the first is {found[0]}", stacklevel=4)
     files, labels = zip(*(samples[i] for i in _order(samples)), strict=True)
-    return Images(files, size), torch.tensor(labels), classes
+    return Images(files, size), torch.tensor(labels), classes, places
 
 
 def _visible(names):
@@ -493,9 +498,10 @@ def _walk(folder):
 
 def _once(samples):
     """Each file once, although several links may lead to it: by its first path, at the place of its last, since
-    fingerprints hang on the order. And the files that links lead to from several classes."""
+    fingerprints hang on the order. Then the files that links lead to from several classes; and all of them."""
     found = {(os.path.realpath(file), label): (file, label) for file, label in reversed(samples)}
-    return list(found.values())[::-1], [file for file, n in Counter(real for real, _ in found).items() if n > 1]
+    places = Counter(real for real, _ in found)
+    return list(found.values())[::-1], [file for file, n in places.items() if n > 1], {*places}
 
 
 def _order(samples):

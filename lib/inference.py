@@ -327,6 +327,9 @@ def interval(a, b):
 
 
 def _differences(a, b):
+    named = [getattr(v, "axes", []) for v in (a, b)]  # of pandas
+    if not all(p.equals(q) for p, q in zip(*named, strict=False)):
+        raise ValueError("the index or the columns of the two differ, and pairs are made by place: align them")
     a, b = (_numbers(v) for v in (a, b))
     if a.shape != b.shape or not a.size or a.ndim not in (1, 2):
         raise ValueError(f"pairs need two arrays (seeds, images) or (seeds,) of one shape, got {a.shape} and {b.shape}")

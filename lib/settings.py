@@ -31,8 +31,9 @@ def fit(where, value, like, name=""):
         where: what the sentence begins with.
         name: the setting's own.
     Raises:
-        SettingError: another type, a name that neither like nor the recipes have (at any depth), an empty list, a
-            fraction where like has whole numbers, a number twice in a list where like has none twice.
+        SettingError: another type, a name that neither like nor the recipes have (at any depth), a name missing in
+            an item of a list that all items of like fill, an empty list, a fraction where like has whole numbers,
+            a number twice in a list where like has none twice.
     """
     if like is None:
         return value
@@ -55,6 +56,10 @@ def fit(where, value, like, name=""):
         item = _item([one for one in like if one is not None])
         found = [None if one is None and (name == "images" or None in like) else fit(f"{where}, item {n}", one, item)
                  for n, one in enumerate(value, 1)]  # fmt: skip
+        needed = [key for key in item if all(one.get(key) for one in like if one)] if isinstance(item, dict) else []
+        for n, one in enumerate(found, 1):
+            if missing := [key for key in needed if key not in one]:
+                raise SettingError(f"{where}, item {n} has no {missing[0]!r}")
         alone = name not in FREE and kind(item) == "number" and len(set(like)) == len(like)
         if alone and len(set(found)) < len(found):
             raise SettingError(f"{where} has a number twice: {value!r}")

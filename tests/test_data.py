@@ -917,6 +917,16 @@ class TestAsShown:
         (path / "train" / "a" / "again").symlink_to(path / "train" / "a")
         assert image_folder(path).fingerprint == whole.fingerprint
 
+    @pytest.mark.parametrize("link", ["test", "test/a", "test/b/1.png", "train/a/0.png"])
+    def test_a_link_from_one_part_to_the_other_is_named(self, tmp_path, link):
+        path = make_images(tmp_path / "photos", size=(24, 16), classes=("a", "b"), n=2)
+        other = link.replace("test", "x").replace("train", "test").replace("x", "train")
+        (shutil.rmtree if (path / link).is_dir() else os.remove)(path / link)
+        (path / link).symlink_to(path / other)
+        n = {"test": 4, "test/a": 2}.get(link, 1)
+        with pytest.warns(UserWarning, match=f"^{n} files in .*test are those of train, by links: .*{other}"):
+            image_folder(path)
+
     def test_links_in_two_circles_have_an_end(self, tmp_path, monkeypatch):
         path = make_images(tmp_path / "photos", size=(24, 16), classes=("a", "b"), n=2)
         for name in ("a", "b"):

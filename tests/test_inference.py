@@ -5,6 +5,7 @@ import math
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -356,6 +357,21 @@ RULES = {
     "interval": lambda v: interval(v, np.zeros(v.shape)),
     "exact": lambda v: exact("x", tolerance=1.0)(v),
 }
+
+
+@pytest.mark.parametrize("name", ["difference", "difference, second", "interval"])
+def test_pairs_of_pandas_are_made_where_their_names_agree(name):
+    def rule(a, b):
+        return difference("x", margin=0.1)(a, b) if name.startswith("difference") else interval(a, b)
+
+    values = np.random.default_rng(0).random((8, 3))
+    a, b = pd.DataFrame(values), pd.DataFrame(values[::-1])
+    assert rule(a, b) == rule(a, b.to_numpy()) == rule(a.to_numpy(), b)
+    for other in (b[::-1], b[[2, 1, 0]], b.rename(columns={0: "zero"})):
+        with pytest.raises(ValueError, match="made by place"):
+            rule(a, other)
+    with pytest.raises(ValueError, match="made by place"):
+        rule(a[0], b[0].sort_index(ascending=False))
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

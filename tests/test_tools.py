@@ -371,6 +371,7 @@ BAD_PROFILES = {
     "01_a: {seeds: [0, null]}": "seeds, item 2 is None, but should be a number",
     "01_a: {seeds: [0.5]}": "seeds, item 1 is 0.5, but should be a whole number",
     "01_a: {steps: 5/2}": "steps is 2.5, but should be a whole number",
+    "01_a: {arms: [{eps: 1/4}, {lr: 1}]}": "arms, item 2 has no 'eps'",
     "01_a: {arms: [{lr: null}]}": "arms, item 1: lr is None, but should be a number",
     "recipes: {lenet on mnist: {plan: {steps: 2.5}}}": "plan: steps is 2.5, but should be a whole number",
     "recipes: {lenet on mnist: {plan: {pgd_images: 0}}}": "mnist': pgd_images is 0, but should be above 0",
