@@ -10,6 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import stability
 
+from lib.files import write_json
+
 
 def test_seeds_move_at_any_depth_and_nothing_else_does():
     values = {
@@ -57,8 +59,14 @@ def test_variants_that_were_not_run_are_named(ran, tmp_path, monkeypatch):
     found = {layout.build / "stability" / variant / "figures": {("01", "a"): ("partly", "1")} for variant in ran}
     monkeypatch.setattr(stability, "Layout", lambda: layout)
     monkeypatch.setattr(stability, "verdicts", lambda folder: found.get(folder, {}))
+    for folder, precision in ((layout.figures / "quick", "bfloat16"), *((folder, "float32") for folder in found)):
+        hardware = {"device": "A", "vector_unit": "AVX2", "precision": precision}
+        for name in ("1", "2"):
+            write_json(folder / f"{name}.json", {"hardware": hardware})
     stability.main(["compare"])
     text = (layout.figures / "stability.md").read_text()
+    line = "\n\nMade on: A, AVX2, float32. `figures/quick` then: A, AVX2, bfloat16.\n"
+    assert text.count(line) == len(ran) and ("`figures/quick` now: A, AVX2, bfloat16." in text) == (len(ran) < 3)
     missing = [variant for variant in stability.VARIANTS if variant not in ran]
     assert text.count("## ") == len(ran) + bool(missing) and ("## Not run" in text) == bool(missing)
     assert all(f"`{variant}`" in text.partition("## Not run")[2] for variant in missing)

@@ -22,7 +22,7 @@ import yaml
 from layout import Layout
 from profiles import definition
 
-from lib.files import write_bytes
+from lib.files import read_if_whole, write_bytes
 
 SHIFT = 100
 OTHER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "PRECISION": "float32"}
@@ -74,6 +74,13 @@ def verdicts(folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
     }  # fmt: skip
 
 
+def machines(folder: Path) -> str:
+    """The processors and number formats in which the figures of a folder were made."""
+    records = [read_if_whole(path).get("hardware", {}) for path in sorted(folder.glob("*.json"))]
+    kinds = {", ".join(str(r[key]) for key in ("device", "vector_unit", "precision")) for r in records if r}
+    return "; ".join(sorted(kinds)) or "unknown"
+
+
 def judging_cells(layout: Layout) -> list[str]:
     """The notebooks whose claims are of committed cells, which no variant makes again."""
     return [name for name in layout.names()
@@ -121,14 +128,16 @@ def main(asked: list[str]) -> None:
     parts, here, left, known = [INTRO], verdicts(layout.figures / "quick"), [], sections(page)
     for variant, (what, _) in VARIANTS.items():
         title = what[0].upper() + what[1:]
-        if found := verdicts(layout.build / "stability" / variant / "figures"):
-            parts.append(compare(here, found, title, judging_cells(layout)))
+        if found := verdicts(ran := layout.build / "stability" / variant / "figures"):
+            where = f"\n\nMade on: {machines(ran)}. `figures/quick` then: {machines(layout.figures / 'quick')}.\n"
+            parts.append(compare(here, found, title, judging_cells(layout)).rstrip() + where)
         elif title in known:
             parts.append(known[title])
         else:
             left.append(f"`{variant}` ({what})")
     if left:
-        parts.append(f"## Not run\n\nNothing is known of {'; '.join(left)}.\n")
+        now = machines(layout.figures / "quick")
+        parts.append(f"## Not run\n\nNothing is known of {'; '.join(left)}. `figures/quick` now: {now}.\n")
     print("\n".join(parts))
     write_bytes(page, "\n".join(parts).encode())
 
