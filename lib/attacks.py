@@ -7,7 +7,7 @@ batch-normalisation buffers are afterwards as they were before, whatever happens
 
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from threading import RLock
 
 import torch
@@ -418,7 +418,7 @@ def frozen(model, x, precision="auto"):
             if others:
                 raise ValueError(mismatch)
             low = fast_dtype(x.device) if precision == "auto" and x.dtype == torch.float32 else None
-            fast = as_function(model, low)
+            fast = cache(partial(as_function, model, low))  # made when it is used first: some attacks use one of two
         else:
             constants = {id(t): _constant(t) for t in tensors}
             may_learn = any(isinstance(v, torch.optim.Optimizer) for m in model.modules() for v in vars(m).values())
@@ -429,7 +429,7 @@ def frozen(model, x, precision="auto"):
             try:
                 with exact_products() if precision == "full" else nullcontext():
                     # Some models write to what they get.
-                    logits = fast(inputs) if ours else model(inputs.clone())
+                    logits = fast()(inputs) if ours else model(inputs.clone())
             except RuntimeError as error:
                 if "does not require grad" in str(error) and not torch.is_grad_enabled():
                     what = "the model differentiates in its own forward, and gradients are off, as where it is used"
