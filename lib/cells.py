@@ -355,12 +355,13 @@ def counted(rows, first, second):
     return len(seeds), f"{len(seeds)} seed{'s' * (len(seeds) != 1)}, {masks.shape[1]:,} images{said}"
 
 
-def looked(rows, question, seeds):
-    """With how many seeds, fewer than these, the verdict on a question of a row had been read before, as a text to go
-    on with; figures/overnight/cells/looks.json keeps the list."""
+def looked(rows, seeds, *questions):
+    """With how many seeds, fewer than these, the verdict on a question of a row (or of what is called so), or on others
+    of the same numbers, had been read before, as a text to go on with; figures/overnight/cells/looks.json has them."""
     path = FIGURES / "overnight" / "cells" / "looks.json"
-    known = read_json(path).get(title(rows), {}).get(question, []) if path.exists() else []
-    before = [str(n) for n in known if n < seeds]
+    name = rows if isinstance(rows, str) else title(rows)
+    known = read_json(path).get(name, {}) if path.exists() else {}
+    before = [str(n) for n in sorted({n for question in questions for n in known.get(question, [])}) if n < seeds]
     return f"; read before with {', '.join(before)}" if before else ""
 
 

@@ -223,11 +223,12 @@ class Book:
         }
 
 
-def intervals(ax, gaps, labels, *, margin, reach):
+def intervals(ax, gaps, labels, *, margin):
     """Draw differences of errors with their intervals, in percentage points, a row each; filled: decided.
 
-    gaps: DataFrame with mean, half (NaN: no interval), outcome; margin is shaded; reach: the end of the axis.
+    gaps: DataFrame with mean, half (NaN: no interval), outcome; margin is shaded.
     """
+    reach = min(100, 2 + 100 * (gaps["mean"].abs() + gaps["half"].astype(float).fillna(0)).max())
     for i, gap in enumerate(gaps.itertuples()):
         decided = gap.outcome != "undecided"
         colour = "black" if decided else "grey"

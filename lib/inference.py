@@ -469,8 +469,8 @@ def at_most(what, *, bound):
             return Finding(f"at most {bound:g}", True, measured)
         if low > bound:
             return Finding(f"more than {bound:g}", False, measured)
-        grid = (_two_digits(n * 1.1**i) for i in range(1, 150))
-        wanted = next((f"about {m:,}" for m in grid if decides(k / n, m)), "far more")
+        grid = (_two_digits(n * 1.1**i) for i in range(1, 73))
+        wanted = next((f"about {m:,}" for m in grid if decides(k / n, m)), f"more than {1000 * n:,}")
         why = f"too few cases: {n}; {wanted} would decide if the share stays as it is"
         return Finding("undecided", None, measured, why)
 

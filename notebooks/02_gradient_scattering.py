@@ -371,8 +371,8 @@ for ax, column in zip(axes[1:], ["weights", "biases"]):
 fig.legend(loc="outside lower center", ncols=3)
 book.save(
     fig, "02_activations", jumps, source=exact,
-    caption="Two units at the tie u1 = u2 = 1. The gradient of the weights jumps in proportion to eps for every "
-    "activation; that of the biases does so for smooth ones only: for ReLU it is there at any eps.",
+    caption="Two units at the tie u1 = u2 = 1. The gradient of the weights jumps nearly in proportion to eps for "
+    "every activation, as long as eps is small; that of the biases does so but for ReLU, where it is there at any eps.",
 )  # fmt: skip
 
 # %%
@@ -382,9 +382,10 @@ relative = jumps.pivot(index="eps", columns="activation", values="weights")
 against = relative[["softplus", "elu"]].div(relative.relu, axis=0).to_numpy()
 book.answer(
     "ReLU has no second derivative: does the theory explain scattering in ReLU networks?",
-    "Scattering needs no second derivative: a linear classifier scatters, and with smooth activations the weights' "
-    f"gradient jumps {against.min():.2f} to {against.max():.2f} times as far as with ReLU. But Assumption 1 itself "
-    f"fails for ReLU, whose biases' gradient jumps in x: its jump divided by eps is {share['relu']:.0f} at eps "
+    "Scattering needs no second derivative: a linear classifier scatters, and with softplus and ELU, whose derivative "
+    f"is continuous, the weights' gradient jumps {against.min():.2f} to {against.max():.2f} times as far as with ReLU. "
+    "But Assumption 1 itself fails for ReLU, whose biases' gradient jumps in x: its jump divided by eps is "
+    f"{share['relu']:.0f} at eps "
     f"{small.eps.iloc[0]:g} (softplus {share['softplus']:.2f}, ELU {share['elu']:.2f}). So for ReLU the bound of "
     "Proposition 2 says nothing: there is more scattering than it speaks of, not less.",
     reviewer="Reviewer 1", n="two units, 7 eps, 3 activations", source=exact,
@@ -743,9 +744,9 @@ if len(pairs):
     book.answer(
         "Do the gradients at two maximisers really differ, as the argument assumes?",
         {True: "Yes", False: "Not always", None: "Not settled here"}[equal.holds]
-        + f": {equal.measured} of the digits have two equally bad inputs whose gradients are less than {alike} apart "
-        f"({equal.outcome}); of the pairs, the distance of the unit gradients is {middle:.2f} in the middle and above "
-        f"{low:.2f} in 99 %{equal.because}.",
+        + f": of the digits with two equally bad inputs {equal.measured} have two whose gradients are less than "
+        f"{alike} apart ({equal.outcome}); of the pairs, the distance of the unit gradients is {middle:.2f} in the "
+        f"middle and above {low:.2f} in 99 %{equal.because}.",
         reviewer="Reviewer 2", source=digits.source, figure="",
         n=f"{len(closest)} digits with {len(pairs)} pairs, {of(learnt, 'network')}, both attacks",
     )  # fmt: skip

@@ -401,13 +401,13 @@ def test_a_cell_does_not_take_the_place_of_anothers(tmp_path):
 
 def test_a_row_says_with_how_many_seeds_it_was_read_before(folder):
     rows = cells.table([cell()])
-    assert cells.looked(rows, "best", 8) == ""  # nothing is known of it
+    assert cells.looked(rows, 8, "best") == ""  # nothing is known of it
     write_json(folder / "looks.json", {cells.title(rows): {"best": [4, 6, 8, 10]}})
-    assert cells.looked(rows, "best", 8) == "; read before with 4, 6"
-    assert cells.looked(rows, "best", 4) == cells.looked(rows, "range", 9) == ""
+    assert cells.looked(rows, 8, "best") == "; read before with 4, 6"
+    assert cells.looked(rows, 4, "best") == cells.looked(rows, 9, "range") == ""
     (folder / "looks.json").write_text("{")
     with pytest.raises(ValueError, match=r"looks\.json is truncated or corrupted"):
-        cells.looked(rows, "best", 8)
+        cells.looked(rows, 8, "best")
 
 
 def test_an_interval_that_says_nothing_is_left_away():

@@ -42,9 +42,10 @@ its run, by a rule stated before its figure, at the level of one in a hundred (w
 tolerance, there is no such level: of trained networks that speaks of these alone); "undecided" says why, and which n
 would decide, nine times in ten if all is as it was measured. Where a first look left a question open, n was raised: a
 row, or its notebook, says with how many seeds it had been read before, and a verdict of the k-th look errs in up to k
-of a hundred. The profile is that of the run that judged: `quick` is minutes on two cores, but notebooks 6 and 7 judge
-committed cells of `overnight` there, which took nights. A claim that was judged in two profiles stands in both, and is
-counted once in the project's README. This page is written by `tools/gallery.py`: change the notebooks, not the page.
+of a hundred. The profile is that of the run that judged: `quick` is minutes on two cores, but notebooks 6 and 7, and
+8 where it compares budgets, norms and rivals, judge committed cells of `overnight` there, which took nights. A claim
+that was judged in two profiles stands in both, and is counted once in the project's README. This page is written by
+`tools/gallery.py`: change the notebooks, not the page.
 """
 
 
