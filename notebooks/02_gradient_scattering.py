@@ -744,7 +744,7 @@ if len(pairs):
     book.answer(
         "Do the gradients at two maximisers really differ, as the argument assumes?",
         {True: "Yes", False: "Not always", None: "Not settled here"}[equal.holds]
-        + f": of the digits with two equally bad inputs {equal.measured} have two whose gradients are less than "
+        + f": of the digits with two equally bad inputs {equal.measured}, have two whose gradients are less than "
         f"{alike} apart ({equal.outcome}); of the pairs, the distance of the unit gradients is {middle:.2f} in the "
         f"middle and above {low:.2f} in 99 %{equal.because}.",
         reviewer="Reviewer 2", source=digits.source, figure="",

@@ -322,7 +322,7 @@ book.answer(
     + "; ".join(f"{text}, under a constant budget {stalls[place]['constant']}, under a cosine {stalls[place]['cosine']}"
                 for place, text in places.items())
     + f". Of these {len(guess)} networks {len(flat)} are on the plateau: the attack turns one image in fifty at most"
-    + ". Does a rising budget err less in clean error over the grid: "
+    + ". Whether a rising budget errs less in clean error over the grid: "
     + "; ".join(f"{word} with {', '.join(text for text, found in outcomes.items() if found == word)}"
                 for word in dict.fromkeys(outcomes.values()))
     + f". Under attack, at eps {cells.budget(largest)}, its mean robust error is smaller by more than {margin:g} with "
