@@ -239,7 +239,10 @@ def _three(x, d, z, eps, norm):
         angle = np.arctan2(np.linalg.norm(rest, axis=1), along)[:, None]
         theta = angle * np.linspace(0, 1, 2 * ARC + 1)  # ends of the pieces and, between them, their middles
         radius = np.where(np.arange(2 * ARC + 1) % 2, 1 / np.cos(angle / (2 * ARC)), 1)
-        u = np.cos(theta)[..., None] * e1[:, None] + np.sin(theta)[..., None] * _towards(rest, "l2")[:, None]
+        side = _towards(rest, "l2")
+        lean = np.einsum("nm,nm->n", e1, side)[:, None]  # of opposite d mere rounding is left, which may lie along them
+        side = side - np.where(np.abs(lean) > 1e-9, lean, 0) * e1
+        u = np.cos(theta)[..., None] * e1[:, None] + np.sin(theta)[..., None] * side[:, None]
     loss = np.logaddexp(0, logsumexp(z[:, None] + eps * radius[..., None] * (u @ d.mT), axis=2))
     best = np.where(radius == 1, loss, -np.inf).argmax(1)
     return x + eps * u[np.arange(len(x)), best], loss.max(1)

@@ -258,6 +258,20 @@ def test_worst_case_is_in_the_ball_and_attains_the_lower_value(K, norm):
     assert np.allclose(loss, linear.robust_loss(W, x, y, eps=0.3, norm=norm)[0], rtol=1e-13)
 
 
+@given(st.integers(0, 10_000), st.integers(1, 6), st.floats(0.1, 3), st.sampled_from([1e-3, 1.0, 100.0]))
+@settings(max_examples=60)
+def test_rows_on_one_line_leave_the_ball_no_more_than_others(seed, m, share, scale):
+    """Opposite differences of rows span no plane: what rounding leaves of one need not be orthogonal to the other."""
+    rng = np.random.default_rng(seed)
+    w, x = rng.normal(size=m), rng.normal(size=(1, m))
+    W, y = scale * np.stack([w, 0 * w, -share * w]), np.array([1])
+    x_adv = linear.worst_case(W, x, y, eps=0.7, norm="l2")
+    assert np.linalg.norm(x_adv - x) <= 0.7 * (1 + 1e-9)
+    ends = x + 0.7 * np.array([[1], [-1]]) * w / np.linalg.norm(w)
+    exact = (logsumexp(ends @ W.T, axis=1) - ends @ W[1]).max()
+    assert np.allclose(linear.robust_loss(W, x, y, eps=0.7, norm="l2"), exact, rtol=2e-6, atol=1e-12)
+
+
 def test_three_classes_max_norm_is_exact_in_many_dimensions():
     rng = np.random.default_rng(10)
     x, y = points(3, m=10, n=40)
