@@ -217,6 +217,7 @@ def _towards(g, norm):
     """argmax of g.u over the unit ball."""
     if norm == "linf":
         return np.sign(g)
+    g = np.ldexp(g, -np.frexp(np.abs(g).max(-1, keepdims=True))[1])  # else the squares of small ones would be 0
     return g / np.maximum(np.linalg.norm(g, axis=-1, keepdims=True), np.finfo(float).tiny)
 
 

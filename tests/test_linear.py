@@ -258,6 +258,14 @@ def test_worst_case_is_in_the_ball_and_attains_the_lower_value(K, norm):
     assert np.allclose(loss, linear.robust_loss(W, x, y, eps=0.3, norm=norm)[0], rtol=1e-13)
 
 
+@pytest.mark.parametrize("K", [2, 3, 4, 5])
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 150.0, 235.0, 1e150])
+def test_no_size_of_the_weights_leaves_the_ball(K, scale):
+    """Where a classifier is sure, the gradient of its loss is so small that its square is 0 in float64."""
+    x_adv = linear.worst_case(scale * np.eye(K), 3 * np.eye(K), np.arange(K), eps=0.1, norm="l2")
+    assert np.linalg.norm(x_adv - 3 * np.eye(K), axis=1).max() <= 0.1 * (1 + 1e-9)
+
+
 @given(st.integers(0, 10_000), st.integers(1, 6), st.floats(0.1, 3), st.sampled_from([1e-3, 1.0, 100.0]))
 @settings(max_examples=60)
 def test_rows_on_one_line_leave_the_ball_no_more_than_others(seed, m, share, scale):
