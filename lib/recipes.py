@@ -103,7 +103,11 @@ def get(name, changes=None):
             value = _fitting(f"{setting} of {recipe!r}", value, RECIPES[recipe].get(setting), setting)
             if recipe == name:
                 new[setting] = value
-    old = RECIPES[name]  # what a change of a dict does not name stays
+    return merged(RECIPES[name], new)
+
+
+def merged(old, new):
+    """Settings with changes, a dict; what a change of a dict in it (plan, stops) does not name stays."""
     return old | {key: old[key] | value if isinstance(old.get(key), dict) else value for key, value in new.items()}
 
 

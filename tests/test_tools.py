@@ -461,6 +461,18 @@ def test_recipes_of_a_profile_reach_the_notebooks_that_name_them(toy):
     }
 
 
+@pytest.mark.parametrize("setting", ["plan", "stops"])
+def test_a_section_leaves_what_it_does_not_name_of_a_recipe_to_the_profile(toy, setting):
+    """Of settings that hold names of their own, too."""
+    add(toy, "01_a", parameters=PARAMETERS)
+    old = recipes.RECIPES["lenet on mnist5k"][setting]
+    everywhere, own = ({setting: {key: old[key] * 3}} for key in list(old)[:2])
+    sections = {"recipes": {"lenet on mnist5k": everywhere}, "01_a": {"changes": {"lenet on mnist5k": own}}}
+    (toy.profiles / "big.yaml").write_text(yaml.safe_dump(sections))
+    changes = profiles.read_profile(toy, "big")["01_a"]["changes"]
+    assert recipes.get("lenet on mnist5k", changes)[setting] == old | everywhere[setting] | own[setting]
+
+
 @pytest.mark.parametrize("name", profiles.profile_names(Layout()))
 def test_the_profiles_of_this_project_fit_its_notebooks(name):
     assert set(profiles.read_profile(Layout(), name)) <= set(Layout().names())

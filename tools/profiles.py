@@ -235,8 +235,10 @@ def _section(where: str, section: dict, known: dict, everywhere: dict) -> dict:
     found = {key: fit(f"{where}: {key}", value, known[key], key) for key, value in section.items() if key != "changes"}
     own = _recipes(f"{where}: changes", section.get("changes", known.get("changes", {})))
     if "changes" in known:
+        from lib.recipes import merged
+
         named = check_names(where, known | found)
-        changes = {name: everywhere.get(name, {}) | own.get(name, {}) for name in dict.fromkeys([*named, *own])}
+        changes = {name: merged(everywhere.get(name, {}), own.get(name, {})) for name in dict.fromkeys([*named, *own])}
         found["changes"] = {name: settings for name, settings in changes.items() if settings}
     return found
 
