@@ -222,7 +222,7 @@ def read(folders=None):
     folders = {path.parent.name: path for path in sorted(FIGURES.glob("*/cells"))} | (folders or {})
     found, notes = [], []
     for profile, folder in sorted(folders.items()):
-        for path in sorted(Path(folder).glob("*/*.json")):
+        for path in sorted(Path(folder).glob("[!.]*/[!.]*.json")):
             where = f"{profile}/{path.parent.name}/{path.stem}"
             try:
                 cell = read_json(path)

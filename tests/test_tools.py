@@ -31,6 +31,7 @@ import jobs  # noqa: E402
 import nbclean  # noqa: E402
 import profiles  # noqa: E402
 import run as runner  # noqa: E402
+import stability  # noqa: E402
 from layout import Layout  # noqa: E402
 
 from lib import cells, figures, recipes, runs  # noqa: E402
@@ -1138,6 +1139,28 @@ def shelf(toy):
         figure(toy, profile, "01_slope")
         claims(toy, profile, verdict)
     return toy
+
+
+def test_what_is_hidden_beside_figures_and_cells_is_passed_over(shelf, monkeypatch):
+    """What macOS leaves beside a file, and the copies that Jupyter keeps of what was edited in it (looks.json, say)."""
+    before, known = gallery.page(shelf), stability.verdicts(shelf.figures / "quick")
+    monkeypatch.setattr(cells, "FIGURES", shelf.figures)
+    for place in (
+        "{}x.json",
+        "quick/{}x.json",
+        "quick/{}x.claims.json",
+        "quick/cells/{}x.json",
+        "quick/cells/a/{}x.json",
+    ):
+        for hidden in ("._", ".ipynb_checkpoints/"):
+            path = shelf.figures / place.format(hidden)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"\0\5\26\7\xb0\xff" if hidden == "._" else b'{"VGG16": {}}')
+    (source := shelf.notebooks / "01_a.py").write_text(source.read_text() + "\n# cells.read(")
+    env = {"FIGURES_DIR": str(shelf.figures / "quick"), "PROFILE": "quick"}
+    job = SimpleNamespace(spec={"source": str(source), "parameters": {"keep_cells": True}}, env=env)
+    assert not dry_run.committed(job) and cells.read()[1] == []
+    assert gallery.page(shelf) == before and stability.verdicts(shelf.figures / "quick") == known
 
 
 def test_the_gallery_shows_ledger_and_figures(shelf):

@@ -51,7 +51,7 @@ def committed(job: Job) -> Counter:
         if not asked.get("keep_cells"):
             del folders[job.env["PROFILE"]]  # made again, as one is that was cut
         for profile, folder in folders.items():
-            for cell in filter(None, map(read_if_whole, folder.glob("*/[!.]*.json"))):
+            for cell in filter(None, map(read_if_whole, folder.glob("[!.]*/[!.]*.json"))):
                 made = cell["made"]["training"]
                 found[f"committed cells of the profile {profile}, made on {made['device']}, {made['date']}"] += 1
     if asked.get("keep_masks"):

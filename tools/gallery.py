@@ -99,7 +99,7 @@ def read_figure(path: Path) -> dict:
 def collect(layout: Layout) -> tuple[list[dict], list[dict]]:
     """All records of claims and of figures, in the order of the page: notebook, place in it, then profile."""
     claims, figures, drawn = [], [], _drawn(layout)
-    for path in sorted(layout.figures.glob("*/*.json")):
+    for path in sorted(layout.figures.glob("[!.]*/[!.]*.json")):
         if path.name.endswith(".uses.json"):
             continue
         record = read_claims(path) if path.name.endswith(".claims.json") else read_figure(path)
@@ -290,7 +290,7 @@ def write(layout: Layout) -> None:
 
 def contact_sheet(layout: Layout, columns: int = 5, side: int = 420) -> Path:
     """All pictures of figures/quick on one, for a look at their style: build/contact_sheet.png."""
-    paths = sorted((layout.figures / "quick").glob("*.png"))
+    paths = sorted((layout.figures / "quick").glob("[!.]*.png"))
     sheet = Image.new("RGB", (columns * side, -(-len(paths) // columns) * side), "white")
     for i, path in enumerate(paths):
         picture = Image.open(path).convert("RGB")

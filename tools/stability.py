@@ -67,7 +67,7 @@ def run(layout: Layout, variant: str) -> int:
 
 def verdicts(folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
     """{(notebook, claim): (verdict, what was measured)} of a folder of figures."""
-    ledgers = map(gallery.read_claims, sorted(folder.glob("*.claims.json")))
+    ledgers = map(gallery.read_claims, sorted(folder.glob("[!.]*.claims.json")))
     return {
         (ledger["notebook"], row["claim"]): (row["verdict"], row["measured"])
         for ledger in ledgers for row in ledger["claims"]
