@@ -116,7 +116,7 @@ def ahead(jobs, data):
     if cluster.address():
         folder = runs.shared_dir()
         named = {recipe: [d and (d.origin, d.fingerprint, runs.VERSION) for d in of] for recipe, of in data.items()}
-        tasks = {f"cell {checksum(job)}": (folder, *job, *named[job[0]]) for job in jobs}
+        tasks = {f"cell {checksum([folder, job, named[job[0]]])}": (folder, *job, *named[job[0]]) for job in jobs}
         cluster.each(_make_there, tasks, "cells on workers")
 
 

@@ -1,8 +1,9 @@
 """Work handed to other processes and machines by dask.distributed, where DASK_SCHEDULER_ADDRESS says where.
 
 Nothing else changes: workers leave what they make in the folder of the runs, which all of them share, and whoever asked
-finds it there. A task is named by what it makes, so that two notebooks that want the same get it made once. A worker
-that dies is replaced by another; a scheduler that dies is waited for, and what it had not finished is handed in again.
+finds it there. A task is named by what it makes and where, so that two notebooks that want the same get it made once. A
+worker that dies is replaced by another; a scheduler that dies is waited for, and what it had not finished is handed in
+again.
 """
 
 import errno

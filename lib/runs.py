@@ -106,10 +106,10 @@ def ahead(configs, data):
     if cluster.address() and data.origin:
         shared = shared_dir()
         names = {name(config, data): config for config in configs}
-        tasks = {f"train {run}": (shared, config, data.origin, data.fingerprint, VERSION)
+        tasks = {f"train {shared}/{run}": (shared, config, data.origin, data.fingerprint, VERSION)
                  for run, config in names.items() if not (runs_dir() / run / "run.json").exists()}  # fmt: skip
         cluster.each(_train_there, tasks, "runs")
-        _handed.update(task.removeprefix("train ") for task in tasks)
+        _handed.update(task.rpartition("/")[2] for task in tasks)
 
 
 def _train_there(folder, config, *named):

@@ -244,6 +244,18 @@ def test_two_grids_at_once_on_one_folder(digits, alone):
     assert not cluster.address(), "what comes after asks a scheduler that is gone"
 
 
+def test_what_goes_to_another_folder_or_comes_of_other_pixels_is_another_task(digits, monkeypatch, tmp_path):
+    """Of one name a scheduler has one task, whatever its arguments: who asks second would find nothing."""
+    names, job = [], ("lenet on few digits", recipes.get("lenet on few digits"), "cosine", {"eps": 0.1, "seed": 0})
+    monkeypatch.setenv(clusters.VARIABLE, "tcp://127.0.0.1:1")
+    monkeypatch.setattr(cluster, "each", lambda _function, tasks, _desc: names.extend(tasks))
+    for folder, pixels in (("a", digits), ("b", digits), ("a", replace(digits, x_train=1 - digits.x_train))):
+        monkeypatch.setenv("RUNS_DIR", str(tmp_path / folder))
+        runs.ahead(CONFIGS[:1], pixels)
+        cells.ahead([job], {job[0]: (pixels, None)})
+    assert len(set(names)) == len(names) == 6
+
+
 @pytest.fixture(scope="module")
 def two():
     """A cluster of two workers, for tests that kill none; its address."""
