@@ -127,6 +127,7 @@ def eps_sep(x, y, *, norm, bias=False):
     own = np.linalg.norm(x, axis=1)
     own = np.maximum(own, np.median(own))
     best, spread = 0.0, np.median(np.abs(x - np.median(x, axis=0)).max(1)) or np.median(own)
+    spread = spread or own.min(where=own > 0, initial=scale)  # where most points are one, and that is the origin
     for size in (np.full(len(y), scale), np.where(own > 0, own, scale)):
         t, low, high = _margin(x, y, norm, bias, size)
         best = max(best, low)

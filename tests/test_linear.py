@@ -492,6 +492,16 @@ def test_eps_sep_with_one_point_far_away(norm, far, bias):
     assert linear.eps_sep(x, y, norm=norm, bias=bias) == pytest.approx(0.5, rel=2e-5)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [1e-8, 1.0, 100.0, 1e8])
+def test_eps_sep_where_most_points_are_the_origin(norm, bias, size):
+    x = size * np.array([[-1.0], [-2.0], [1.0], [0.0], [0.0], [0.0], [0.0]])
+    assert linear.eps_sep(x, np.array([0, 1, 1, 0, 0, 0, 1]), norm=norm, bias=bias) == pytest.approx(0, abs=1e-5 * size)
+    apart = linear.eps_sep(abs(x), np.array([1, 1, 1, 0, 0, 0, 0]), norm=norm, bias=bias)
+    assert apart == pytest.approx(0.5 * size if bias else 0, rel=1e-5, abs=1e-5 * size)
+
+
 def test_eps_sep_that_float64_does_not_tell_is_refused():
     x, y = np.array([[0.0, 0], [1, 0], [0, 1], [1, 1]]), np.array([0, 1, 0, 1])
     with pytest.raises(ValueError, match="float64 does not tell"):
