@@ -17,7 +17,7 @@ from torch import nn
 
 from . import runs
 from .attacks import LEAST_CLASSES, LOSSES, autoattack, fgsm, frozen, input_gradient, pgd, simba
-from .checks import check_choice, check_count
+from .checks import as_numbers, check_choice, check_count
 from .differentiate import differentiating
 from .evaluation import attacked, check_answers, in_batches, wrong
 
@@ -139,7 +139,7 @@ def worst_case(masks):
 
 def _masks(several):
     """Masks as arrays of N booleans. Raises ValueError for anything else, such as numbers of restarts."""
-    masks = [np.asarray(mask) for mask in several]
+    masks = [as_numbers(mask) if np.ma.is_masked(mask) else np.asarray(mask) for mask in several]
     for mask in masks:
         if mask.dtype != bool or mask.ndim != 1:
             raise ValueError(f"a mask holds booleans, one per image, got {mask.dtype} of shape {mask.shape}")

@@ -2,6 +2,7 @@
 
 from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.parameter import is_lazy
@@ -10,6 +11,16 @@ from .differentiate import as_module, own
 
 NORMS = ("linf", "l2")
 STARTS = (True, False, "step", "ball")
+
+
+def as_numbers(values):
+    """Values as floats; what a masked array hides is NaN, as NumPy would bring it to light again. Raises ValueError for
+    complex ones, of which it would take the real parts."""
+    if np.ma.isMaskedArray(values):
+        values = values.astype(float).filled(np.nan)
+    if np.iscomplexobj(values):
+        raise ValueError("values must be real, and there are complex ones")
+    return np.asarray(values, float)
 
 
 def check_choice(what, value, choices):

@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
 
-from .checks import check_choice
+from .checks import as_numbers, check_choice
 
 LEVEL = 0.01
 THROUGH = 0.75  # so many of the cases must be such as a claim speaks of; the others are left out
@@ -174,19 +174,9 @@ def by_seed(values):
     return np.array([[values[condition, seed] for condition in conditions] for seed in seeds], float)
 
 
-def _numbers(values):
-    """Values as floats; what a masked array hides is NaN, as NumPy would bring it to light again. Raises ValueError for
-    complex ones, of which it would take the real parts."""
-    if np.ma.isMaskedArray(values):
-        values = values.astype(float).filled(np.nan)
-    if np.iscomplexobj(values):
-        raise ValueError("values must be real, and there are complex ones")
-    return np.asarray(values, float)
-
-
 def _settled(values):
     """Values to twelve digits, so that those that are equal up to rounding are equal, and have one rank."""
-    return np.vectorize(lambda x: float(f"{x:.12g}"), otypes=[float])(_numbers(values))
+    return np.vectorize(lambda x: float(f"{x:.12g}"), otypes=[float])(as_numbers(values))
 
 
 def _page(v):
@@ -330,7 +320,7 @@ def _differences(a, b):
     named = [getattr(v, "axes", []) for v in (a, b)]  # of pandas
     if not all(p.equals(q) for p, q in zip(*named, strict=False)):
         raise ValueError("the index or the columns of the two differ, and pairs are made by place: align them")
-    a, b = (_numbers(v) for v in (a, b))
+    a, b = (as_numbers(v) for v in (a, b))
     if a.shape != b.shape or not a.size or a.ndim not in (1, 2):
         raise ValueError(f"pairs need two arrays (seeds, images) or (seeds,) of one shape, got {a.shape} and {b.shape}")
     if not np.isfinite([a, b]).all():
@@ -496,7 +486,7 @@ def exact(what, *, tolerance):
     def test(error):
         if np.size(error) == 0:
             return Finding("undecided", None, "nothing", "there was nothing to compare")
-        worst = float(np.max(np.abs(_numbers(error))))
+        worst = float(np.max(np.abs(as_numbers(error))))
         return Finding("holds" if worst <= tolerance else "fails", worst <= tolerance,
                        f"largest error {worst:.3g} of {np.size(error):,}, {tolerance:g} allowed")  # fmt: skip
 

@@ -13,7 +13,7 @@ import cvxpy as cp
 import numpy as np
 from scipy.special import entr, logsumexp, softmax
 
-from .checks import check_choice, check_eps
+from .checks import as_numbers, check_choice, check_eps
 
 DUAL = {"linf": 1, "l2": 2}
 ARC = 1024  # pieces of the arc in which the worst Euclidean perturbation of three classes is sought
@@ -386,7 +386,7 @@ def _points(x, y, norm, eps):
     """Checked points and labels; norm and eps are checked as well."""
     check_choice("norm", norm, DUAL)
     check_eps(eps, norm="l2")  # points have no range
-    x, y = np.asarray(x, dtype=float), np.asarray(y)
+    x, y = as_numbers(x), as_numbers(y) if np.ma.is_masked(y) else np.asarray(y)
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"x must be points (N, m), got shape {x.shape}: flatten images first")
     if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or y.astype(np.int64).min() < 0:
@@ -410,12 +410,12 @@ def _data(x, y, norm, eps=0.0):
 def _classifier(W, x, y, eps, norm, b):
     """Checked arguments of a function of classifiers; b is zeros if it is None."""
     x, y = _points(x, y, norm, eps)
-    W = np.asarray(W, dtype=float)
+    W = as_numbers(W)
     if W.ndim < 2 or W.shape[-2] < 2 or W.shape[-1] != x.shape[1]:
         raise ValueError(f"W must be weights (..., K, {x.shape[1]}) with K >= 2, got shape {W.shape}")
     if y.max() >= W.shape[-2]:
         raise ValueError(f"label {y.max()} has no row in W, which has {W.shape[-2]}")
-    b = np.zeros(W.shape[:-1]) if b is None else np.asarray(b, dtype=float)
+    b = np.zeros(W.shape[:-1]) if b is None else as_numbers(b)
     if b.shape != W.shape[:-1]:
         raise ValueError(f"b must have shape {W.shape[:-1]}, got {b.shape}")
     if not (np.isfinite(W).all() and np.isfinite(b).all()):

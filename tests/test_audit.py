@@ -123,6 +123,7 @@ class TestWorstCase:
     @pytest.mark.parametrize("masks, message", [
         ({}, "no attacks: a worst case needs at least one mask"),
         ({"a": [True], "b": [True, False]}, "unequal length"),
+        ({"a": np.ma.masked_array([True, False], [True, False])}, "a mask holds booleans"),
     ])  # fmt: skip
     def test_bad_input(self, masks, message):
         with pytest.raises(ValueError, match=message):

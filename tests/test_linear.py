@@ -566,6 +566,12 @@ W3 = np.ones((3, 2))
         (lambda: linear.margins(W3, X, Y, eps=np.nan, norm="l2"), "eps must be finite"),
         (lambda: linear.slope(W3, X, Y, eps=0, norm="L2"), "unknown norm 'L2'"),
         (lambda: linear.robust_loss(W3[None], X, Y, eps=0, norm="l2"), "one classifier"),
+        (lambda: linear.eps_bar(np.ma.masked_less(X, 0), Y, norm="l2"), "x holds NaN"),
+        (lambda: linear.eps_bar(X, np.ma.masked_equal(Y, 1), norm="l2"), "y must be 14 integer labels"),
+        (lambda: linear.margins(np.ma.masked_equal(W3, 1), X, Y, eps=0, norm="l2"), "W or b holds NaN"),
+        (lambda: linear.margins(W3, X, Y, eps=0, norm="l2", b=np.ma.masked_equal([1, 0, 0], 1)), "W or b holds NaN"),
+        (lambda: linear.eps_bar(X * 1j, Y, norm="l2"), "values must be real"),
+        (lambda: linear.margins(W3 * 1j, X, Y, eps=0, norm="l2"), "values must be real"),
     ],
 )
 def test_bad_input(call, message):
