@@ -1,11 +1,11 @@
 """How the networks of the notebooks are trained: each recipe stands here once, and notebooks name it.
 
 A recipe holds settings of `TrainConfig` and, beside them: dataset; images, how many of the first training and test
-images; set_aside, how many of the last training images are kept apart for choosing a learning rate; step_fraction,
-the attack's step size as a fraction of eps; stops, the value that a rising schedule goes towards, as a multiple of
-eps (it is clipped at eps); periods, the epochs at which a periodic arm begins again; plan, how networks are attacked
-for a table (what `cells.attacks` takes, and how many test images PGD and the others see). A notebook changes a recipe
-by its parameter `changes`, a profile by its section `recipes`.
+images; set_aside, how many of the last training images are kept apart for choosing a learning rate; step_fraction, the
+attack's step size as a fraction of eps; stops, the value that a rising schedule goes towards, as a multiple of eps (it
+is clipped at eps; cosine_misread has cosine's, unless it has one of its own); periods, the epochs at which a periodic
+arm begins again; plan, how networks are attacked for a table (what `cells.attacks` takes, and how many test images PGD
+and the others see). A notebook changes a recipe by its parameter `changes`, a profile by its section `recipes`.
 """
 
 import math
@@ -159,7 +159,8 @@ def configure(settings, **changes):
         if not beside["step_fraction"]:
             raise SettingError("there is neither a step_fraction above 0 nor a step_size")
         chosen["step_size"] = beside["step_fraction"] * check_eps(chosen.get("eps"), norm=chosen.get("norm", "linf"))
-    stop = (beside["stops"] or {}).get(chosen.get("schedule"))
+    stops, schedule = beside["stops"] or {}, chosen.get("schedule")
+    stop = stops.get("cosine" if schedule == "cosine_misread" and schedule not in stops else schedule)
     if stop and "schedule_stop" not in chosen:
         chosen["schedule_stop"] = stop * chosen["eps"]
     return TrainConfig(**chosen)

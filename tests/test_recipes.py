@@ -106,6 +106,13 @@ def test_whole_fractions_are_whole_numbers_or_refused(tmp_path, monkeypatch):
         assert recipes.get(name, {name: {"dataset": folder}})["dataset"] == folder
 
 
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_the_misread_cosine_differs_from_the_cosine_in_its_unit_alone(name):
+    right, misread = (recipes.configure(recipes.get(name), schedule=schedule, eps=0.3).budget()
+                      for schedule in ("cosine", "cosine_misread"))  # fmt: skip
+    assert all(misread(t / 9) == (right(t / 9) if 255 * right(t / 9) >= 1 else 255 * right(t / 9)) for t in range(99))
+
+
 def test_configure_refuses_names_it_does_not_know():
     with pytest.raises(ValueError, match="unknown setting epoch: there are"):
         recipes.configure(recipes.get("lenet on mnist5k"), eps=0.1, epoch=3)
