@@ -525,6 +525,8 @@ def test_slurm_gets_memory_as_it_takes_it_and_folders_as_they_are_called(monkeyp
         return [line.removeprefix("#SBATCH ") for line in lines(settings) if line.startswith("#SBATCH --mem")]
 
     assert memory("mem=8000") == ["--mem=8G"]  # to Slurm a number is one of megabytes
+    for asked in ("16G", "1G", "100M", "2048K", "250G"):  # its own units are what it is to get
+        assert memory(f"mem={asked}") == memory(f"mem={asked.lower()}") == [f"--mem={asked.replace('2048K', '2M')}"]
     assert memory("mem-per-cpu=4G") == ["--mem-per-cpu=4G"] and memory("partition=short") == ["--mem=8G"]
     for bad in ("mem=0", "mem=lots", "cpus-per-task=x", "cpus-per-task=0"):
         with pytest.raises(clusters.ClusterError, match=f"'{bad}': cpus-per-task is a number of at least 1, mem"):

@@ -99,7 +99,8 @@ def slurm(settings: str, workers: int):
         raise ClusterError("--slurm: there is no sbatch here: start it on a machine that hands jobs to Slurm")
     known = {SETTINGS[key]: value for key, value in given.items() if key in SETTINGS}
     memory, cpus = known.get("memory", "8GB"), known.get("job_cpu", "1")
-    memory += "MiB" * memory.isdecimal()  # to Slurm they are megabytes, to dask bytes
+    memory += "MiB" * memory.isdecimal()  # to Slurm they are megabytes, to dask bytes;
+    memory += "iB" * memory.upper().endswith(("K", "M", "G", "T"))  # and its units are of 1024, to dask of 1000
     try:
         if min(int(cpus), parse_bytes(memory)) < 1:
             raise ValueError
