@@ -114,10 +114,10 @@ class Book:
             raise ValueError(f"the stem {stem!r} must begin with {self.name[:3]!r}, the notebook's number")
         if not isinstance(table, pd.DataFrame) or table.empty or not caption or not source:
             raise ValueError(f"{stem} needs a table of the numbers drawn, a caption and a source")
-        if any(name is not None for name in table.index.names):
-            raise ValueError(
-                f"{stem}: the index {table.index.names} would not be written: table.reset_index() keeps it"
-            )
+        names = [name for name in table.index.names if name is not None]
+        if names or not pd.api.types.is_integer_dtype(table.index.dtype):  # whole numbers are those of the rows
+            said = names or table.index[:3].tolist()
+            raise ValueError(f"{stem}: the index {said} would not be written: table.reset_index() keeps it")
         if fig.get_figwidth() > WIDTH:
             raise ValueError(f"{stem} is {fig.get_figwidth():g} inches wide: beyond {WIDTH}, its text gets too small")
         content = {"png": _png(fig), "csv": table.to_csv(index=False, lineterminator="\n").encode()}
