@@ -64,6 +64,8 @@ def each(function, tasks, desc):
     Raises:
         what the function raised, when it did so TRIES times; ClusterError, FullDisk.
     """
+    if not tasks:  # nor need a scheduler be there
+        return {}
     found, failed, full, futures, client = {}, [], set(), [], connect()
     from distributed import CancelledError, KilledWorker, as_completed
     from distributed.comm import CommClosedError

@@ -244,6 +244,15 @@ def test_two_grids_at_once_on_one_folder(digits, alone):
     assert not cluster.address(), "what comes after asks a scheduler that is gone"
 
 
+def test_what_is_there_is_found_without_a_scheduler(digits, monkeypatch):
+    """One that has ended since, say, with its allotted time."""
+    few = replace(CONFIG, epochs=1, num_steps=1)
+    made = runs.run(few, digits)
+    monkeypatch.setenv(clusters.VARIABLE, f"tcp://127.0.0.1:{free_port()}")
+    assert torch.equal(weights(runs.grid([few], digits)[0]), weights(made))
+    cells.ahead([], {})
+
+
 def test_what_goes_to_another_folder_or_comes_of_other_pixels_is_another_task(digits, monkeypatch, tmp_path):
     """Of one name a scheduler has one task, whatever its arguments: who asks second would find nothing."""
     names, job = [], ("lenet on few digits", recipes.get("lenet on few digits"), "cosine", {"eps": 0.1, "seed": 0})
