@@ -137,7 +137,7 @@ def main(asked: list[str]) -> None:
             left.append(f"`{variant}` ({what})")
     if left:
         now = machines(layout.figures / "quick")
-        parts.append(f"## Not run\n\nNothing is known of {'; '.join(left)}. `figures/quick` now: {now}.\n")
+        parts.append(f"## Not run\n\n{'; '.join(left)}. `figures/quick` itself was made on: {now}.\n")
     print("\n".join(parts))
     write_bytes(page, "\n".join(parts).encode())
 
