@@ -54,9 +54,10 @@ find_python() {
 
 new_venv() {
   if [ -d .venv ] && [ ! -e .venv/made-by-run_all ] && [ ! -e build/venv-begun ]; then # the reader's own
-    rm -rf build/venv-before
-    mv .venv build/venv-before
-    echo "run_all.sh: .venv was not made by run_all.sh, and does not fit or is not active: it is build/venv-before now" >&2
+    local kept=build/venv-before n=1
+    while [ -e "$kept" ]; do kept=build/venv-before-$((++n)); done
+    mv .venv "$kept"
+    echo "run_all.sh: .venv was not made by run_all.sh, and does not fit or is not active: it is $kept now" >&2
   fi
   touch build/venv-begun
   rm -rf .venv

@@ -301,6 +301,17 @@ def test_the_readers_own_environment_is_used_if_it_is_active_and_fits_and_else_i
     assert checkout.where() == (ours, [])
 
 
+def test_each_environment_of_the_reader_is_kept_beside_those_before(checkout):
+    for n in ("1", "2", "3"):
+        checkout.where()
+        shutil.rmtree(venv := checkout.folder / ".venv")
+        venv.mkdir()
+        (venv / n).touch()
+    checkout.where()
+    kept = {f"build/venv-before{end}/{n}" for end, n in (("", "1"), ("-2", "2"), ("-3", "3"))}
+    assert {str(p.relative_to(checkout.folder)) for p in (checkout.folder / "build").glob("venv-before*/?")} == kept
+
+
 def test_a_package_that_was_removed_is_installed_again(checkout):
     ours, _ = checkout.where()
     (link,) = (checkout.folder / ".venv").rglob("here.pth")

@@ -847,6 +847,8 @@ def test_a_dry_run_says_what_would_be_trained(toy):
     cell = toy.figures / "overnight/cells/lenet-eps0.1/cosine.json"
     cell.parent.mkdir(parents=True)
     cell.write_text(json.dumps({"made": {"training": made["made"]}}))
+    for n, other in enumerate(({}, {"rows": 1}, {"made": None}, {"made": {"device": "a machine"}}, [1])):  # no cells
+        cell.with_stem(f"other-{n}").write_text(json.dumps(other))
     done = run(toy, "--dry-run", env=os.environ | {"RUNS_DIR": str(runs)})
     assert done.stdout.splitlines() == [
         "01_a  trains for about 3 min 20 s",

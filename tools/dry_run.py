@@ -41,6 +41,13 @@ def state(run: dict, job: Job) -> str:
     return "to be made: no such run in " + (job.env.get("RUNS_DIR") or "runs/")
 
 
+def whole(paths, within: str) -> list[dict]:
+    """The records in these files, those that say where they were made, and have this within; the rest is passed over,
+    since a notebook that reads it says what is wrong with it."""
+    return [record for record in map(read_if_whole, paths)
+            if isinstance(made := record.get("made"), dict) and within in made]  # fmt: skip
+
+
 def committed(job: Job) -> Counter:
     """Cells and masks that stand and are not made again, of this profile or of others, by profile and machine."""
     source, own, found = Path(job.spec["source"]), Path(job.env["FIGURES_DIR"]), Counter()
@@ -51,11 +58,11 @@ def committed(job: Job) -> Counter:
         if not asked.get("keep_cells"):
             del folders[job.env["PROFILE"]]  # made again, as one is that was cut
         for profile, folder in folders.items():
-            for cell in filter(None, map(read_if_whole, folder.glob("[!.]*/[!.]*.json"))):
+            for cell in whole(folder.glob("[!.]*/[!.]*.json"), "training"):
                 made = cell["made"]["training"]
                 found[f"committed cells of the profile {profile}, made on {made['device']}, {made['date']}"] += 1
     if asked.get("keep_masks"):
-        for value in filter(None, map(read_if_whole, own.glob("other-data/[!.]*.json"))):
+        for value in whole(own.glob("other-data/[!.]*.json"), "device"):
             found["committed masks of networks, made on {device}, {date}".format(**value["made"])] += 1
     return found
 
@@ -101,7 +108,7 @@ def speeds(folder: Path, recipe: str, settings: dict, more: int = 0) -> dict[str
     those that have some."""
     found = defaultdict(list)
     paths = folder.glob(f"*/cells/{recipe.replace(' ', '-')}-eps*/[!.]*.json")
-    for cell in filter(None, map(read_if_whole, paths)):
+    for cell in whole(paths, "training"):
         made = cell["made"]["training"]
         # What a wider network takes on a GPU cannot be told from a narrow one, which leaves most of it idle.
         alike = "NVIDIA" not in made["device"] or cell["config"]["width"] == settings["width"]
