@@ -151,10 +151,12 @@ def _in_blocks(weight, bias, padding):
             out[i, j, ..., i : i + rows, j : j + columns] = weight
         return channels_last(out.flatten(0, 2)), None if bias is None else bias.repeat(a * b)
 
+    def fits(a, b, h, w):  # but no row at once: for one channel oneDNN is wrong there
+        return a * b * k <= places and h % a == w % b == 0 < min(h, w) and (a > 1 or b < w)
+
     def convolve(x):
         h, w = (x.shape[2 + i] + 2 * padding[i] - size + 1 for i, size in enumerate((rows, columns)))
-        a, b = next(((a, b) for a, b in BLOCKS if a * b * k <= places and h % a == w % b == 0 < min(h, w)), (1, 1))
-        a, b = (a, b) if a > 1 or b < w else (1, 1)  # oneDNN is wrong for one channel where a row is made at once
+        a, b = next(((a, b) for a, b in BLOCKS if fits(a, b, h, w)), (1, 1))
         out = F.conv2d(x, *larger(a, b), stride=(a, b), padding=padding).permute(0, 2, 3, 1)
         out = out.reshape(len(x), h // a, w // b, a, b, k).transpose(2, 3)
         return out.reshape(len(x), h, w, k).permute(0, 3, 1, 2)

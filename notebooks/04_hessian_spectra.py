@@ -252,10 +252,9 @@ pd.DataFrame([{"eps": eps, "trace": s["trace"], "standard error": s["error"],
 #
 # Left: the smallest eigenvalue, as a share of the largest one. At a minimum it is not negative, and the gradient (in
 # the middle) is 0. Both are of the loss of these images, while training went down that of all: that one's gradient is
-# in notebook 3, and is smaller, since that of a sample does not vanish where that of the whole does. Right: the sum of
-# the top eigenvalues times the squared norm of the parameters. The Hessian changes with the scale of the weights
-# although the function may not (Dinh et al. 2017, arXiv:1703.04933); the product is the curvature for steps measured
-# relative to the weights.
+# in notebook 3; that of a sample need not vanish where that of the whole does. Right: the sum of the top eigenvalues
+# times the squared norm of the parameters. The Hessian changes with the scale of the weights although the function may
+# not (Dinh et al. 2017, arXiv:1703.04933); the product is the curvature for steps measured relative to the weights.
 
 # %%
 rule_relative = inference.trend("sum of the top eigenvalues times squared norm of the parameters, along eps",

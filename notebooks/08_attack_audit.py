@@ -164,9 +164,10 @@ def on_left(run, left, most, *, restarts=1, masked=(), **how):
 
 
 # %%
-ERRORS = "two standard errors are at most " + " and ".join(
-    f"{number**-0.5:.3f} on {number:,} digits" for number in (len(x), control_images)
-)
+def noise(*counts):
+    return "two standard errors are at most " + " and ".join(f"{k**-0.5:.3f} on {k:,} digits" for k in counts)
+
+
 base = {name: subject.mask(**as_reported(eps_of[name])) for name, subject in subjects.items()}
 stand = {name: ~mask for name, mask in base.items()}  # what the reported attack leaves
 
@@ -382,7 +383,7 @@ book.save(
     caption=f"Robust error by step size ({reported['num_steps']} steps) and by number of steps (of 2.5 eps divided by "
     f"it, at most eps), on {len(x):,} digits; by restarts of PGD-{restarts['num_steps']}, cumulative, the share broken "
     f"of the digits that all other attacks of this notebook leave (the first {restart_images}; dotted: the bound). One "
-    f"network each; {ERRORS.split(' and ')[0]}. Where lines coincide, the last one is the thinnest.",
+    f"network each; {noise(len(x))}. Where lines coincide, the last one is the thinnest.",
 )  # fmt: skip
 
 # %%
@@ -456,7 +457,7 @@ book.save(
     caption=f"Robust error by network (with its eps) and attack; the last two networks are masked on purpose. Worst "
     f"case: of all attacks here, and of step sizes, numbers of steps, smaller eps and restarts of PGD, and SimBA, on "
     f"their digits. {len(x):,} digits; {control_images} for the last three networks; Square has {square_queries} "
-    f"queries; {ERRORS}. Not run: APGD on the last three, the controls, which so have no worst case over all attacks.",
+    f"queries; {noise(len(x), control_images)}. Not run: APGD on the last three, the controls, which so have no worst case over all attacks.",
 )  # fmt: skip
 
 # %%
@@ -468,8 +469,7 @@ for name, count in {"Square": control_images, "SimBA": simba["images"]}.items():
 
 # %% [markdown]
 # What do they find beyond the reported attack? Square is judged on all digits that it leaves, SimBA on the first of
-# them. (These are single networks, of few digits. Of many networks of all of MNIST notebook 7 asks the same, and there
-# the answer is another.)
+# them. (These are single networks, of few digits. Of many networks of all of MNIST notebook 7 asks the same.)
 
 # %%
 blindly = {"Square": judged(more, {k: tried[k]["Square"] for k in subjects}, stand)}

@@ -282,6 +282,9 @@ pd.DataFrame([{"network": place[0], "dataset": place[1], **stalls[place],
 
 # %%
 count = f"{len(eps_grid)} budgets, {images[1]} test images"
+read = {network: cells.looked(f"{network}, other data, {profile}", len(seeds_of[network]), "clean")
+        for network in recipe_of}  # fmt: skip
+looks = "".join(f"{text} ({network})" for network, text in read.items() if text)  # of the answers to the same networks
 for network, found in findings.items():
     book.claim(
         f"{network}, other data: over the grid of budgets a rising one ends in the smaller clean error, on the sets on "
@@ -289,7 +292,7 @@ for network, found in findings.items():
         section="5", paper="the rising budget is shown for one network on each set", ours=True,
         holds=inference.together(found), source=sources,
         n=f"{len(seeds_of[network])} seeds, {count}, {len(found)} of {len(sets)} sets are judged"
-        + cells.looked(f"{network}, other data, {profile}", len(seeds_of[network]), "clean"),
+        + read[network],
     )  # fmt: skip
 
 # %%
@@ -330,7 +333,7 @@ book.answer(
     + "; ".join(f"{robust[*place, 'cosine']:.3f} and {robust[*place, 'constant']:.3f}, {text}"
                 for place, text in places.items())
     + "). With " + "; with ".join(f"{network} this is {speaks(network)}" for network in recipe_of) + ".",
-    reviewer="Reviewer 3", n=f"{n}, {count}, {len(sets)} sets", source=sources,
+    reviewer="Reviewer 3", n=f"{n}, {count}, {len(sets)} sets{looks}", source=sources,
 )  # fmt: skip
 
 
@@ -343,19 +346,19 @@ def listed(found):
 book.answer(
     "Does a rising budget move the eps from which a network stalls?",
     "In the number of budgets of the grid at which it guesses, cosine minus constant: " + listed(moved),
-    reviewer="Our own question", n=f"{n}, {len(eps_grid)} budgets", source=sources,
+    reviewer="Our own question", n=f"{n}, {len(eps_grid)} budgets{looks}", source=sources,
 )  # fmt: skip
 most = f"at least {inference.THROUGH:.0%} of the networks with a constant budget guess"
 book.answer(
     "And where a constant budget stalls for most seeds, not for one by chance?",
     f"In clean error over the grid, on the sets on which at some eps {most}: "
     + ("; ".join(f"{text}: {finding.outcome}{finding.because}" for text, finding in often.items()) or "none") + ".",
-    reviewer="Our own question", n=f"{n}, {count}", source=sources,
+    reviewer="Our own question", n=f"{n}, {count}{looks}", source=sources,
 )  # fmt: skip
 book.answer(
     "Is the clean error smaller under a rising budget at the very eps at which a constant one stalls?",
     f"In clean error, cosine minus constant, where {most}: {listed(single)}" if single else f"At no eps {most}.",
-    reviewer="Our own question", n=f"{n}, each eps by itself, {images[1]} test images", source=sources,
+    reviewer="Our own question", n=f"{n}, each eps by itself, {images[1]} test images{looks}", source=sources,
 )  # fmt: skip
 
 # %% [markdown]
