@@ -457,7 +457,8 @@ book.save(
     caption=f"Robust error by network (with its eps) and attack; the last two networks are masked on purpose. Worst "
     f"case: of all attacks here, and of step sizes, numbers of steps, smaller eps and restarts of PGD, and SimBA, on "
     f"their digits. {len(x):,} digits; {control_images} for the last three networks; Square has {square_queries} "
-    f"queries; {noise(len(x), control_images)}. Not run: APGD on the last three, the controls, which so have no worst case over all attacks.",
+    f"queries; {noise(len(x), control_images)}. Not run: APGD on the last three, the controls, which so have no worst "
+    "case over all attacks.",
 )  # fmt: skip
 
 # %%
