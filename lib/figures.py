@@ -20,6 +20,7 @@ import seaborn as sns
 from IPython import get_ipython
 from IPython.display import HTML, Markdown, display
 from IPython.display import Image as Shown
+from matplotlib.figure import Figure
 from PIL import Image, ImageChops
 
 from . import claims, compute, recipes, runs
@@ -99,19 +100,24 @@ class Book:
         """Write <stem>.png, .csv and .json into the profile's folder; show picture and caption; close the figure.
 
         Args:
-            fig: a matplotlib figure, at most 7 inches wide.
+            fig: a matplotlib figure, at most 7 inches wide, or what has one (axes, a grid of seaborn).
             stem: file name without ending; begins with the notebook's number.
             table: DataFrame, the numbers drawn.
             caption: a sentence that lets the figure be read alone, with n and spread.
             source: where the data come from (`Data.source`, or how they were made).
             seeds: the seeds that went in.
         Raises:
-            ValueError: a stem of another notebook, an empty table or caption, a figure too wide, parameters changed
-                since the book was opened. Nothing is written then.
+            ValueError: no figure, a stem of another notebook or with a folder, an empty table or caption, a figure too
+                wide, seeds that are no list, parameters changed since the book was opened. Nothing is written then.
         """
         self._fresh()
-        if not stem.startswith(self.name[:3]):
-            raise ValueError(f"the stem {stem!r} must begin with {self.name[:3]!r}, the notebook's number")
+        if not stem.startswith(self.name[:3]) or "/" in stem or "\\" in stem:
+            rule = f"begin with {self.name[:3]!r}, the notebook's number, and name no folder"
+            raise ValueError(f"the stem {stem!r} must {rule}")
+        fig = getattr(fig, "figure", fig)
+        if not isinstance(fig, Figure) or isinstance(seeds, int):
+            what = "seeds is a number, not a list" if isinstance(seeds, int) else f"{type(fig).__name__} is no figure"
+            raise ValueError(f"{stem}: {what}")
         if not isinstance(table, pd.DataFrame) or table.empty or not caption or not source:
             raise ValueError(f"{stem} needs a table of the numbers drawn, a caption and a source")
         names = [name for name in table.index.names if name is not None]

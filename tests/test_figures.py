@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import seaborn as sns
 import torch
 from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
@@ -137,11 +138,24 @@ class TestSave:
         ({"caption": ""}, "03_error needs a table of the numbers drawn, a caption and a source"),
         ({"source": ""}, "03_error needs a table of the numbers drawn, a caption and a source"),
         ({"seeds": [math.nan]}, "not JSON compliant"),
+        ({"seeds": 3}, "03_error: seeds is a number, not a list"),
+        ({"fig": "a line"}, "03_error: str is no figure"),
+        ({"stem": "03_a/b"}, "must begin with '03_', the notebook's number, and name no folder"),
+        ({"stem": "03_a\\b"}, "must begin with '03_', the notebook's number, and name no folder"),
     ])  # fmt: skip
     def test_refuses(self, folder, change, message):
         with pytest.raises(ValueError, match=message):
             save(book(), **change)
         assert not contents(folder)
+
+    @pytest.mark.parametrize("drawn", [
+        lambda: sns.relplot(TABLE, x="epoch", y="error", height=3),
+        lambda: sns.jointplot(TABLE, x="epoch", y="error", height=3),
+        lambda: sns.lineplot(TABLE, x="epoch", y="error", ax=plt.subplots(figsize=(4, 3))[1]),
+    ])  # fmt: skip
+    def test_takes_what_seaborn_returns(self, folder, drawn):
+        save(book(), fig=drawn())
+        assert sorted(contents(folder)) == NAMES
 
     def test_refuses_a_figure_that_is_too_wide_to_be_read(self):
         with pytest.raises(ValueError, match="03_error is 9 inches wide"):
