@@ -32,7 +32,8 @@
 
 # %% tags=["parameters"]
 profile = "quick"
-networks = [{"recipe": "lenet on few digits", "seeds": 4}]  # and how many of the seeds each is trained with
+# With how many of the seeds each network is trained, and more of them on a data set that needs them: {"mnist": 8}.
+networks = [{"recipe": "lenet on few digits", "seeds": 4, "more": None}]
 changes = {"lenet on few digits": {"images": [2000, 400], "set_aside": 0, "lr": 3e-3, "epochs": 6, "keep_every": 0,
                                    "eval_every": 6}}  # fmt: skip
 datasets = ["mnist5k", "mnistm"]  # those that every clone has; other profiles add mnist, cifar10 and fashionmnist
@@ -68,6 +69,7 @@ pd.set_option("display.max_colwidth", None)
 book = Book("11_other_data", globals())
 
 
+# %%
 def spelt(name):
     """A data set, which may be a folder of one's own, as the tables call it."""
     return cells.spelt(Path(name).name)
@@ -77,12 +79,12 @@ recipe_of, seeds_of, counted = {}, {}, {}
 for item in networks:
     settings = book.recipe(item["recipe"])
     network = cells.spelt(settings["model"])
-    recipe_of[network], more = settings, item.get("more", {})  # {data set: seeds}, where one set needs more of them
+    recipe_of[network], more = settings, item.get("more") or {}
     if unknown := set(more) - set(datasets):
         raise ValueError(f"more seeds on {', '.join(sorted(unknown))}: the data sets are {', '.join(datasets)}")
     seeds_of |= {(network, spelt(name)): seeds[: more.get(name, item["seeds"])] for name in datasets}
-    own = len(seeds[: item["seeds"]])
-    counted[network] = f"{own} seed{'s' * (own > 1)}" + "".join(f" ({k} on {spelt(name)})" for name, k in more.items())
+    own, others = len(seeds[: item["seeds"]]), [(len(seeds_of[network, spelt(name)]), spelt(name)) for name in more]
+    counted[network] = f"{own} seed{'s' * (own > 1)}" + "".join(f" ({k} on {name})" for k, name in others)
     if settings["images"] != (images := next(iter(recipe_of.values()))["images"]):
         raise ValueError(f"{item['recipe']!r} has {settings['images']} images: all networks need as many, {images}")
 n = ", ".join(f"{network} {count}" for network, count in counted.items())

@@ -29,7 +29,7 @@ def table(**errors):
 def of(lines, **more):
     """Functions of the notebook, by name, each with those that it calls."""
     common = {"lines": lines, "stalled": 0.8, "cells": cells, "np": np, "inference": inference, "sets": ["A", "B"],
-              "seeds_of": {"LeNet": SEEDS}, "arms": ("constant", "cosine")} | more  # fmt: skip
+              "seeds_of": {("LeNet", name): SEEDS for name in "AB"}, "arms": ("constant", "cosine")} | more  # fmt: skip
     for name in ("those", "stalls_at", "guessing", "all_budgets", "judged", "at_each"):
         common[name] = function("11", name, **common)
     return common
