@@ -424,7 +424,7 @@ def over_grid(part):
     return rates, common, {arm: np.array([[each[arm][lr][s] for lr in rates] for s in common]) for arm in both}
 
 
-def in_range(errors):
+def in_range(errors, near):
     """Of errors (seeds, rates): how many rates are near the best one under the same seed and better than guessing."""
     return (errors < np.minimum(better, near + errors.min(1, keepdims=True))).sum(1).astype(float)
 
@@ -475,10 +475,10 @@ for name, part in grids.items():
 
 
 # %%
-def ranges(part):
+def ranges(part, near):
     """What the rule finds of the ranges of a row, and what is measured."""
     rates, _, errors = over_grid(part)
-    cosine, constant = (in_range(errors[arm]) for arm in both[::-1])
+    cosine, constant = (in_range(errors[arm], near) for arm in both[::-1])
     found = range_rule(cosine, constant, unless=too_narrow(rates, cosine, constant))
     said = f"rates in range, of {len(rates)}: {cosine.mean():.1f} (cosine), {constant.mean():.1f} (constant); "
     trains = (cosine > 0) & (constant > 0)
@@ -500,23 +500,39 @@ for name, part in grids.items():
                "none is best" if idle else "no seed has all rates under both budgets")  # fmt: skip
         book.answer(question, f"It cannot be asked: {why}.", n=f"{len(rates)} rates", **about)
         continue
-    finding, said = ranges(part)
+    finding, said = ranges(part, near)
     sizes = f"{len(common)} seed{'s' * (len(common) > 1)}, {len(rates)} rates"
     sizes += cells.looked(part, len(common), "range")
     if cells.title(part).endswith(cells.PAPER):
         book.claim(f"A rising budget is less sensitive to the learning rate: {name}", section="5, Figure 6",
                    measured=said, paper="it trains at a wider range of learning rates", holds=finding,
                    n=sizes, source=about["source"])  # fmt: skip
-        steady[f"less sensitive, {name}"] = cells.without_one(lambda part: ranges(part)[0], part, seeds=common)
+        steady[f"less sensitive, {name}"] = cells.without_one(lambda part: ranges(part, near)[0], part, seeds=common)
     else:
         book.answer(question, f"{finding.outcome.capitalize()}, {said}{finding.because}.", n=sizes, **about)
+
+# %%
+for name, part in grids.items():
+    rates, common, _ = over_grid(part)
+    if compared[name][2] or not common:
+        continue
+    read = {other: ranges(part, other)[0] for other in (near / 5, near / 2, near, 2 * near, 4 * near)}
+    book.answer(f"Does the range of learning rates hang on how near the best one is near? {name}",
+                "Cosine minus constant, if a rate counts that errs less than so much above the best one: "
+                + "; ".join(f"{other:g}: {found.words}" for other, found in read.items())
+                + f". By {near:g} it is judged; the others were added when that had been read.",
+                n=f"{len(common)} seed{'s' * (len(common) > 1)}, {len(rates)} rates"
+                + cells.looked(part, len(common), "range"),
+                reviewer="Our own question", source=part["source"].iloc[0])  # fmt: skip
 
 # %%
 for name, part in grids.items():
     rates, common, errors = over_grid(part)
     if compared[name][2] or not common:
         continue
-    trains = np.logical_and(*(in_range(errors[arm]) > 0 for arm in both))  # else there is no best rate to be beside
+    trains = np.logical_and(
+        *(in_range(errors[arm], near) > 0 for arm in both)
+    )  # else there is no best rate to be beside
     if not trains.any():
         continue
     lost = {arm: (errors[arm] - errors[arm].min(1, keepdims=True)).mean(1)[trains] for arm in both[::-1]}
