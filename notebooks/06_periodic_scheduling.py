@@ -514,7 +514,7 @@ for name, part in grids.items():
 # %%
 for name, part in grids.items():
     rates, common, _ = over_grid(part)
-    if compared[name][2] or not common:
+    if compared[name][2] or not common or not cells.title(part).endswith(cells.PAPER):  # of what is judged above
         continue
     read = {other: ranges(part, other)[0] for other in (near / 5, near / 2, near, 2 * near, 4 * near)}
     book.answer(f"Does the range of learning rates hang on how near the best one is near? {name}",
@@ -530,9 +530,7 @@ for name, part in grids.items():
     rates, common, errors = over_grid(part)
     if compared[name][2] or not common:
         continue
-    trains = np.logical_and(
-        *(in_range(errors[arm], near) > 0 for arm in both)
-    )  # else there is no best rate to be beside
+    trains = np.logical_and(*(in_range(errors[arm], near) > 0 for arm in both))  # else none is best to be beside
     if not trains.any():
         continue
     lost = {arm: (errors[arm] - errors[arm].min(1, keepdims=True)).mean(1)[trains] for arm in both[::-1]}

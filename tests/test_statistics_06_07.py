@@ -61,9 +61,10 @@ def test_a_grid_is_of_the_rates_and_seeds_that_both_arms_have():
 
 
 def test_a_rate_is_in_range_near_the_best_one_under_the_same_seed_and_better_than_guessing():
-    in_range = function("06", "in_range", np=np, better=0.89, near=0.05)
+    in_range = function("06", "in_range", np=np, better=0.89)
     errors = np.array([[0.50, 0.54, 0.56], [0.60, 0.54, 0.56], [0.86, 0.88, 0.90], [0.9, 0.9, 0.9]])
-    assert in_range(errors).tolist() == [2, 2, 2, 0]  # the best one under any seed, 0.5, would leave 2, 1, 0, 0
+    assert in_range(errors, 0.05).tolist() == [2, 2, 2, 0]  # the best one under any seed, 0.5, would leave 2, 1, 0, 0
+    assert in_range(errors, 0.01).tolist() == [1, 1, 1, 0] and in_range(errors, 0.1).tolist() == [3, 3, 2, 0]
 
 
 def test_a_grid_is_too_narrow_where_all_of_it_is_in_range_or_it_has_two_rates():
