@@ -143,7 +143,7 @@ book.save(fig, "11_images", pd.DataFrame(drawn), source=sources, caption="The fi
 # | overnight | ResNet18 | 4 | whether the eps moves | 8, all trained anew |
 # | overnight | ResNet18 | 4 of these | the first rule, which the four of before had decided | - |
 # | overnight | ResNet18 | 8 | whether the eps moves, on CIFAR-10 | 10 |
-# | overnight | ResNet18 | 10 | the first rule, on MNIST | 37 there, not all of them trained yet |
+# | overnight | ResNet18 | 10 | the first rule, and whether the eps moves, on MNIST | 37 there |
 #
 # (Trained anew, since what the earlier networks had got wrong had not been kept, and on another machine.)
 #
