@@ -312,9 +312,9 @@ book.answer(
 # no claim: it was added after VGG16 had been seen to end better under the rising one at the rate that widened its grid
 # (with six seeds; with eight it is undecided). The grid of ResNet18 was widened by 0.003 and 0.9, three seeds, since
 # both arms were in range at all of its four rates: by that 0.3 came to lie inside, and was the best rate of the rising
-# budget by its four seeds; by four more, trained for that, it is 0.1 again, by little. When eight seeds had left
-# the range of VGG16 open, 30 were set; the cells of the further ones wait in `figures/overnight/waiting`, where nothing reads
-# them, until all are there.
+# budget by its four seeds; by four more, trained for that, it is 0.1 again, by little. When eight seeds had left the
+# range of VGG16 open, 30 were set; the cells of the further ones wait in `figures/overnight/waiting`, where nothing
+# reads them, until all are there.
 #
 # Of fewer than three seeds no interval is given and nothing is decided; and what an interval of more than ten points to
 # each side leaves undecided is called *no result*, without the interval. (Here and in notebook 7; set when all of these
