@@ -275,11 +275,11 @@ def at_each(network, name):
 
 
 # %%
-def without_one(place, nothing):
+def without_one(cosine, constant, nothing):
     """How many readings of the rule, each without one seed, keep the verdict, as a text (`cells.without_one`)."""
-    pair, seeds_here = [all_budgets(*place, arm) for arm in arms[::-1]], seeds_of[place]
-    return cells.without_one(lambda rows: rule(*(of[rows.index] for of in pair), unless=nothing),
-                             pd.DataFrame({"seed": seeds_here}), seeds=seeds_here)  # fmt: skip
+    of_seeds = pd.DataFrame({"seed": range(len(cosine))})
+    return cells.without_one(lambda rows: rule(cosine[rows.index], constant[rows.index], unless=nothing), of_seeds,
+                             seeds=of_seeds["seed"])  # fmt: skip
 
 
 # %%
@@ -291,8 +291,9 @@ findings, moved, single, often, steady = {network: {} for network in recipe_of},
 for network in recipe_of:
     names, nothing = judged(network)
     for place in ((network, name) for name in names):
-        findings[network][places[place]] = rule(*(all_budgets(*place, arm) for arm in arms[::-1]), unless=nothing)
-        steady[places[place]] = without_one(place, nothing)
+        pair = [all_budgets(*place, arm) for arm in arms[::-1]]
+        findings[network][places[place]] = rule(*pair, unless=nothing)
+        steady[places[place]] = without_one(*pair, nothing)
         counts = (stalls_at(*place, arm).sum(axis=1) for arm in arms[::-1])
         moved[places[place]] = fewer(*counts, unless=nothing)
         each = at_each(*place)
