@@ -84,3 +84,13 @@ def test_the_worst_case_of_the_committed_networks_is_no_better_than_any_attack()
     attacks = errors.drop(columns="worst")
     assert len(attacks.columns) >= 4 and (errors["worst"] >= attacks.max(axis=1)).all()
     assert (errors["worst"] <= attacks.sum(axis=1)).all()
+
+
+def test_readings_without_one_seed_tell_a_verdict_that_hangs_on_one():
+    def rule(a, b, *, unless):
+        return inference.Finding("", bool(a.mean() < b.mean()), unless)
+
+    without_one = function("11", "without_one", cells=cells, pd=pd, rule=rule)
+    cosine, constant = np.zeros((3, 2)), np.array([[-1.0, -1], [-1, -1], [3, 3]])
+    assert without_one(cosine, constant, "") == "2 of 3 (1 turn it round)"
+    assert without_one(cosine, constant + 2, "") == "3 of 3"
